@@ -1,0 +1,1 @@
+"""DMLR: test-time latent reasoning for frozen vision-language models (arXiv 2512.12623)."""

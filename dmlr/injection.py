@@ -1,0 +1,111 @@
+"""Attention to chosen patches, and where they go: pure functions on index tensors.
+
+A think token and its patches form a *group* of `1 + K` slots: the think token, then up to K patches. Rows of a batch
+keep different numbers of patches, so slots behind `count` are empty; an empty slot is never attended to and takes no
+position, which makes the padded layout exactly the sequence `tau_1, patches(1), tau_2, patches(2), ...`.
+
+Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Chosen patches: `index` [B, L, K] are image tokens (row-major), of which the first `count` [B, L] are valid."""
+
+    index: torch.Tensor
+    count: torch.Tensor
+
+    @classmethod
+    def none(cls, batch: int, num_thought_tokens: int, device: torch.device) -> Patches:
+        shape = (batch, num_thought_tokens)
+        return cls(torch.zeros(*shape, 0, dtype=torch.long, device=device), torch.zeros(shape, dtype=torch.long, device=device))
+
+    def where(self, condition: torch.Tensor, other: Patches) -> Patches:
+        """Rows of self where `condition` [B] holds, of `other` elsewhere."""
+        width = max(self.index.shape[2], other.index.shape[2])
+        mine, theirs = self._widened(width), other._widened(width)
+        rows = condition[:, None]
+        return Patches(torch.where(rows[..., None], mine, theirs), torch.where(rows, self.count, other.count))
+
+    def tolist(self) -> list[list[list[int]]]:
+        """Per example and think token, the image tokens in the order in which they are interleaved."""
+        rows = zip(self.index.tolist(), self.count.tolist(), strict=True)
+        return [[idx[:n] for idx, n in zip(indices, counts, strict=True)] for indices, counts in rows]
+
+    def _widened(self, width: int) -> torch.Tensor:
+        return torch.nn.functional.pad(self.index, (0, width - self.index.shape[2]))
+
+
+def patch_caps(
+    num_thought_tokens: int, num_patches: torch.Tensor, stride: int, per_token: int | None, total: int | None
+) -> torch.Tensor:
+    """Most patches that each think token may keep, [B, L].
+
+    num_patches: [B], image tokens per example. Every `stride`-th think token injects (the stride-th, 2*stride-th, ...).
+    `total` is shared evenly among them; what is left over goes to the first ones.
+    """
+    order = torch.arange(1, num_thought_tokens + 1, device=num_patches.device)
+    injects = order % stride == 0
+    caps = num_patches[:, None] * injects
+    if per_token is not None:
+        caps = caps.clamp(max=per_token)
+    if total is not None:
+        share, rest = divmod(total, max(int(num_thought_tokens // stride), 1))
+        caps = torch.minimum(caps, share + (order // stride <= rest).long())
+    return caps
+
+
+def choose_patches(
+    attention: torch.Tensor, image_mask: torch.Tensor, kept: Patches, budget: torch.Tensor, caps: torch.Tensor, width: int
+) -> Patches:
+    """Z_cand of Algorithm 1: the kept patches first, then the most attended ones, up to the budget.
+
+    attention: [B, L, N] of each think token over image tokens; image_mask: [B, N]; budget: [B] patches per think token;
+    caps: [B, L]; width: K of the result, an upper bound on what budget and caps allow. Ties go to the lower index.
+    """
+    width = min(width, attention.shape[2])
+    score = attention.masked_fill(~image_mask[:, None], -1.0)
+    slot = torch.arange(kept.index.shape[2], device=attention.device)
+    priority = torch.where(slot < kept.count[..., None], 2.0 + slot.flip(0), 0.0)  # attention is at most one
+    score = score.scatter_reduce(2, kept.index, priority.to(score.dtype), reduce="amax")
+    index = score.sort(dim=2, descending=True, stable=True).indices[:, :, :width]
+    count = torch.maximum(torch.minimum(budget[:, None], caps), kept.count).clamp(max=width)
+    return Patches(index, count)
+
+
+def interleave(latents: torch.Tensor, images: torch.Tensor, patches: Patches) -> tuple[torch.Tensor, torch.Tensor]:
+    """Groups of think token and patches as one sequence of slots.
+
+    latents: [B, L, D]; images: [B, N, D], the merged visual features. Returns embeddings [B, L * (1 + K), D] and the
+    mask of filled slots [B, L * (1 + K)].
+    """
+    batch, length, dim = latents.shape
+    width = patches.index.shape[2]
+    index = patches.index.reshape(batch, length * width, 1).expand(-1, -1, dim)
+    features = images.gather(1, index).view(batch, length, width, dim).to(latents.dtype)
+    slots = torch.cat([latents[:, :, None], features], dim=2)  # [B, L, 1 + K, D]
+    filled = torch.arange(1 + width, device=latents.device) <= patches.count[..., None]  # [B, L, 1 + K]
+    return slots.flatten(1, 2), filled.flatten(1, 2)
+
+
+def reward_slots(patches: Patches, position: str) -> torch.Tensor:
+    """Slots at which the reward reads its logits, [B, R].
+
+    `think`: the think tokens; `think_next`: also the slot after the last group; `group_end`: each group's last patch
+    (its think token where it has none).
+    """
+    batch, length = patches.count.shape
+    size = 1 + patches.index.shape[2]
+    starts = torch.arange(length, device=patches.count.device).mul(size).expand(batch, length)
+    if position == "think":
+        return starts
+    if position == "group_end":
+        return starts + patches.count
+    assert position == "think_next", position
+    return torch.cat([starts, starts.new_full((batch, 1), length * size)], dim=1)

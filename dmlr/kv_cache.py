@@ -1,0 +1,142 @@
+"""A KV cache that is written in place, and attention over it.
+
+Only think tokens and patches change between iterations, so the prefix's keys and values are stored once, with room
+behind them. A forward writes its own keys and values into that room; `commit` makes them part of the cache (decoding),
+not committing drops them (an iteration). Nothing of the prefix is ever copied.
+
+Knows the interfaces of transformers for caches and attention functions. Knows nothing about images, rewards or prompts.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+ATTENTION = "dmlr"  # the name under which transformers finds `attend`
+
+
+class PrefixLayer(CacheLayerMixin):
+    """Keys and values of one layer, [B, H_kv, capacity, d], of which the first `length` are committed."""
+
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.keys, self.values = key_states, value_states
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """key_states, value_states: [B, H_kv, S, d]. Returns views of the committed ones followed by these."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            return self.keys, self.values
+        if key_states.requires_grad:  # writing in place would break the graph of the exact gradient
+            return (
+                torch.cat([self.keys[:, :, : self.length], key_states], dim=2),
+                torch.cat([self.values[:, :, : self.length], value_states], dim=2),
+            )
+        end = self.length + key_states.shape[2]
+        self.reserve(end)
+        self.keys[:, :, self.length : end] = key_states
+        self.values[:, :, self.length : end] = value_states
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for `capacity` positions; grows by half so that decoding copies rarely."""
+        if self.is_initialized and capacity > self.keys.shape[2]:
+            room = max(capacity, self.length + self.length // 2) - self.length
+            self.keys = F.pad(self.keys[:, :, : self.length], (0, 0, 0, room))
+            self.values = F.pad(self.values[:, :, : self.length], (0, 0, 0, room))
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class KVCache(Cache):
+    """One PrefixLayer per layer of the language model."""
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=PrefixLayer)
+
+    @property
+    def length(self) -> int:
+        """Committed positions."""
+        return self.get_seq_length()
+
+    def commit(self, count: int) -> None:
+        """Keep the `count` positions that the last forward wrote."""
+        for layer in self.layers:
+            layer.length += count
+
+    def branch(self) -> KVCache:
+        """A cache that continues from here on its own. It shares the storage, so use it up before the original goes on."""
+        twin = KVCache()
+        twin.layers = [copy.copy(layer) for layer in self.layers]
+        return twin
+
+    def reserve(self, count: int) -> None:
+        """Make room for `count` more positions at once, so that no forward has to grow the buffers."""
+        for layer in self.layers:
+            layer.reserve(layer.length + count)
+
+
+class AttentionProbe:
+    """Collects the attention of some query rows, averaged over all heads and layers of one forward."""
+
+    def __init__(self, rows: slice) -> None:
+        self.rows, self.total, self.layers = rows, None, 0
+
+    def add(self, weights: torch.Tensor) -> None:
+        """weights: [B, H_kv, G, S, T] of one layer."""
+        mean = weights[:, :, :, self.rows].detach().mean(dim=(1, 2))  # [B, rows, T]
+        self.total = mean if self.total is None else self.total + mean.to(self.total.device)
+        self.layers += 1
+
+    def mean(self) -> torch.Tensor:
+        """[B, rows, T], float32; each row sums to one."""
+        return self.total / self.layers
+
+
+def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, probe: AttentionProbe | None = None, **kw):
+    """Attention function of the language model, in transformers' interface.
+
+    query: [B, H, S, d]; key, value: [B, H_kv, T, d]; attention_mask: bool [B, 1, S, T], True where a row may look.
+    Queries that share a key head are stacked along S instead of repeating keys and values, which would copy the
+    prefix at every step. With a probe the weights are computed explicitly, else by SDPA.
+    """
+    batch, heads, rows, dim = query.shape
+    kv_heads, columns = key.shape[1], key.shape[2]
+    if rows == columns:  # prefill: compute-bound, and the mask of the stacked form would be the largest tensor
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kw)
+    group = heads // kv_heads
+    stacked = query.reshape(batch, kv_heads, group * rows, dim)
+    mask = attention_mask[:, :, None].expand(batch, 1, group, rows, columns)
+    if probe is None:
+        mask = mask.reshape(batch, 1, group * rows, columns)
+        out = F.scaled_dot_product_attention(stacked, key, value, attn_mask=mask, scale=scaling)
+    else:
+        scores = (stacked @ key.transpose(2, 3)).view(batch, kv_heads, group, rows, columns) * scaling
+        weights = scores.float().masked_fill(~mask, torch.finfo(torch.float32).min).softmax(dim=-1)
+        probe.add(weights)
+        out = weights.to(value.dtype).view(batch, kv_heads, group * rows, columns) @ value
+    out = out.view(batch, kv_heads, group, rows, dim).flatten(1, 2).transpose(1, 2)  # [B, S, H, d]
+    return out.contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

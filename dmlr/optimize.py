@@ -1,0 +1,228 @@
+"""The loop: latents and patches of a batch, optimised at test time (Algorithm 1).
+
+Examples of a batch do not influence each other: every decision is per row, and an example's noise comes from
+(seed, its idx) alone. Knows nothing about questions, answers or files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+
+from dmlr.config import Config
+from dmlr.injection import Patches, choose_patches, interleave, patch_caps, reward_slots
+from dmlr.rewards import REWARDS, parse_score
+from dmlr.vlm import VLM, Prefix
+
+
+@dataclass
+class State:
+    """Latents [B, L, D] with their patches."""
+
+    latents: torch.Tensor
+    patches: Patches
+
+    def where(self, condition: torch.Tensor, other: State) -> State:
+        """Rows of self where `condition` [B] holds, of `other` elsewhere."""
+        latents = torch.where(condition[:, None, None], self.latents, other.latents)
+        return State(latents, self.patches.where(condition, other.patches))
+
+
+@dataclass
+class Step:
+    """One iteration of a batch, as tensors on the device; `reward` is the one that acceptance compares."""
+
+    reward: torch.Tensor  # [B]
+    explored: torch.Tensor  # [B], reward that drove the update (of the perturbed candidate; REINFORCE)
+    sigma: float
+    accepted: torch.Tensor  # [B] bool
+    active: torch.Tensor  # [B] bool, False once an example stopped early
+    budget: torch.Tensor  # [B], patches per think token allowed in this iteration
+    tried: State  # the state whose reward this is
+    attention: torch.Tensor  # [B, L, N] that ranked the patches
+
+
+@dataclass
+class Trace:
+    """What the loop did. `final` is the state to decode; `scored` is the state that earned `best_reward`."""
+
+    start_reward: torch.Tensor  # [B], think tokens as they are, without patches
+    start_attention: torch.Tensor  # [B, L, N]
+    best_reward: torch.Tensor  # [B]
+    best_step: torch.Tensor  # [B], iteration that earned it, 1-based; 0 is the start
+    final: State
+    scored: State
+    steps: list[Step] = field(default_factory=list)
+
+
+def example_noise(seed: int, idx: int | str, steps: int, num_thought_tokens: int, dim: int) -> torch.Tensor:
+    """Standard normal noise [T, L, D] that depends on (seed, idx) only; iteration t's does not depend on T."""
+    digest = hashlib.sha256(f"{seed}:{idx}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    noise = [torch.randn(num_thought_tokens, dim, generator=generator) for _ in range(steps)]
+    return torch.stack(noise) if noise else torch.zeros(0, num_thought_tokens, dim)
+
+
+def initial_latents(vlm: VLM, prefix: Prefix, config: Config) -> torch.Tensor:
+    """[B, L, D] float32: the end-of-text embedding, or with `visual_only` the image's features.
+
+    With `visual_only` think token l is the mean of the l-th of L equal runs of image tokens (row-major); an example
+    without an image keeps the end-of-text embedding.
+    """
+    batch, count, length = *prefix.image_mask.shape, config.num_thought_tokens
+    think = vlm.embed(torch.full((batch, length), vlm.think_id)).float()
+    if not config.visual_only or count == 0:
+        return think
+    totals = prefix.image_mask.sum(dim=1)  # [B]
+    column = torch.arange(count, device=totals.device)
+    run = torch.arange(length, device=totals.device)[None, :, None]  # [1, L, 1]
+    first, last = run * totals[:, None, None] // length, (run + 1) * totals[:, None, None] // length
+    inside = (column >= first) & (column < torch.maximum(last, first + 1)) & prefix.image_mask[:, None]  # [B, L, N]
+    weights = inside.float() / inside.sum(dim=2, keepdim=True).clamp(min=1)
+    return torch.where((totals > 0)[:, None, None], weights @ prefix.images.float(), think)
+
+
+def optimize(vlm: VLM, prefix: Prefix, config: Config, noise: torch.Tensor, score_ids: torch.Tensor) -> Trace:
+    """Algorithm 1 over a prefilled batch.
+
+    noise: [B, T, L, D] standard normal (see `example_noise`); score_ids: tokens that ask the model to rate its latents,
+    read only with `disable_conf_reward`. The model and the prefix are left as they were.
+
+    `accept_at = "updated"` is the paper's loop: perturb, update, then score the updated latents with the candidate
+    patches. `accept_at = "candidate"` is the released one: a single reward, of the perturbed latents with the
+    candidate patches, drives the update and the acceptance; the state then kept is the updated one, and the bar
+    starts at zero.
+    """
+    latents = initial_latents(vlm, prefix, config)
+    batch, length, _ = latents.shape
+    caps = patch_caps(
+        length,
+        prefix.image_mask.sum(dim=1),
+        config.visual_insert_stride,
+        config.num_selected_patches,
+        config.max_total_patches,
+    )  # [B, L]
+    most = caps.amax(dim=1)  # [B], no budget grows beyond this
+    widest = int(most.max())  # K stays below this, so the loop knows its shapes without looking at the rows
+    first_budget = widest if config.initial_patch_count is None else config.initial_patch_count
+    budget = most.clamp(max=first_budget)  # [B], patches per think token
+    nothing = Patches.none(batch, length, latents.device)
+    kept = nothing  # V_best
+
+    start_reward, start_attention, _ = score(vlm, prefix, config, latents, nothing, score_ids)
+    attention = start_attention
+    best = scored = State(latents, nothing)
+    best_reward, best_step = start_reward, torch.zeros_like(budget)
+    bar = torch.zeros_like(start_reward) if config.accept_at == "candidate" else start_reward
+    active = torch.ones_like(budget, dtype=torch.bool)
+    adam = torch.optim.Adam([latents.clone()], lr=config.lr, maximize=True) if config.use_auto_grad else None
+    sigma, steps = 0.0 if adam else config.sigma, []
+
+    def retrieve(kept: Patches, t: int) -> Patches:  # Z_cand
+        width = min(widest, first_budget + t * config.patch_increment)
+        return choose_patches(attention, prefix.image_mask, kept, budget, caps, width)
+
+    if config.visual_injection_start_step == 0:
+        kept = retrieve(nothing, 0)
+    for t in range(config.max_num_steps):
+        since = t - config.visual_injection_start_step
+        looks = since >= 0 and since % config.visual_injection_interval == 0
+        if since == 0 and t > 0:
+            kept = retrieve(nothing, t)
+
+        perturbation = noise[:, t].to(latents.device) * sigma  # (5)
+        candidate = latents + perturbation
+        patches = retrieve(kept, t) if looks and config.accept_at == "candidate" else kept
+        explored, attention, gradient = score(
+            vlm, prefix, config, candidate, patches, score_ids, with_gradient=adam is not None
+        )
+        if adam:
+            updated = ascend(adam, latents, gradient)
+        else:
+            updated = latents + config.lr * explored[:, None, None] * perturbation / sigma**2  # (8), (9)
+
+        if config.accept_at == "candidate":
+            tried, reward = State(candidate, patches), explored
+        else:
+            tried = State(updated, retrieve(kept, t) if looks else kept)
+            reward, _, _ = score(vlm, prefix, config, updated, tried.patches, score_ids, with_attention=False)  # (10)
+
+        accepted = (reward > bar) & active
+        steps.append(Step(reward, explored, sigma, accepted, active, budget, tried, attention))
+        best = State(updated, tried.patches).where(accepted, best)
+        scored = tried.where(accepted, scored)
+        best_reward, bar = torch.where(accepted, reward, best_reward), torch.where(accepted, reward, bar)
+        best_step = torch.where(accepted, t + 1, best_step)
+        kept = tried.patches.where(accepted, kept)
+        budget = torch.minimum(budget + config.patch_increment * accepted, most)
+        latents = torch.where(active[:, None, None], updated, latents)
+        if config.reward_threshold > 0:
+            active = active & (best_reward < config.reward_threshold)
+            if not active.any():
+                break
+        sigma *= config.sigma_decay
+
+    final = State(latents, kept) if config.disable_best_reward else best
+    return Trace(start_reward, start_attention, best_reward, best_step, final, scored, steps)
+
+
+def score(
+    vlm: VLM,
+    prefix: Prefix,
+    config: Config,
+    latents: torch.Tensor,
+    patches: Patches,
+    score_ids: torch.Tensor,
+    with_attention: bool = True,
+    with_gradient: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Reward [B], attention of the think tokens over the image [B, L, N], and the reward's gradient [B, L, D].
+
+    One pass of [T, patches] over the cached [Q, Z]; where the reward is read follows `reward_position`.
+    """
+    with torch.set_grad_enabled(with_gradient):
+        latents = latents.detach().requires_grad_(with_gradient)
+        embeds, filled = interleave(latents, prefix.images, patches)
+        size = 1 + patches.index.shape[2]
+        think_rows = slice(0, latents.shape[1] * size, size)
+        if config.reward_position == "think_next":
+            after = vlm.embed(prefix.suffix_ids[:1]).to(embeds.dtype).expand(embeds.shape[0], 1, -1)
+            embeds, filled = torch.cat([embeds, after], dim=1), torch.cat([filled, filled.new_ones(len(filled), 1)], dim=1)
+        read = reward_slots(patches, config.reward_position)
+        rows = think_rows if with_attention else None
+        logits, attention = vlm.extend(prefix, embeds, filled, read, rows)
+        reward = REWARDS[config.reward](logits, config.top_k)
+        gradient = torch.autograd.grad(reward.sum(), latents)[0] if with_gradient else None
+    if config.disable_conf_reward:
+        reward = self_score(vlm, prefix, latents, patches, score_ids)
+    return reward.detach(), attention, gradient
+
+
+def self_score(
+    vlm: VLM, prefix: Prefix, latents: torch.Tensor, patches: Patches, score_ids: torch.Tensor
+) -> torch.Tensor:
+    """[B]: the model's own 0-1 score of its latents, decoded after a request for it; 0 where it gives no number."""
+    embeds, filled = with_tokens(vlm, *interleave(latents, prefix.images, patches), score_ids)
+    branch = prefix.branch()
+    vlm.append(branch, embeds, filled)
+    scores = [parse_score(reply.text) for reply in vlm.decode(branch, max_new_tokens=8)]
+    return torch.tensor(scores, device=latents.device).nan_to_num(nan=0.0)
+
+
+def with_tokens(
+    vlm: VLM, embeds: torch.Tensor, filled: torch.Tensor, ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slots followed by the same text tokens `ids` [S] in every row."""
+    text = vlm.embed(ids).to(embeds.dtype).expand(embeds.shape[0], -1, -1)
+    return torch.cat([embeds, text], dim=1), torch.cat([filled, filled.new_ones(len(filled), len(ids))], dim=1)
+
+
+def ascend(adam: torch.optim.Adam, latents: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Latents after one Adam step up the exact gradient; element-wise, so rows stay independent."""
+    (parameter,) = adam.param_groups[0]["params"]
+    parameter.data.copy_(latents)
+    parameter.grad = gradient
+    adam.step()
+    return parameter.detach().clone()

@@ -1,0 +1,82 @@
+"""The text of every prompt, and nothing else: no model, no tokenizer, no chat template.
+
+The wording is this project's own; the facts behind it are the paper's (arXiv 2512.12623, App. A) and its
+released code's. Every template can be replaced from a YAML file whose keys are the field names below, so
+that published wording, or yours, runs through the same code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import yaml
+
+_SYSTEM = (
+    "You are a careful visual assistant. Reason inside <think></think>, then give the answer inside <answer></answer>."
+)
+_STEP_BY_STEP = (
+    "Look at the image and reason step by step. Put your final answer into \\boxed{}; "
+    "for a multiple-choice question that is the letter of the option.\n\n{question}"
+)
+_DETAILED = (
+    "Look closely at the image. Write down every step of your reasoning in detail, check it, and put your final "
+    "answer into \\boxed{}; for a multiple-choice question that is the letter of the option.\n\n{question}"
+)
+_ANSWER_ONLY = (
+    "Look at the image and answer with nothing but the final answer in \\boxed{}; "
+    "for a multiple-choice question that is the letter of the option.\n\n{question}"
+)
+_LATENTS = (
+    "\n\nThe next {count} special tokens are your inner space, where reasoning happens without words. "
+    "You may answer directly after them.\n"
+)
+_SELF_SCORE = (
+    "\n\nDo not answer the question. Rate from 0 to 1 how well the inner space above leads to the right answer. "
+    "Reply with the number only."
+)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Templates; `{question}` and `{count}` are the only placeholders, other braces are literal.
+
+    `solver` is indexed by `solver_prompt_idx`: 0 step by step, 1 detailed steps, 2 answer only.
+    `latents` follows the question when think tokens follow it (DMLR); `self_score` follows the think tokens
+    when the model is asked to rate them itself (`disable_conf_reward`).
+    """
+
+    system: str = _SYSTEM
+    solver: tuple[str, ...] = (_STEP_BY_STEP, _DETAILED, _ANSWER_ONLY)
+    latents: str = _LATENTS
+    self_score: str = _SELF_SCORE
+
+    def task(self, question: str, solver_prompt_idx: int = 0) -> str:
+        """The user turn's text without think tokens."""
+        return self.solver[solver_prompt_idx].replace("{question}", question)
+
+    def latent_task(self, question: str, num_thought_tokens: int, solver_prompt_idx: int = 0) -> str:
+        """The user turn's text up to the first think token."""
+        hint = self.latents.replace("{count}", str(num_thought_tokens))
+        return self.task(question, solver_prompt_idx) + hint
+
+
+def load_prompts(path: str | Path | None) -> Prompts:
+    """Defaults, overridden by the keys of a YAML file. ValueError names an unknown key or a lost placeholder."""
+    if path is None:
+        return Prompts()
+    values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    names = [f.name for f in fields(Prompts)]
+    if not isinstance(values, dict) or (unknown := set(values) - set(names)):
+        found = sorted(unknown) if isinstance(values, dict) else type(values).__name__
+        raise ValueError(f"{path}: expected a mapping with keys among {names}, found {found}")
+    if "solver" in values:
+        solver = values["solver"]
+        values["solver"] = (solver,) * 3 if isinstance(solver, str) else tuple(solver)
+    prompts = Prompts(**values)
+    if len(prompts.solver) != 3:
+        raise ValueError(f"{path}: solver needs three templates (or one text for all), found {len(prompts.solver)}")
+    for template in prompts.solver:
+        if template.count("{question}") != 1:
+            raise ValueError(f"{path}: a solver template must contain {{question}} exactly once: {template[:60]!r}")
+    return prompts

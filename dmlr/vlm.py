@@ -1,0 +1,343 @@
+"""The model: load, encode, prefill, extend, decode.
+
+The only file (with kv_cache) that knows transformers. It knows nothing about rewards, which patches are chosen, or
+what the extra embeddings mean: it runs embeddings over a cached prefix and returns logits and attention.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from qwen_vl_utils import process_vision_info
+from transformers import AutoModelForImageTextToText, AutoProcessor, NoBadWordsLogitsProcessor
+
+from dmlr.config import Config, locate
+from dmlr.kv_cache import ATTENTION, AttentionProbe, KVCache
+
+
+class ModelError(ValueError):
+    """The checkpoint cannot be loaded, or its architecture lacks something the method needs."""
+
+
+class PromptError(ValueError):
+    """One example cannot be given to the model; the message says why."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example as the model reads it, on the CPU. P prefix tokens, N of them image tokens."""
+
+    prompt: str  # the exact text given to the tokenizer, chat template applied
+    input_ids: torch.Tensor  # [P], everything before the first think token
+    positions: torch.Tensor  # [3, P], M-RoPE
+    suffix_ids: torch.Tensor  # [S], what follows the think tokens (empty without any)
+    image_columns: torch.Tensor  # [N], where the image tokens are in input_ids
+    pixel_values: torch.Tensor | None
+    grid_thw: torch.Tensor | None  # [images, 3], in unmerged patches
+    patch_grid: tuple[int, int]  # (height, width) of the first image in merged tokens; (0, 0) without image
+
+
+@dataclass
+class Prefix:
+    """A batch of prompts that went through the model once; `cache` holds them, left-padded to P positions."""
+
+    cache: KVCache
+    mask: torch.Tensor  # [B, committed], True where a position is real
+    next_position: torch.Tensor  # [B], position of the first token after the prefix
+    logits: torch.Tensor  # [B, V], float32, after the last committed position
+    images: torch.Tensor  # [B, N, D], merged visual features, right-padded
+    image_mask: torch.Tensor  # [B, N]
+    image_columns: torch.Tensor  # [B, N], their columns among the P
+    suffix_ids: torch.Tensor  # [S], shared by the batch
+
+    def branch(self) -> Prefix:
+        """A continuation that can be appended to and decoded, and leaves this prefix as it is."""
+        return replace(self, cache=self.cache.branch())
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Text of one answer and why it ended: `eos_token` or `length`."""
+
+    text: str
+    stop_reason: str
+    num_tokens: int
+
+
+class VLM:
+    """A frozen vision-language model with its processor. Qwen2.5-VL's architecture is what is tested."""
+
+    def __init__(self, model, processor, min_pixels: int | None = None, max_pixels: int | None = None):
+        self.model = model.eval().requires_grad_(False)
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        self.core = model.model  # vision tower, language model and M-RoPE index
+        missing = [n for n in ("language_model", "get_rope_index", "get_image_features") if not hasattr(self.core, n)]
+        if missing:
+            raise ModelError(f"{type(model).__name__} has no {', '.join(missing)}: this architecture is not supported")
+        if "sliding_attention" in (self.text_config.layer_types or ()):
+            raise ModelError("sliding-window layers are not supported: the prefix must stay visible to every think token")
+        merged = (processor.image_processor.patch_size * processor.image_processor.merge_size) ** 2
+        size = processor.image_processor.size
+        self.min_pixels = min_pixels * merged if min_pixels else size["shortest_edge"]
+        self.max_pixels = max_pixels * merged if max_pixels else size["longest_edge"]
+
+    @classmethod
+    def load(cls, config: Config) -> VLM:
+        """Loads `model_name_or_path` (hub id or folder) without running code from it. ModelError says what failed."""
+        device = config.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        name = config.dtype if config.dtype != "auto" else ("float32" if device == "cpu" else "bfloat16")
+        path = str(locate(config.model_name_or_path))
+        shared = {
+            "trust_remote_code": config.trust_remote_code,
+            "token": os.environ.get("HUGGING_FACE_TOKEN") or os.environ.get("HF_TOKEN"),
+        }
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(
+                path,
+                dtype=getattr(torch, name),
+                attn_implementation={"text_config": ATTENTION, "vision_config": "sdpa"},
+                use_safetensors=True,
+                **shared,
+            )
+            processor = AutoProcessor.from_pretrained(path, **shared)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            kind = "folder" if Path(path).is_dir() else "name (no such folder here; the hub was asked)"
+            raise ModelError(f"cannot load {kind} {config.model_name_or_path!r}: {error}") from error
+        return cls(model.to(device), processor, config.min_pixels, config.max_pixels)
+
+    # what the model is
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def text_config(self):
+        return self.model.config.get_text_config()
+
+    @property
+    def context_length(self) -> int:
+        """Positions that the language model was made for."""
+        return self.text_config.max_position_embeddings
+
+    @cached_property
+    def eos_ids(self) -> list[int]:
+        ids = self.model.generation_config.eos_token_id
+        ids = [ids] if isinstance(ids, int) else list(ids or [])
+        return ids or [self.tokenizer.eos_token_id]
+
+    @cached_property
+    def think_id(self) -> int:
+        """Token whose embedding the think tokens start from: the end-of-text token (`<|endoftext|>` for Qwen)."""
+        name = "<|endoftext|>"
+        known = self.tokenizer.convert_tokens_to_ids(name)
+        return known if known not in (None, self.tokenizer.unk_token_id) else self.tokenizer.eos_token_id
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Input embeddings [..., D] of token ids [...]."""
+        return self.model.get_input_embeddings()(ids.to(self.device))
+
+    @cached_property
+    def embedding_rms(self) -> float:
+        """Root mean square per dimension of the think tokens' start: what sigma is relative to."""
+        return float(self.embed(torch.tensor(self.think_id)).float().pow(2).mean().sqrt())
+
+    # encode
+
+    def encode(self, system: str, task: str, images: list[Image.Image], num_thought_tokens: int = 0) -> Encoded:
+        """One example's prompt. The think tokens end the user turn; what follows them is the suffix.
+
+        Raises PromptError for a question that holds the model's special tokens, an image that cannot be resized, or
+        a prompt longer than the model's context.
+        """
+        if found := [token for token in self.tokenizer.all_special_tokens if token in task]:
+            raise PromptError(f"the question contains the model's special token {found[0]}")
+        think = self.tokenizer.convert_ids_to_tokens(self.think_id)
+        limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        content = [{"type": "image", "image": image, **limits} for image in images]
+        content.append({"type": "text", "text": task + think * num_thought_tokens})
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+        prompt = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            resized = process_vision_info(messages, image_patch_size=self.processor.image_processor.patch_size)[0]
+        except ValueError as error:
+            raise PromptError(f"the image cannot be resized: {error}") from error
+        inputs = self.processor(
+            text=[prompt], images=resized, do_resize=False, return_tensors="pt", return_mm_token_type_ids=True
+        )
+        ids, types = inputs["input_ids"][0], inputs["mm_token_type_ids"][0]
+        if len(ids) >= self.context_length:
+            raise PromptError(f"the prompt has {len(ids)} tokens; the model's context is {self.context_length}")
+        start, end = len(ids), len(ids)
+        if num_thought_tokens:
+            where = (ids == self.think_id).nonzero()[-num_thought_tokens:, 0]
+            start, end = int(where[0]), int(where[-1]) + 1
+            assert end - start == num_thought_tokens, "think tokens must be consecutive"
+        grid = inputs.get("image_grid_thw")
+        positions, _ = self.core.get_rope_index(
+            ids[None, :start], image_grid_thw=grid, video_grid_thw=None, mm_token_type_ids=types[None, :start]
+        )
+        merge = self.processor.image_processor.merge_size
+        return Encoded(
+            prompt=prompt,
+            input_ids=ids[:start],
+            positions=positions[:, 0],
+            suffix_ids=ids[end:],
+            image_columns=(ids[:start] == self.model.config.image_token_id).nonzero()[:, 0],
+            pixel_values=inputs.get("pixel_values"),
+            grid_thw=grid,
+            patch_grid=(int(grid[0, 1]) // merge, int(grid[0, 2]) // merge) if grid is not None else (0, 0),
+        )
+
+    # prefill, extend, decode
+
+    @torch.no_grad()
+    def prefill(self, batch: list[Encoded]) -> Prefix:
+        """Vision tower and prompt, once per example; rows are padded on the left."""
+        length = max(len(e.input_ids) for e in batch)
+        pads = [length - len(e.input_ids) for e in batch]
+        pad = self.tokenizer.pad_token_id or 0
+        ids = torch.stack([F.pad(e.input_ids, (n, 0), value=pad) for e, n in zip(batch, pads, strict=True)])
+        positions = torch.stack([F.pad(e.positions, (n, 0)) for e, n in zip(batch, pads, strict=True)], dim=1)
+        mask = (torch.arange(length) >= torch.tensor(pads)[:, None]).to(self.device)  # [B, P]
+
+        count = max(len(e.image_columns) for e in batch)
+        columns = [e.image_columns + n for e, n in zip(batch, pads, strict=True)]
+        image_mask = torch.arange(count) < torch.tensor([[len(c)] for c in columns])  # [B, N]
+        columns = torch.stack([F.pad(c, (0, count - len(c))) for c in columns]).to(self.device)
+        embeds = self.embed(ids)  # [B, P, D]
+        features = self._image_features(batch).to(embeds.dtype)  # [sum of N, D]
+        images = embeds.new_zeros(len(batch), count, embeds.shape[2])
+        images[image_mask.to(self.device)] = features
+        embeds[ids.to(self.device) == self.model.config.image_token_id] = features
+
+        cache = KVCache()
+        causal = None  # without padding SDPA needs no mask
+        if max(pads):
+            causal = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
+            causal = (causal & mask[:, None]) | torch.eye(length, dtype=torch.bool, device=self.device)
+            causal = causal[:, None]
+        hidden = self._run(embeds, positions.to(self.device), causal, cache)
+        cache.commit(length)
+        suffix = batch[0].suffix_ids
+        assert all(torch.equal(e.suffix_ids, suffix) for e in batch), "one chat template, one suffix"
+        return Prefix(
+            cache=cache,
+            mask=mask,
+            next_position=torch.stack([e.positions.max() + 1 for e in batch]).to(self.device),
+            logits=self.model.lm_head(hidden[:, -1]).float(),
+            images=images,
+            image_mask=image_mask.to(self.device),
+            image_columns=columns,
+            suffix_ids=suffix.to(self.device),
+        )
+
+    def extend(
+        self,
+        prefix: Prefix,
+        embeds: torch.Tensor,
+        filled: torch.Tensor,
+        read: torch.Tensor,
+        probe_rows: slice | None = None,
+        commit: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Runs S more slots over the cached prefix; drops them again unless `commit`.
+
+        embeds: [B, S, D]; filled: [B, S], False for slots that nothing may attend to and that take no position;
+        read: [B, R], slots whose next-token logits are wanted; probe_rows: slots whose attention over the image
+        tokens is wanted. Returns logits [B, R, V] in float32 and attention [B, rows, N], mean over layers and heads
+        (None without probe_rows). Differentiable in `embeds`.
+        """
+        batch, slots, _ = embeds.shape
+        assert filled.shape == (batch, slots) and read.shape[0] == batch
+        order = filled.long().cumsum(dim=1)  # [B, S]
+        positions = (prefix.next_position[:, None] + order - 1).expand(3, batch, slots)
+        causal = torch.ones(slots, slots, dtype=torch.bool, device=embeds.device).tril()
+        new = (causal & filled[:, None]) | torch.eye(slots, dtype=torch.bool, device=embeds.device)
+        mask = torch.cat([prefix.mask[:, None].expand(-1, slots, -1), new.expand(batch, -1, -1)], dim=2)[:, None]
+        probe = AttentionProbe(probe_rows) if probe_rows is not None else None
+        hidden = self._run(embeds.to(self.dtype), positions, mask, prefix.cache, probe)
+        if commit:
+            prefix.cache.commit(slots)
+            prefix.mask = torch.cat([prefix.mask, filled], dim=1)
+            prefix.next_position = prefix.next_position + order[:, -1]
+        rows = hidden.gather(1, read[..., None].expand(-1, -1, hidden.shape[2]))
+        logits = self.model.lm_head(rows).float()  # [B, R, V]
+        if probe is None:
+            return logits, None
+        weights = probe.mean()  # [B, rows, T]
+        index = prefix.image_columns[:, None].expand(-1, weights.shape[1], -1)
+        return logits, weights.gather(2, index.to(weights.device)).masked_fill(~prefix.image_mask[:, None], 0.0)
+
+    @torch.no_grad()
+    def append(self, prefix: Prefix, embeds: torch.Tensor, filled: torch.Tensor) -> None:
+        """Makes slots part of the prefix, and `prefix.logits` those after each row's last filled one."""
+        last = torch.where(filled, torch.arange(filled.shape[1], device=filled.device), 0).amax(dim=1, keepdim=True)
+        prefix.logits = self.extend(prefix, embeds, filled, last, commit=True)[0][:, 0]
+
+    @torch.no_grad()
+    def decode(self, prefix: Prefix, max_new_tokens: int, banned: tuple[str, ...] = ()) -> list[Decoded]:
+        """Greedy decoding from `prefix.logits` until end of turn, `max_new_tokens` or the end of the context.
+
+        The checkpoint's own sampling settings (temperature, repetition penalty) are not applied. Advances the prefix.
+        """
+        batch, room = prefix.mask.shape[0], self.context_length - int(prefix.next_position.max())
+        ban = self._ban(banned)
+        eos = torch.tensor(self.eos_ids, device=self.device)
+        tokens = torch.zeros(batch, 0, dtype=torch.long, device=self.device)
+        finished = torch.zeros(batch, dtype=torch.bool, device=self.device)
+        filled = torch.ones(batch, 1, dtype=torch.bool, device=self.device)
+        for step in range(max(min(max_new_tokens, room), 1)):
+            if step:
+                self.append(prefix, self.embed(tokens[:, -1:]), filled)
+            logits = ban(tokens, prefix.logits) if ban else prefix.logits
+            token = logits.argmax(dim=-1)
+            tokens = torch.cat([tokens, token[:, None]], dim=1)
+            finished = finished | torch.isin(token, eos)
+            if finished.all():
+                break
+        return [self._decoded(row) for row in tokens.tolist()]
+
+    # inside
+
+    def _run(self, embeds, positions, mask, cache: KVCache, probe: AttentionProbe | None = None) -> torch.Tensor:
+        """Language model only; mask is bool [B, 1, S, T] or None for plain causal. Returns hidden states [B, S, D]."""
+        return self.core.language_model(
+            inputs_embeds=embeds,
+            position_ids=positions,
+            attention_mask={"full_attention": mask},
+            past_key_values=cache,
+            use_cache=True,
+            probe=probe,
+        ).last_hidden_state
+
+    def _image_features(self, batch: list[Encoded]) -> torch.Tensor:
+        """[sum of N, D]: merged visual features of all images, in order."""
+        seen = [e for e in batch if e.pixel_values is not None]
+        if not seen:
+            return torch.zeros(0, self.text_config.hidden_size, device=self.device)
+        pixels = torch.cat([e.pixel_values for e in seen]).to(self.device, self.dtype)
+        grids = torch.cat([e.grid_thw for e in seen]).to(self.device)
+        return torch.cat(self.core.get_image_features(pixels, grids).pooler_output)
+
+    def _ban(self, banned: tuple[str, ...]) -> NoBadWordsLogitsProcessor | None:
+        """Forbids the strings at the start of a text and within it (tokenizers differ on the leading space)."""
+        spelled = [self.tokenizer.encode(lead + word, add_special_tokens=False) for word in banned for lead in ("", " ")]
+        return NoBadWordsLogitsProcessor(spelled, eos_token_id=self.eos_ids) if spelled else None
+
+    def _decoded(self, ids: list[int]) -> Decoded:
+        end = next((i for i, token in enumerate(ids) if token in self.eos_ids), None)
+        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        return Decoded(text, "length" if end is None else "eos_token", len(ids) if end is None else end + 1)
