@@ -131,11 +131,17 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
         out = F.scaled_dot_product_attention(stacked, key, value, attn_mask=mask, scale=scaling)
     else:
         scores = (stacked @ key.transpose(2, 3)).view(batch, kv_heads, group, rows, columns) * scaling
-        weights = scores.float().masked_fill(~mask, torch.finfo(torch.float32).min).softmax(dim=-1)
+        scores = at_least_float32(scores)
+        weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1)
         probe.add(weights)
         out = weights.to(value.dtype).view(batch, kv_heads, group * rows, columns) @ value
     out = out.view(batch, kv_heads, group, rows, dim).flatten(1, 2).transpose(1, 2)  # [B, S, H, d]
     return out.contiguous(), None
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Half precision is widened for softmax and entropy; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 AttentionInterface.register(ATTENTION, attend)

@@ -44,4 +44,4 @@ def _top_log_probs(logits: torch.Tensor, k: int) -> torch.Tensor:
     """[B, R, k], sorted. ValueError when the vocabulary is smaller than k."""
     if k > logits.shape[-1]:
         raise ValueError(f"top_k = {k} is larger than the vocabulary of {logits.shape[-1]} tokens")
-    return logits.float().log_softmax(dim=-1).topk(k, dim=-1).values
+    return logits.log_softmax(dim=-1).topk(k, dim=-1).values

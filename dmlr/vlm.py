@@ -18,7 +18,7 @@ from qwen_vl_utils import process_vision_info
 from transformers import AutoModelForImageTextToText, AutoProcessor, NoBadWordsLogitsProcessor
 
 from dmlr.config import Config, locate
-from dmlr.kv_cache import ATTENTION, AttentionProbe, KVCache
+from dmlr.kv_cache import ATTENTION, AttentionProbe, KVCache, at_least_float32
 
 
 class ModelError(ValueError):
@@ -173,7 +173,8 @@ class VLM:
         try:
             resized = process_vision_info(messages, image_patch_size=self.processor.image_processor.patch_size)[0]
         except ValueError as error:
-            raise PromptError(f"the image cannot be resized: {error}") from error
+            sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+            raise PromptError(f"an image of {sizes} pixels cannot be resized for the model: {error}") from error
         inputs = self.processor(
             text=[prompt], images=resized, do_resize=False, return_tensors="pt", return_mm_token_type_ids=True
         )
@@ -237,7 +238,7 @@ class VLM:
             cache=cache,
             mask=mask,
             next_position=torch.stack([e.positions.max() + 1 for e in batch]).to(self.device),
-            logits=self.model.lm_head(hidden[:, -1]).float(),
+            logits=at_least_float32(self.model.lm_head(hidden[:, -1])),
             images=images,
             image_mask=image_mask.to(self.device),
             image_columns=columns,
@@ -274,7 +275,7 @@ class VLM:
             prefix.mask = torch.cat([prefix.mask, filled], dim=1)
             prefix.next_position = prefix.next_position + order[:, -1]
         rows = hidden.gather(1, read[..., None].expand(-1, -1, hidden.shape[2]))
-        logits = self.model.lm_head(rows).float()  # [B, R, V]
+        logits = at_least_float32(self.model.lm_head(rows))  # [B, R, V]
         if probe is None:
             return logits, None
         weights = probe.mean()  # [B, rows, T]
@@ -293,22 +294,22 @@ class VLM:
 
         The checkpoint's own sampling settings (temperature, repetition penalty) are not applied. Advances the prefix.
         """
-        batch, room = prefix.mask.shape[0], self.context_length - int(prefix.next_position.max())
         ban = self._ban(banned)
         eos = torch.tensor(self.eos_ids, device=self.device)
-        tokens = torch.zeros(batch, 0, dtype=torch.long, device=self.device)
-        finished = torch.zeros(batch, dtype=torch.bool, device=self.device)
-        filled = torch.ones(batch, 1, dtype=torch.bool, device=self.device)
-        for step in range(max(min(max_new_tokens, room), 1)):
+        limit = (self.context_length - prefix.mask.sum(dim=1)).clamp(1, max_new_tokens)  # [B], each row's own
+        tokens = torch.zeros(len(limit), 0, dtype=torch.long, device=self.device)
+        finished = torch.zeros_like(limit, dtype=torch.bool)
+        filled = torch.ones(len(limit), 1, dtype=torch.bool, device=self.device)
+        for step in range(int(limit.max())):
             if step:
                 self.append(prefix, self.embed(tokens[:, -1:]), filled)
             logits = ban(tokens, prefix.logits) if ban else prefix.logits
             token = logits.argmax(dim=-1)
             tokens = torch.cat([tokens, token[:, None]], dim=1)
-            finished = finished | torch.isin(token, eos)
+            finished = finished | torch.isin(token, eos) | (limit == step + 1)
             if finished.all():
                 break
-        return [self._decoded(row) for row in tokens.tolist()]
+        return [self._decoded(row[:end]) for row, end in zip(tokens.tolist(), limit.tolist(), strict=True)]
 
     # inside
 

@@ -41,7 +41,7 @@ VARIANTS = {
     "exact gradient": {"use_auto_grad": True},
     "exact gradient, candidate": {"use_auto_grad": True, "accept_at": "candidate", "reward": "logprob"},
     "last state": {"disable_best_reward": True},
-    "early stop": {"reward_threshold": 0.52, "lr": 0.05},
+    "early stop": {"reward_threshold": 0.12, "lr": 0.05},
     "no iterations": {"max_num_steps": 0},
 }
 

@@ -61,7 +61,7 @@ def tiny_processor() -> Qwen2_5_VLProcessor:
     )
 
 
-def tiny_vlm(seed: int = 0, layers: int = 2, hidden: int = 48, context: int = 1024) -> VLM:
+def tiny_vlm(seed: int = 1, layers: int = 2, hidden: int = 48, context: int = 1024) -> VLM:
     """A random frozen model in float32: `layers` text layers with grouped heads, two vision blocks (one windowed)."""
     processor = tiny_processor()
     ids = {name: processor.tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
@@ -99,7 +99,7 @@ def tiny_vlm(seed: int = 0, layers: int = 2, hidden: int = 48, context: int = 10
     with torch.no_grad():  # initialisation is so small that a random model ignores its input; make it care
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                parameter.mul_(4.0 if "embed_tokens" not in name else 1.0)
+                parameter.mul_(8.0 if "embed_tokens" not in name else 1.0)
     model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     return VLM(model, processor)

@@ -1,0 +1,63 @@
+"""Choosing and interleaving patches, on small tensors worked out by hand."""
+
+import torch
+
+from dmlr.injection import Patches, choose_patches, interleave, patch_caps, reward_slots
+
+
+def test_caps_share_the_total_and_follow_the_stride():
+    counts = torch.tensor([100, 2])
+    assert patch_caps(4, counts, 1, 16, 16).tolist() == [[4, 4, 4, 4], [2, 2, 2, 2]]
+    assert patch_caps(4, counts, 1, 16, 6).tolist() == [[2, 2, 1, 1], [2, 2, 1, 1]]
+    assert patch_caps(5, counts, 2, 3, None).tolist() == [[0, 3, 0, 3, 0], [0, 2, 0, 2, 0]]
+    assert patch_caps(2, counts, 3, None, 16).tolist() == [[0, 0], [0, 0]]
+    assert patch_caps(2, counts, 1, None, None).tolist() == [[100, 100], [2, 2]]
+
+
+def test_kept_patches_come_first_then_the_most_attended():
+    attention = torch.tensor([[[0.1, 0.4, 0.2, 0.3]]])
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    none = Patches.none(1, 1, attention.device)
+    caps = torch.tensor([[4]])
+    chosen = choose_patches(attention, mask, none, torch.tensor([2]), caps, 2)
+    assert chosen.tolist() == [[[1, 3]]]
+    kept = Patches(torch.tensor([[[0, 2]]]), torch.tensor([[2]]))
+    assert choose_patches(attention, mask, kept, torch.tensor([3]), caps, 4).tolist() == [[[0, 2, 1]]]
+    assert choose_patches(attention, mask, kept, torch.tensor([1]), caps, 4).tolist() == [[[0, 2]]]  # nothing leaves
+
+
+def test_ties_go_to_the_lower_index_and_padding_is_never_chosen():
+    attention = torch.tensor([[[0.5, 0.5, 0.9]]])
+    mask = torch.tensor([[True, True, False]])
+    none = Patches.none(1, 1, attention.device)
+    chosen = choose_patches(attention, mask, none, torch.tensor([9]), torch.tensor([[2]]), 3)
+    assert chosen.tolist() == [[[0, 1]]]
+
+
+def test_rows_are_independent():
+    attention = torch.rand(3, 2, 6, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    none = Patches.none(3, 2, attention.device)
+    budget, caps = torch.tensor([1, 2, 3]), torch.full((3, 2), 3)
+    together = choose_patches(attention, mask, none, budget, caps, 3).tolist()
+    for row in range(3):
+        one = Patches.none(1, 2, attention.device)
+        part = slice(row, row + 1)
+        assert choose_patches(attention[part], mask[part], one, budget[part], caps[part], 3).tolist()[0] == together[row]
+
+
+def test_interleaving_order_and_reward_slots():
+    latents = torch.tensor([[[1.0], [2.0]]])
+    images = torch.tensor([[[10.0], [11.0], [12.0]]])
+    patches = Patches(torch.tensor([[[2, 0], [1, 0]]]), torch.tensor([[2, 1]]))
+    slots, filled = interleave(latents, images, patches)
+    assert slots[0, :, 0][filled[0]].tolist() == [1, 12, 10, 2, 11]
+    assert reward_slots(patches, "think").tolist() == [[0, 3]]
+    assert reward_slots(patches, "group_end").tolist() == [[2, 4]]
+    assert reward_slots(patches, "think_next").tolist() == [[0, 3, 6]]
+
+
+def test_where_takes_rows_of_different_width():
+    wide = Patches(torch.tensor([[[1, 2]], [[3, 4]]]), torch.tensor([[2], [2]]))
+    mixed = wide.where(torch.tensor([True, False]), Patches.none(2, 1, wide.index.device))
+    assert mixed.tolist() == [[[1, 2]], [[]]]

@@ -1,0 +1,156 @@
+"""The gradient estimate, the noise, independence of rows, and what happens when a reward is no number."""
+
+import dataclasses
+
+import pytest
+import torch
+from tiny import noise_image, tiny_vlm
+
+from dmlr.config import Config
+from dmlr.injection import Patches
+from dmlr.methods import METHODS, Question
+from dmlr.optimize import example_noise, initial_latents, optimize, score
+from dmlr.prompts import Prompts
+
+PROMPTS = Prompts()
+NO_IDS = torch.zeros(0, dtype=torch.long)
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return tiny_vlm()
+
+
+def one(vlm, config, dtype=torch.float32):
+    encoded = vlm.encode(PROMPTS.system, PROMPTS.latent_task("How many?", 4), [noise_image(3)], 4)
+    prefix = vlm.prefill([encoded])
+    return prefix, initial_latents(vlm, prefix, config)
+
+
+@pytest.mark.parametrize("reward", ["entropy", "logprob"])
+@pytest.mark.parametrize("position", ["think", "think_next", "group_end"])
+def test_exact_gradient_equals_finite_differences(reward, position):
+    vlm = tiny_vlm()
+    vlm.model.double()
+    config = Config(reward=reward, reward_position=position)
+    prefix, latents = one(vlm, config)
+    latents = latents.double()
+    patches = Patches(torch.tensor([[[1, 2], [3, 0], [5, 0], [7, 8]]]), torch.tensor([[2, 1, 1, 2]]))
+    _, _, gradient = score(vlm, prefix, config, latents, patches, NO_IDS, with_gradient=True)
+    generator = torch.Generator().manual_seed(0)
+    uphill = gradient / gradient.norm()
+    for _ in range(5):  # transformers normalises in float32 whatever the dtype, so the steps cannot be tiny
+        random = torch.randn(latents.shape, generator=generator, dtype=torch.float64)
+        direction = uphill + random / random.norm()
+        sides = [score(vlm, prefix, config, latents + e * direction, patches, NO_IDS)[0].item() for e in (1e-3, -1e-3)]
+        assert (sides[0] - sides[1]) / 2e-3 == pytest.approx((gradient * direction).sum().item(), rel=1e-2)
+
+
+def test_reinforce_points_along_the_exact_gradient(vlm, record_property):
+    """(8): mean of R(T + xi) xi / sigma^2 over many samples against the gradient. Antithetic pairs cancel R(T)."""
+    config = Config(sigma=0.003)
+    prefix, latents = one(vlm, config)
+    none = Patches.none(1, 4, latents.device)
+    _, _, gradient = score(vlm, prefix, config, latents, none, NO_IDS, with_gradient=True)
+    total = torch.zeros_like(latents)
+    pairs = 1500
+    for noise in example_noise(0, "cosine", pairs, 4, latents.shape[2]):
+        for xi in (noise * config.sigma, -noise * config.sigma):
+            reward, _, _ = score(vlm, prefix, config, latents + xi, none, NO_IDS, with_attention=False)
+            total += reward[:, None, None] * xi / config.sigma**2
+    estimate = total / (2 * pairs)
+    cosine = torch.nn.functional.cosine_similarity(estimate.flatten(), gradient.flatten(), dim=0).item()
+    record_property("cosine", cosine)
+    assert cosine > 0.9
+    assert estimate.norm().item() == pytest.approx(gradient.norm().item(), rel=0.25)
+
+
+def test_exact_gradient_raises_the_reward_and_moves_the_latents(vlm):
+    config = Config(use_auto_grad=True, lr=0.01, max_num_steps=20)
+    prefix, latents = one(vlm, config)
+    trace = optimize(vlm, prefix, config, torch.zeros(1, 20, *latents.shape[1:]), NO_IDS)
+    assert trace.best_reward.item() > trace.start_reward.item() + 0.01
+    assert not torch.allclose(trace.final.latents, latents)
+
+
+def test_noise_depends_on_seed_and_idx_only():
+    noise = example_noise(42, 7, 5, 4, 8)
+    assert torch.equal(noise[:3], example_noise(42, 7, 3, 4, 8))
+    assert not torch.equal(noise, example_noise(42, 8, 5, 4, 8))
+    assert not torch.equal(noise, example_noise(43, 7, 5, 4, 8))
+    assert abs(example_noise(0, 0, 50, 4, 64).std().item() - 1) < 0.02
+
+
+def questions(count):
+    sizes = [(112, 112), (56, 112), (84, 56), (112, 84), (56, 56), (140, 56)]
+    return [Question(i, f"Question {'?' * (3 * i)}", [noise_image(i, *sizes[i % 6])]) for i in range(count)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_answer_does_not_depend_on_its_neighbours(vlm, method):
+    config = Config(max_num_steps=4, lr=0.02, sigma=0.05, max_new_tokens=8)
+    asked = questions(6)
+    together = METHODS[method](vlm, asked, config)
+    backwards = METHODS[method](vlm, asked[::-1], config)[::-1]
+    alone = [METHODS[method](vlm, [q], config)[0] for q in asked]
+    for a, b, c in zip(together, backwards, alone, strict=True):
+        assert a.text == b.text == c.text and a.prompt == b.prompt == c.prompt
+        if a.reasoning:
+            assert a.reasoning.patches == b.reasoning.patches == c.reasoning.patches
+            for x, y in zip(a.reasoning.steps, c.reasoning.steps, strict=True):
+                assert x["reward"] == pytest.approx(y["reward"], abs=1e-5)
+                assert (x["is_new_best"], x["patch_count"], x["patch_budget"]) == (
+                    y["is_new_best"],
+                    y["patch_count"],
+                    y["patch_budget"],
+                )
+
+
+def test_nan_reward_costs_one_record(vlm):
+    """An image whose features are not finite makes one error; its neighbours are answered as if it were not there."""
+    config = Config(max_num_steps=3, max_new_tokens=6)
+    asked = questions(3)
+    fine = METHODS["dmlr"](vlm, asked, config)
+    encode = vlm.encode
+
+    def poisoned(system, task, images, count=0):
+        encoded = encode(system, task, images, count)
+        if images[0] is asked[1].images[0]:
+            encoded = dataclasses.replace(encoded, pixel_values=encoded.pixel_values * float("nan"))
+        return encoded
+
+    vlm.encode = poisoned
+    try:
+        answers = METHODS["dmlr"](vlm, asked, config)
+    finally:
+        del vlm.encode
+    assert answers[1].stop_reason == "error" and "not a finite number" in answers[1].error
+    assert [answers[i].text for i in (0, 2)] == [fine[i].text for i in (0, 2)]
+
+
+def test_self_score_is_used_and_leaves_the_prefix_alone(vlm):
+    """`disable_conf_reward`: the reward is a number that the model says, here made by a stub tokenizer reply."""
+    config = Config(disable_conf_reward=True, max_num_steps=2, max_new_tokens=6)
+    plain = METHODS["dmlr"](vlm, questions(2), config)
+    assert all(0 <= step["reward"] <= 1 for a in plain for step in a.reasoning.steps)
+    decode, replies = vlm.decode, iter([".1", "0.2", "0.5", "1", "0.9", "2.0", "0.3", "nothing", "0.7", "0.4"])
+
+    def scored(prefix, max_new_tokens, banned=()):
+        said = decode(prefix, max_new_tokens, banned)
+        return [dataclasses.replace(d, text=next(replies)) for d in said] if max_new_tokens == 8 else said
+
+    vlm.decode = scored
+    try:
+        first, second = METHODS["dmlr"](vlm, questions(2), config)
+    finally:
+        del vlm.decode
+    assert [first.reasoning.start_reward, second.reasoning.start_reward] == pytest.approx([0.1, 0.2])
+    assert [s["explored_reward"] for s in first.reasoning.steps] == pytest.approx([0.5, 0.3])
+    assert [s["reward"] for s in second.reasoning.steps] == pytest.approx([0.0, 0.4])  # "2.0" is out of range
+    assert first.reasoning.best_reward == pytest.approx(0.9)
+
+
+def test_visual_only_starts_from_the_image(vlm):
+    prefix, latents = one(vlm, Config(visual_only=True))
+    runs = prefix.images[0].view(4, 4, -1).mean(dim=1)  # sixteen image tokens, four think tokens
+    torch.testing.assert_close(latents[0], runs)

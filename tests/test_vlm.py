@@ -1,0 +1,160 @@
+"""Encoding, prefill, extension and decoding on tiny random models of the real architecture."""
+
+import pytest
+import torch
+from tiny import noise_image, tiny_vlm
+from transformers import AutoModelForImageTextToText
+
+from dmlr.config import Config
+from dmlr.injection import Patches, interleave
+from dmlr.prompts import Prompts
+from dmlr.vlm import VLM, ModelError, PromptError
+
+PROMPTS = Prompts()
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return tiny_vlm()
+
+
+@pytest.fixture(scope="module")
+def folder(vlm, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny-model")
+    vlm.model.save_pretrained(path)
+    vlm.processor.save_pretrained(path)
+    return path
+
+
+def generate(vlm, model, image, question, max_new_tokens):
+    """Plain transformers: chat template, processor, `generate`."""
+    encoded = vlm.encode(PROMPTS.system, PROMPTS.task(question), [image])
+    inputs = vlm.processor(text=[encoded.prompt], images=[image], return_tensors="pt", return_mm_token_type_ids=True)
+    out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return out[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_vanilla_equals_generate_token_by_token(vlm, folder):
+    """Fifty questions, images of several sizes, in batches of five, against `generate` one by one."""
+    plain = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager")
+    sizes = [(112, 112), (56, 112), (84, 56), (112, 84), (56, 56)]
+    lengths = set()
+    for start in range(0, 50, 5):
+        questions = ["What is it" + "?" * (7 * i % 23) + str(start + i) for i in range(5)]
+        images = [noise_image(start + i, *sizes[i]) for i in range(5)]
+        encoded = [vlm.encode(PROMPTS.system, PROMPTS.task(q), [im]) for q, im in zip(questions, images, strict=True)]
+        decoded = vlm.decode(vlm.prefill(encoded), 8)
+        for question, image, answer in zip(questions, images, decoded, strict=True):
+            ids = generate(vlm, plain, image, question, 8)
+            assert answer.text == vlm.tokenizer.decode(ids, skip_special_tokens=True)
+            assert answer.num_tokens == len(ids)
+            lengths.add(answer.text)
+    assert len(lengths) > 5, "a random model that always says the same proves little"
+
+
+def test_loaded_from_a_folder_says_the_same(vlm, folder):
+    loaded = VLM.load(Config(model_name_or_path=str(folder), device="cpu", max_pixels=None))
+    encoded = vlm.encode(PROMPTS.system, PROMPTS.task("How many?"), [noise_image(0)])
+    assert loaded.decode(loaded.prefill([encoded]), 8) == vlm.decode(vlm.prefill([encoded]), 8)
+    assert loaded.dtype == torch.float32
+
+
+def test_image_size_follows_min_and_max_pixels(vlm):
+    image = noise_image(0, 280, 280)  # 100 merged tokens
+    for low, high, count in [(None, 25, 25), (144, 160, 144), (None, None, 16)]:
+        resized = VLM(vlm.model, vlm.processor, low, high)
+        encoded = resized.encode("", "How many?", [image])
+        assert len(encoded.image_columns) == count
+        assert encoded.patch_grid[0] * encoded.patch_grid[1] == count
+
+
+def test_injected_vectors_are_the_pixels_under_the_patch(vlm):
+    """Changing the pixels under a chosen patch changes what is injected; permuting patches permutes it."""
+    image, changed = noise_image(0), noise_image(0)
+    changed.paste((255, 0, 0), (0, 0, 28, 28))  # merged token 0
+    before, after = (vlm.prefill([vlm.encode("", "?", [im], 2)]) for im in (image, changed))
+    latents = torch.zeros(1, 2, before.images.shape[2])
+    chosen = Patches(torch.tensor([[[0, 5], [7, 3]]]), torch.tensor([[2, 2]]))
+    first, _ = interleave(latents, before.images, chosen)
+    second, _ = interleave(latents, after.images, chosen)
+    assert not torch.allclose(first[0, 1], second[0, 1])
+    torch.testing.assert_close(first[0, 1], before.images[0, 0])  # slots: tau_1, 0, 5, tau_2, 7, 3
+    torch.testing.assert_close(first[0, 5], before.images[0, 3])
+    swapped, _ = interleave(latents, before.images, Patches(torch.tensor([[[5, 0], [3, 7]]]), torch.tensor([[2, 2]])))
+    torch.testing.assert_close(swapped[0, [0, 2, 1, 3, 5, 4]], first[0])
+
+
+def test_empty_slots_change_nothing(vlm):
+    """A row's logits and attention are the same with and without empty slots behind its patches."""
+    prefix = vlm.prefill([vlm.encode("", "?", [noise_image(1)], 2)])
+    latents = torch.randn(1, 2, prefix.images.shape[2], generator=torch.Generator().manual_seed(0))
+    tight = Patches(torch.tensor([[[4], [9]]]), torch.tensor([[1, 1]]))
+    loose = Patches(torch.tensor([[[4, 1, 2], [9, 5, 6]]]), torch.tensor([[1, 1]]))
+    results = []
+    for patches, read, rows in [(tight, [[0, 2]], slice(0, 4, 2)), (loose, [[0, 4]], slice(0, 8, 4))]:
+        embeds, filled = interleave(latents, prefix.images, patches)
+        results.append(vlm.extend(prefix, embeds, filled, torch.tensor(read), rows))
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-6, rtol=0)
+
+
+def test_extend_leaves_the_prefix_as_it_was(vlm):
+    prefix = vlm.prefill([vlm.encode("", "?", [noise_image(1)], 2)])
+    before = [layer.keys[:, :, : layer.length].clone() for layer in prefix.cache.layers]
+    embeds = torch.randn(1, 5, prefix.images.shape[2])
+    vlm.extend(prefix, embeds, torch.ones(1, 5, dtype=torch.bool), torch.tensor([[4]]))
+    assert prefix.cache.length == before[0].shape[2] == prefix.mask.shape[1]
+    for layer, keys in zip(prefix.cache.layers, before, strict=True):
+        assert torch.equal(layer.keys[:, :, : layer.length], keys)
+
+
+def test_banned_strings_are_never_said(vlm):
+    encoded = [vlm.encode("", "?", [noise_image(i)]) for i in range(3)]
+    free = vlm.decode(vlm.prefill(encoded), 6)
+    word = free[0].text[:1]
+    assert word and all(word not in d.text for d in vlm.decode(vlm.prefill(encoded), 6, (word,)))
+
+
+def test_text_without_image(vlm):
+    encoded = [vlm.encode("", "no image here", [], 2), vlm.encode("", "an image", [noise_image(0)], 2)]
+    prefix = vlm.prefill(encoded)
+    assert prefix.image_mask.sum(dim=1).tolist() == [0, 16]
+    alone = vlm.prefill(encoded[:1])
+    torch.testing.assert_close(prefix.logits[0], alone.logits[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("question", "image", "message"),
+    [
+        ("what is <|image_pad|> here", noise_image(0), "special token <|image_pad|>"),
+        ("<|im_end|>", noise_image(0), "special token <|im_end|>"),
+        ("?" * 2000, noise_image(0), "context is 1024"),
+        ("long image", noise_image(0).resize((8000, 10)), "8000 x 10 pixels cannot be resized .* aspect ratio"),
+        ("too long for 16 tokens", noise_image(0).resize((3000, 40)), "3000 x 40 pixels cannot be resized"),
+    ],
+)
+def test_bad_prompts_say_what_is_wrong(vlm, question, image, message):
+    with pytest.raises(PromptError, match=message.replace("|", r"\|")):
+        vlm.encode("", question, [image])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 300), (300, 40)])
+def test_odd_image_sizes_are_answered(vlm, size):
+    encoded = vlm.encode("", "?", [noise_image(0).resize(size)], 1)
+    assert len(encoded.image_columns) >= 4
+    assert vlm.prefill([encoded]).logits.isfinite().all()
+
+
+def test_decoding_stops_at_the_end_of_the_context(vlm):
+    encoded = vlm.encode("", "?" * 1, [noise_image(0)])
+    short = tiny_vlm(context=len(encoded.input_ids) + 3)
+    (answer,) = short.decode(short.prefill([encoded]), 50)
+    assert (answer.stop_reason, answer.num_tokens) == ("length", 3)
+
+
+def test_missing_model_says_so(tmp_path):
+    with pytest.raises(ModelError, match="nobody/nothing"):
+        VLM.load(Config(model_name_or_path="nobody/nothing"))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="folder"):
+        VLM.load(Config(model_name_or_path=str(tmp_path)))
