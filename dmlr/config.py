@@ -131,12 +131,14 @@ def locate(path: str) -> Path | str:
     return path if Path(path).exists() or not beside.exists() else beside
 
 
-def check_names(names: typing.Iterable[str], known: typing.Iterable[str] | None = None) -> None:
-    """ConfigError for the first name that is no parameter, with the nearest that is."""
+def check_names(
+    names: typing.Iterable[str], known: typing.Iterable[str] | None = None, what: str = "parameter"
+) -> None:
+    """ConfigError for the first name that is not known (none: no field of Config), with the nearest that is."""
     known = list(known) if known is not None else [f.name for f in dataclasses.fields(Config)]
     for name in names:
         if name not in known:
-            raise ConfigError(f"unknown parameter {name!r}{_nearest(name, known)}")
+            raise ConfigError(f"unknown {what} {name!r}{_nearest(name, known)}")
 
 
 def _nearest(name: str, known: typing.Iterable[str]) -> str:

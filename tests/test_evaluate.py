@@ -1,0 +1,217 @@
+"""A whole run on a tiny model: bad input costs one record, interrupted runs resume, verdicts can be made again."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from tiny import noise_image, tiny_vlm
+
+from dmlr import evaluate
+from dmlr.config import Config, ConfigError
+from dmlr.data import DatasetError
+from dmlr.results import ResultsError, read_log
+
+FAST = {"max_num_steps": 2, "max_new_tokens": 4, "batch_size": 4, "verbose": 0, "end_data_idx": None}
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return tiny_vlm()
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Six good rows."""
+    rows = []
+    for i in range(6):
+        noise_image(i).save(tmp_path / f"image {i}.png")
+        rows.append({"prompt": f"How many? {i}", "solution": "\\boxed{3}", "image_path": f"image {i}.png", "idx": i})
+    return write(tmp_path, rows)
+
+
+def write(folder, rows):
+    path = folder / "data.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def run(vlm, dataset, folder, **more):
+    config = Config(**{**FAST, "dataset": str(dataset), "output_dir": str(folder), "methods": "vanilla,dmlr", **more})
+    return {method: result for (_, method), result in evaluate.run(config, vlm).items()}
+
+
+def comparable(results):
+    """Everything but times."""
+    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in results["entries"]]
+
+
+def test_results_and_files(vlm, dataset, tmp_path):
+    results = run(vlm, dataset, tmp_path / "out")
+    for method, content in results.items():
+        folder = tmp_path / "out" / "data" / method
+        assert json.loads((folder / "results.json").read_text()) == content
+        assert len(read_log(folder)) == 6
+        assert content["total"] == 6 and content["correct"] <= 6
+        assert {"model", "dataset", "accuracy", "correct", "total", "config", "args", "entries"} <= content.keys()
+        for i, entry in enumerate(content["entries"]):
+            assert entry["data_idx"] == i and entry["stop_reason"] in ("eos_token", "length")
+            assert "<|im_start|>assistant" in entry["prompt"] and "<|image_pad|>" in entry["prompt"]
+            assert entry["is_correct"] in (True, False) and entry["seconds"]["prefill"] > 0
+    assert results["dmlr"]["entries"][0]["best_reward"] >= results["dmlr"]["entries"][0]["initial_reward"]
+    assert results["vanilla"]["entries"][0]["best_reward"] is None
+    lines = (tmp_path / "out/data/dmlr/rewards/00003.csv").read_text().splitlines()
+    assert lines[0].startswith("step,reward,sigma,is_new_best,patch_count,patch_budget") and len(lines) == 3
+
+
+def test_batch_size_and_range_change_no_record(vlm, dataset, tmp_path):
+    whole = run(vlm, dataset, tmp_path / "a")
+    single = run(vlm, dataset, tmp_path / "b", batch_size=1)
+    part = run(vlm, dataset, tmp_path / "c", start_data_idx=2, end_data_idx=5)
+    for method in whole:
+        for one, two in zip(comparable(whole[method]), comparable(single[method]), strict=True):
+            for key in one:
+                if key in ("best_reward", "initial_reward", "rewards"):
+                    assert one[key] == (None if two[key] is None else pytest.approx(two[key], abs=1e-5))
+                else:
+                    assert one[key] == two[key], key
+        texts = [entry["model_output"] for entry in whole[method]["entries"]]
+        assert [entry["model_output"] for entry in part[method]["entries"]] == texts[2:5]
+
+
+def test_bad_rows_cost_one_record_each(vlm, tmp_path):
+    good = noise_image(0)
+    good.save(tmp_path / "good.png")
+    (tmp_path / "truncated.png").write_bytes((tmp_path / "good.png").read_bytes()[:200])
+    (tmp_path / "text.png").write_text("this is no image")
+    (tmp_path / "empty.png").write_bytes(b"")
+    good.resize((8000, 10)).save(tmp_path / "long.png")
+    good.resize((1, 1)).save(tmp_path / "dot.png")
+    good.convert("RGBA").save(tmp_path / "alpha.png")
+    good.convert("P").save(tmp_path / "palette.png")
+    Image.new("I;16", (112, 112), 40000).save(tmp_path / "deep.png")
+    row = {"prompt": "How many?", "solution": "3"}
+    rows = [
+        {**row, "image_path": "good.png", "idx": 0},
+        {**row, "image_path": "missing.png", "idx": 1},
+        {**row, "image_path": "truncated.png", "idx": 2},
+        {**row, "image_path": "text.png", "idx": 3},
+        {**row, "image_path": "empty.png", "idx": 4},
+        {"prompt": "  ", "solution": "3", "image_path": "good.png", "idx": 5},
+        {"prompt": "How many?", "image_path": "good.png", "idx": 6},
+        {**row, "image_path": "good.png"},
+        {**row, "image_path": "good.png", "idx": 0},
+        {**row, "image_path": "long.png", "idx": 9},
+        {**row, "image_path": "dot.png", "idx": 10},
+        {**row, "image_path": "alpha.png", "idx": 11},
+        {**row, "image_path": "palette.png", "idx": 12},
+        {**row, "image_path": "deep.png", "idx": 13},
+        {"prompt": "long " * 2000, "solution": "3", "image_path": "good.png", "idx": 14},
+        {"prompt": "<|image_pad|> How many?", "solution": "3", "image_path": "good.png", "idx": 15},
+        "no object",
+    ]
+    errors = {
+        1: "missing.png",
+        2: "truncated.png",
+        3: "text.png",
+        4: "empty.png",
+        5: "prompt is empty",
+        8: "idx 0 is already taken by row 0",
+        9: "long.png",
+        14: "context is 1024",
+        15: "special token",
+        16: "expected an object",
+    }
+    for method, content in run(vlm, write(tmp_path, rows), tmp_path / "out").items():
+        entries = {entry["row"]: entry for entry in content["entries"]}
+        assert sorted(entries) == list(range(len(rows))), method
+        for number, entry in entries.items():
+            if number in errors:
+                assert entry["stop_reason"] == "error" and errors[number] in entry["error"], entry["error"]
+                assert entry["is_correct"] is None
+            elif number == 6:
+                assert entry["stop_reason"] == "skipped_no_ground_truth"
+            else:
+                assert entry["stop_reason"] in ("eos_token", "length"), entry["error"]
+        assert entries[7]["data_idx"] == 7
+        assert content["errors"] == len(errors) and content["skipped"] == 1
+        assert content["total"] == len(rows) - len(errors) - 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"prompt": 1}', "list"), ("[1, 2", "not valid JSON"), ("", "not valid JSON"), ("[]", "empty")],
+)
+def test_unusable_dataset_is_one_message(vlm, tmp_path, content, message):
+    (tmp_path / "data.json").write_text(content)
+    with pytest.raises(DatasetError, match=message):
+        run(vlm, tmp_path / "data.json", tmp_path / "out")
+    with pytest.raises(DatasetError, match=r"nowhere\.json"):
+        run(vlm, tmp_path / "nowhere.json", tmp_path / "out")
+
+
+def test_unknown_method_names_the_nearest(vlm, dataset, tmp_path):
+    with pytest.raises(ConfigError, match="unknown method 'vanila' .*'vanilla'"):
+        run(vlm, dataset, tmp_path / "out", methods="vanila")
+
+
+def test_out_of_memory_halves_the_batch_and_gives_the_same_records(vlm, dataset, tmp_path):
+    fine = run(vlm, dataset, tmp_path / "a")
+    prefill = vlm.prefill
+
+    def small(batch):
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return prefill(batch)
+
+    vlm.prefill = small
+    try:
+        halved = run(vlm, dataset, tmp_path / "b")
+    finally:
+        del vlm.prefill
+    for method in fine:
+        assert [e["model_output"] for e in halved[method]["entries"]] == [
+            e["model_output"] for e in fine[method]["entries"]
+        ]
+        assert halved[method]["errors"] == 0
+
+
+def test_interrupted_run_resumes_without_loss_or_repetition(vlm, dataset, tmp_path):
+    fine = run(vlm, dataset, tmp_path / "a", batch_size=2)
+    prefill, calls = vlm.prefill, []
+
+    def dies(batch):
+        calls.append(len(batch))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return prefill(batch)
+
+    vlm.prefill = dies
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(vlm, dataset, tmp_path / "b", batch_size=2)
+        assert len(read_log(tmp_path / "b/data/vanilla")) == 4
+        calls.clear()
+        calls.extend([0, 0, 0])
+        resumed = run(vlm, dataset, tmp_path / "b", batch_size=2, resume=True)
+    finally:
+        del vlm.prefill
+    assert sum(calls) == 2 + 6  # the last vanilla batch, and all of dmlr
+    for method in fine:
+        assert comparable(resumed[method]) == comparable(fine[method])
+    with pytest.raises(ResultsError, match="max_new_tokens was 4 and is now 5"):
+        run(vlm, dataset, tmp_path / "b", resume=True, max_new_tokens=5)
+
+
+def test_verify_only_judges_again_without_a_model(vlm, dataset, tmp_path):
+    first = run(vlm, dataset, tmp_path / "out")
+    rows = json.loads(dataset.read_text())
+    rows[2]["solution"] = first["dmlr"]["entries"][2]["model_output"] or "?"
+    dataset.write_text(json.dumps(rows))
+    config = Config(
+        **{**FAST, "dataset": str(dataset), "output_dir": str(tmp_path / "out"), "methods": "dmlr", "verify_only": True}
+    )
+    ((_, again),) = evaluate.run(config).items()
+    assert again["entries"][2]["is_correct"] is True
+    assert [e["model_output"] for e in again["entries"]] == [e["model_output"] for e in first["dmlr"]["entries"]]
+    assert again["environment"] == first["dmlr"]["environment"] and again["total"] == 6
