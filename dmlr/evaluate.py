@@ -122,9 +122,7 @@ def verify(job: Job, config: Config, bar: tqdm) -> dict[str, Any]:
         return save_results(job, log, Config.make(None, **saved["config"]), before["environment"])
 
 
-def answer_all(
-    vlm: VLM, method: str, examples: Sequence[Example], config: Config
-) -> Iterator[tuple[Example, Answer]]:
+def answer_all(vlm: VLM, method: str, examples: Sequence[Example], config: Config) -> Iterator[tuple[Example, Answer]]:
     """Answers in batches, in order. Examples without ground truth are skipped, unreadable images are errors."""
     for start in range(0, len(examples), config.batch_size):
         batch, answers = examples[start : start + config.batch_size], {}
@@ -198,7 +196,13 @@ def record_of(example: Example, answer: Answer) -> dict[str, Any]:
 def verdict_of(example: Example, text: str, stop_reason: str) -> dict[str, Any]:
     """The judge's part of a record; the same judge for every method. None where nothing was to be judged."""
     if stop_reason in ("error", "skipped_no_ground_truth"):
-        return {"answer": None, "ground_truth_text": example.solution, "is_correct": None, "verdict": None, "rule": None}
+        return {
+            "answer": None,
+            "ground_truth_text": example.solution,
+            "is_correct": None,
+            "verdict": None,
+            "rule": None,
+        }
     meta = {key: example.meta[key] for key in ("choices", "kind", "precision") if key in example.meta}
     verdict = judge(text, example.solution, question=example.question, **meta)
     return {
@@ -264,4 +268,3 @@ def environment() -> dict[str, str]:
 
 def _in_range(row: int, config: Config) -> bool:
     return row >= config.start_data_idx and (config.end_data_idx is None or row < config.end_data_idx)
-

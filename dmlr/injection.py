@@ -24,7 +24,9 @@ class Patches:
     @classmethod
     def none(cls, batch: int, num_thought_tokens: int, device: torch.device) -> Patches:
         shape = (batch, num_thought_tokens)
-        return cls(torch.zeros(*shape, 0, dtype=torch.long, device=device), torch.zeros(shape, dtype=torch.long, device=device))
+        return cls(
+            torch.zeros(*shape, 0, dtype=torch.long, device=device), torch.zeros(shape, dtype=torch.long, device=device)
+        )
 
     def where(self, condition: torch.Tensor, other: Patches) -> Patches:
         """Rows of self where `condition` [B] holds, of `other` elsewhere."""
@@ -62,7 +64,12 @@ def patch_caps(
 
 
 def choose_patches(
-    attention: torch.Tensor, image_mask: torch.Tensor, kept: Patches, budget: torch.Tensor, caps: torch.Tensor, width: int
+    attention: torch.Tensor,
+    image_mask: torch.Tensor,
+    kept: Patches,
+    budget: torch.Tensor,
+    caps: torch.Tensor,
+    width: int,
 ) -> Patches:
     """Z_cand of Algorithm 1: the kept patches first, then the most attended ones, up to the budget.
 

@@ -84,7 +84,7 @@ class KVCache(Cache):
             layer.length += count
 
     def branch(self) -> KVCache:
-        """A cache that continues from here on its own. It shares the storage, so use it up before the original goes on."""
+        """A cache that continues from here. It shares the storage: be done with it before the original goes on."""
         twin = KVCache()
         twin.layers = [copy.copy(layer) for layer in self.layers]
         return twin
@@ -112,7 +112,9 @@ class AttentionProbe:
         return self.total / self.layers
 
 
-def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, probe: AttentionProbe | None = None, **kw):
+def attend(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, probe: AttentionProbe | None = None, **kw
+):
     """Attention function of the language model, in transformers' interface.
 
     query: [B, H, S, d]; key, value: [B, H_kv, T, d]; attention_mask: bool [B, 1, S, T], True where a row may look.

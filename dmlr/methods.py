@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 
 from dmlr.config import Config
+from dmlr.encode import Encoded
 from dmlr.injection import interleave
 from dmlr.optimize import Trace, example_noise, optimize, with_tokens
 from dmlr.prompts import Prompts, load_prompts
-from dmlr.vlm import VLM, Decoded, Encoded, Prefix
+from dmlr.vlm import VLM, Decoded, Prefix
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,7 @@ class Clock:
 def vanilla(vlm: VLM, questions: Sequence[Question], config: Config) -> list[Answer]:
     """The model's own prompt, greedy: the baseline."""
     prompts, clock = load_prompts(config.prompts_file or None), Clock(vlm.device)
-    encoded = [
-        vlm.encode(prompts.system, prompts.task(q.text, config.solver_prompt_idx), q.images) for q in questions
-    ]
+    encoded = [vlm.encode(prompts.system, prompts.task(q.text, config.solver_prompt_idx), q.images) for q in questions]
     prefix = vlm.prefill(encoded)
     clock.lap("prefill")
     decoded = decode(vlm, prefix, config)
@@ -156,7 +155,10 @@ def latent_answers(
     answers = []
     for row, (d, e) in enumerate(zip(decoded, encoded, strict=True)):
         reasoning = _reasoning(host, row, e, rms)
-        bad = next((s["step"] for s in reasoning.steps if not torch.tensor(s["reward"] + s["explored_reward"]).isfinite()), None)
+        bad = next(
+            (s["step"] for s in reasoning.steps if not torch.tensor(s["reward"] + s["explored_reward"]).isfinite()),
+            None,
+        )
         if bad is None and not torch.tensor(reasoning.start_reward).isfinite():
             bad = 0
         if bad is not None:

@@ -189,7 +189,10 @@ def score(
         think_rows = slice(0, latents.shape[1] * size, size)
         if config.reward_position == "think_next":
             after = vlm.embed(prefix.suffix_ids[:1]).to(embeds.dtype).expand(embeds.shape[0], 1, -1)
-            embeds, filled = torch.cat([embeds, after], dim=1), torch.cat([filled, filled.new_ones(len(filled), 1)], dim=1)
+            embeds, filled = (
+                torch.cat([embeds, after], dim=1),
+                torch.cat([filled, filled.new_ones(len(filled), 1)], dim=1),
+            )
         read = reward_slots(patches, config.reward_position)
         rows = think_rows if with_attention else None
         logits, attention = vlm.extend(prefix, embeds, filled, read, rows)

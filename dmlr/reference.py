@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 
 from dmlr.config import Config
-from dmlr.vlm import VLM, Encoded
+from dmlr.encode import Encoded
+from dmlr.vlm import VLM
 
 
 @dataclass
@@ -101,10 +102,8 @@ class Reference:
         for at in reads:
             log_probs, _ = torch.sort(torch.log_softmax(logits[at], dim=-1), descending=True)
             top = log_probs[: self.config.top_k]
-            if self.config.reward == "entropy":
-                total = total + (1 + (top.exp() * top).sum())  # 1 - H_k
-            else:
-                total = total - top.mean()
+            entropy = -(top.exp() * top).sum()  # H_k
+            total = total + (1 - entropy if self.config.reward == "entropy" else -top.mean())
         return total / len(reads), attention[starts].tolist()
 
     def retrieve(self, attention: list[list[float]], kept: list[list[int]], budget: int) -> list[list[int]]:
@@ -210,6 +209,6 @@ def eager(vlm: VLM) -> VLM:
 
     twin = copy.copy(vlm)
     twin.model = copy.deepcopy(vlm.model)
-    twin.core = twin.model.model
+    twin.core = twin.model.model  # `encode` may stay that of the original: it reads no weights
     twin.model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
     return twin

@@ -1,7 +1,8 @@
-"""The model: load, encode, prefill, extend, decode.
+"""The model: load, prefill, extend, decode.
 
-The only file (with kv_cache) that knows transformers. It knows nothing about rewards, which patches are chosen, or
-what the extra embeddings mean: it runs embeddings over a cached prefix and returns logits and attention.
+The only file that knows transformers' models (encode.py knows its processors, kv_cache.py its caches). It knows
+nothing about rewards, which patches are chosen, or what the extra embeddings mean: it runs embeddings over a cached
+prefix and returns logits and attention.
 """
 
 from __future__ import annotations
@@ -13,34 +14,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from qwen_vl_utils import process_vision_info
 from transformers import AutoModelForImageTextToText, AutoProcessor, NoBadWordsLogitsProcessor
 
 from dmlr.config import Config, locate
+from dmlr.encode import Encoded, Encoder
 from dmlr.kv_cache import ATTENTION, AttentionProbe, KVCache, at_least_float32
 
 
 class ModelError(ValueError):
     """The checkpoint cannot be loaded, or its architecture lacks something the method needs."""
-
-
-class PromptError(ValueError):
-    """One example cannot be given to the model; the message says why."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One example as the model reads it, on the CPU. P prefix tokens, N of them image tokens."""
-
-    prompt: str  # the exact text given to the tokenizer, chat template applied
-    input_ids: torch.Tensor  # [P], everything before the first think token
-    positions: torch.Tensor  # [3, P], M-RoPE
-    suffix_ids: torch.Tensor  # [S], what follows the think tokens (empty without any)
-    image_columns: torch.Tensor  # [N], where the image tokens are in input_ids
-    pixel_values: torch.Tensor | None
-    grid_thw: torch.Tensor | None  # [images, 3], in unmerged patches
-    patch_grid: tuple[int, int]  # (height, width) of the first image in merged tokens; (0, 0) without image
 
 
 @dataclass
@@ -81,11 +63,10 @@ class VLM:
         if missing:
             raise ModelError(f"{type(model).__name__} has no {', '.join(missing)}: this architecture is not supported")
         if "sliding_attention" in (self.text_config.layer_types or ()):
-            raise ModelError("sliding-window layers are not supported: the prefix must stay visible to every think token")
-        merged = (processor.image_processor.patch_size * processor.image_processor.merge_size) ** 2
-        size = processor.image_processor.size
-        self.min_pixels = min_pixels * merged if min_pixels else size["shortest_edge"]
-        self.max_pixels = max_pixels * merged if max_pixels else size["longest_edge"]
+            raise ModelError(
+                "sliding-window layers are not supported: the prefix must stay visible to every think token"
+            )
+        self.encode = Encoder(self, min_pixels, max_pixels)
 
     @classmethod
     def load(cls, config: Config) -> VLM:
@@ -153,54 +134,6 @@ class VLM:
     def embedding_rms(self) -> float:
         """Root mean square per dimension of the think tokens' start: what sigma is relative to."""
         return float(self.embed(torch.tensor(self.think_id)).float().pow(2).mean().sqrt())
-
-    # encode
-
-    def encode(self, system: str, task: str, images: list[Image.Image], num_thought_tokens: int = 0) -> Encoded:
-        """One example's prompt. The think tokens end the user turn; what follows them is the suffix.
-
-        Raises PromptError for a question that holds the model's special tokens, an image that cannot be resized, or
-        a prompt longer than the model's context.
-        """
-        if found := [token for token in self.tokenizer.all_special_tokens if token in task]:
-            raise PromptError(f"the question contains the model's special token {found[0]}")
-        think = self.tokenizer.convert_ids_to_tokens(self.think_id)
-        limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
-        content = [{"type": "image", "image": image, **limits} for image in images]
-        content.append({"type": "text", "text": task + think * num_thought_tokens})
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
-        prompt = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        try:
-            resized = process_vision_info(messages, image_patch_size=self.processor.image_processor.patch_size)[0]
-        except ValueError as error:
-            sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
-            raise PromptError(f"an image of {sizes} pixels cannot be resized for the model: {error}") from error
-        inputs = self.processor(
-            text=[prompt], images=resized, do_resize=False, return_tensors="pt", return_mm_token_type_ids=True
-        )
-        ids, types = inputs["input_ids"][0], inputs["mm_token_type_ids"][0]
-        if len(ids) >= self.context_length:
-            raise PromptError(f"the prompt has {len(ids)} tokens; the model's context is {self.context_length}")
-        start, end = len(ids), len(ids)
-        if num_thought_tokens:
-            where = (ids == self.think_id).nonzero()[-num_thought_tokens:, 0]
-            start, end = int(where[0]), int(where[-1]) + 1
-            assert end - start == num_thought_tokens, "think tokens must be consecutive"
-        grid = inputs.get("image_grid_thw")
-        positions, _ = self.core.get_rope_index(
-            ids[None, :start], image_grid_thw=grid, video_grid_thw=None, mm_token_type_ids=types[None, :start]
-        )
-        merge = self.processor.image_processor.merge_size
-        return Encoded(
-            prompt=prompt,
-            input_ids=ids[:start],
-            positions=positions[:, 0],
-            suffix_ids=ids[end:],
-            image_columns=(ids[:start] == self.model.config.image_token_id).nonzero()[:, 0],
-            pixel_values=inputs.get("pixel_values"),
-            grid_thw=grid,
-            patch_grid=(int(grid[0, 1]) // merge, int(grid[0, 2]) // merge) if grid is not None else (0, 0),
-        )
 
     # prefill, extend, decode
 
@@ -335,7 +268,9 @@ class VLM:
 
     def _ban(self, banned: tuple[str, ...]) -> NoBadWordsLogitsProcessor | None:
         """Forbids the strings at the start of a text and within it (tokenizers differ on the leading space)."""
-        spelled = [self.tokenizer.encode(lead + word, add_special_tokens=False) for word in banned for lead in ("", " ")]
+        spelled = [
+            self.tokenizer.encode(lead + word, add_special_tokens=False) for word in banned for lead in ("", " ")
+        ]
         return NoBadWordsLogitsProcessor(spelled, eos_token_id=self.eos_ids) if spelled else None
 
     def _decoded(self, ids: list[int]) -> Decoded:

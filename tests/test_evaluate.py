@@ -151,7 +151,7 @@ def test_unusable_dataset_is_one_message(vlm, tmp_path, content, message):
 
 
 def test_unknown_method_names_the_nearest(vlm, dataset, tmp_path):
-    with pytest.raises(ConfigError, match="unknown method 'vanila' .*'vanilla'"):
+    with pytest.raises(ConfigError, match=r"unknown method 'vanila' .*'vanilla'"):
         run(vlm, dataset, tmp_path / "out", methods="vanila")
 
 

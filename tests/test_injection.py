@@ -43,7 +43,9 @@ def test_rows_are_independent():
     for row in range(3):
         one = Patches.none(1, 2, attention.device)
         part = slice(row, row + 1)
-        assert choose_patches(attention[part], mask[part], one, budget[part], caps[part], 3).tolist()[0] == together[row]
+        assert (
+            choose_patches(attention[part], mask[part], one, budget[part], caps[part], 3).tolist()[0] == together[row]
+        )
 
 
 def test_interleaving_order_and_reward_slots():

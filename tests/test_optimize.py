@@ -126,7 +126,7 @@ def test_nan_reward_costs_one_record(vlm):
     try:
         answers = METHODS["dmlr"](vlm, asked, config)
     finally:
-        del vlm.encode
+        vlm.encode = encode
     assert answers[1].stop_reason == "error" and "not a finite number" in answers[1].error
     assert [answers[i].text for i in (0, 2)] == [fine[i].text for i in (0, 2)]
 

@@ -6,9 +6,10 @@ from tiny import noise_image, tiny_vlm
 from transformers import AutoModelForImageTextToText
 
 from dmlr.config import Config
+from dmlr.encode import PromptError
 from dmlr.injection import Patches, interleave
 from dmlr.prompts import Prompts
-from dmlr.vlm import VLM, ModelError, PromptError
+from dmlr.vlm import VLM, ModelError
 
 PROMPTS = Prompts()
 
