@@ -1,0 +1,109 @@
+"""The embedded benchmark: true answers, disjoint splits, and files that the code makes again."""
+
+import json
+import random
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dmlr.config import locate
+from dmlr.data import check_dataset, load_dataset
+from dmlr.judge import judge
+from dmlr.shapes import CELL, GRID, SIDE, random_scene, render
+from dmlr.shapes_packing import ask
+from dmlr.shapes_questions import SUITES, chance_level, make_suite, write_suites
+
+FOLDER = Path(locate("data/shapes"))
+
+
+def records(suite):
+    return json.loads((FOLDER / f"{suite}.json").read_text())
+
+
+def test_committed_suites_are_what_the_code_makes(tmp_path):
+    sizes = write_suites(tmp_path)
+    assert all(size >= 300 for size in sizes.values())
+    for suite in SUITES:
+        assert json.loads((tmp_path / f"{suite}.json").read_text()) == records(suite)
+    for path in sorted((tmp_path / "images").glob("*.png")):
+        made, kept = (np.asarray(Image.open(p)) for p in (path, FOLDER / "images" / path.name))
+        assert np.array_equal(made, kept)
+
+
+def test_train_and_test_scenes_are_disjoint():
+    """By the hash of the content: a drawn scene belongs to one split only, and the suites use the test split."""
+    rng = random.Random(0)
+    train = {random_scene(rng, "train").key() for _ in range(2000)}
+    test = {scene.key() for suite in SUITES for scene in make_suite(suite)[1].values()}
+    assert len(train) > 1900 and not train & test
+    assert all(scene.split() == "test" for suite in SUITES for scene in make_suite(suite)[1].values())
+    with pytest.raises(ValueError, match="'train' or 'test'"):
+        random_scene(rng, "validation")
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_suites_are_balanced_clean_and_judgeable(suite):
+    rows = records(suite)
+    assert not [p for p in check_dataset(FOLDER / f"{suite}.json") if p.fatal]
+    assert chance_level(rows) < {"mathematics": 0.3, "visual": 0.5, "composition": 0.26}[suite]
+    examples, _ = load_dataset(FOLDER / f"{suite}.json")
+    for example in examples:
+        assert judge(example.solution, example.solution, question=example.question).status == "correct"
+
+
+def test_pairs_have_different_answers():
+    pairs = defaultdict(list)
+    for row in records("visual"):
+        if "pair_id" in row:
+            pairs[row["pair_id"]].append(row)
+    assert len(pairs) >= 100
+    for pair in pairs.values():
+        assert len({row["solution"] for row in pair}) == 2 and len({row["image_path"] for row in pair}) == 1
+
+
+def test_answers_are_true_of_the_scene():
+    """Counts and neighbours worked out again from the symbolic scene, without the code that made the question."""
+    _, scenes = make_suite("mathematics")
+    for row in records("mathematics"):
+        things, prompt = scenes[row["image_path"]].things, row["prompt"]
+        if row["category"] == "count":
+            words = prompt.removeprefix("How many ").removesuffix(" are there?").split()
+            names = [f"{t.colour} {t.shape} {t.shape}s {t.shape}es shapes".split() for t in things]
+            assert row["solution"] == f"\\boxed{{{sum(all(w in n for w in words) for n in names)}}}"
+            assert len(row["boxes"]) == int(row["solution"][7:-1])
+    _, scenes = make_suite("composition")
+    steps = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
+    for row in records("composition"):
+        cells = {(t.row, t.col): t for t in scenes[row["image_path"]].things}
+        ax, ay = row["boxes"][0][0] // CELL, row["boxes"][0][1] // CELL
+        word = next(w for w in steps if w in row["prompt"].split("\n")[0])
+        target = cells[ay + steps[word][0], ax + steps[word][1]]
+        text = row["solution"].split(". ")[1]
+        assert text == (target.colour if row["category"].startswith("colour") else target.shape)
+
+
+def test_an_object_is_drawn_inside_its_box():
+    rng = random.Random(1)
+    for _ in range(20):
+        scene = random_scene(rng, "train")
+        image = render(scene).astype(int)
+        assert image.shape == (SIDE, SIDE, 3)
+        for thing in scene.things:
+            x0, y0, x1, y1 = thing.box
+            assert 0 <= x0 < x1 <= SIDE and thing.cell == (y0 + y1) // 2 // CELL * GRID + (x0 + x1) // 2 // CELL
+            colourful = np.ptp(image, axis=2) > 60
+            assert colourful[y0:y1, x0:x1].any()
+            cell = colourful[thing.row * CELL : (thing.row + 1) * CELL, thing.col * CELL : (thing.col + 1) * CELL].copy()
+            top, left = thing.row * CELL, thing.col * CELL
+            cell[y0 - top : y1 - top + 1, x0 - left : x1 - left + 1] = False
+            assert not cell.any()
+
+
+def test_training_questions_cover_every_kind():
+    rng = random.Random(2)
+    seen = Counter(q.category for _ in range(200) for q in ask(random_scene(rng, "train"), rng, 8))
+    wanted = {row["category"] for suite in SUITES for row in records(suite)} | {"cell", "caption"}
+    assert set(seen) == wanted and min(seen.values()) > 20

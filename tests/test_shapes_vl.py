@@ -1,0 +1,133 @@
+"""How the embedded model is made: its processor is Qwen's, and packed training is what happens at test time."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+from dmlr.config import Config
+from dmlr.injection import Patches
+from dmlr.methods import append_latents
+from dmlr.prompts import Prompts
+from dmlr.shapes import random_scene, render
+from dmlr.shapes_packing import NO_LABEL, ask, batches, collate, interleaved, pack, pixel_rows
+from dmlr.shapes_training import Learner, Recipe, train
+from dmlr.shapes_vl import IM_END, build_model, build_processor, build_tokenizer, save_checkpoint, wordings
+from dmlr.vlm import VLM
+
+PROMPTS = Prompts()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    texts = [p.system + p.latent_task("How many red stars are there?", n) for p in wordings(PROMPTS) for n in range(9)]
+    return build_processor(build_tokenizer(texts, 600))
+
+
+def test_any_text_comes_back(processor):
+    for text in ["How many?", "Grüße, 你好 \\boxed{7}\n\tx", "<think>a</think><answer>\\boxed{B}</answer>"]:
+        ids = processor.tokenizer.encode(text)
+        assert processor.tokenizer.decode(ids) == text
+
+
+def test_pixels_are_those_of_the_processor(processor):
+    image = render(random_scene(random.Random(0), "train"))
+    expected = processor.image_processor(images=[Image.fromarray(image)], return_tensors="pt")["pixel_values"].numpy()
+    np.testing.assert_allclose(pixel_rows(image), expected, atol=2e-3)
+
+
+def test_packed_branches_equal_separate_conversations(processor, monkeypatch):
+    """Loss positions of a packed scene have the logits that the core computes for each conversation alone."""
+    model = build_model(len(processor.tokenizer), seed=3, hidden=64, layers=2, vision_hidden=64, vision_blocks=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    learner = Learner.__new__(Learner)
+    learner.model, learner.device, learner.recipe = model.eval(), torch.device("cpu"), Recipe(questions=6)
+    packed = pack(random.Random(8), [PROMPTS], processor.tokenizer, 6)
+    batch = collate([packed], len(packed.ids) + 7)
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(batch.ids)
+        features = learner.features(batch)
+        image = (batch.ids == model.config.image_token_id) & (batch.patch < 0)
+        embeds[image] = features.flatten(0, 1)
+        rows, slots = (batch.patch >= 0).nonzero(as_tuple=True)
+        embeds[rows, slots] = features[rows, batch.patch[rows, slots]]
+        hidden = model.model.language_model(
+            inputs_embeds=embeds,
+            position_ids=batch.positions,
+            attention_mask={"full_attention": batch.mask()},
+            use_cache=False,
+        ).last_hidden_state
+        logits = model.lm_head(hidden)[0]
+
+    # The same scene and questions, drawn again in the same order, one by one through the core.
+    rng = random.Random(8)
+    scene = random_scene(rng, "train")
+    asked = ask(scene, rng, 6)
+    if rng.random() >= 0.5:
+        rng.choice([PROMPTS])
+    solver = rng.choices((0, 1, 2), (0.8, 0.12, 0.08))[0]
+    groups = [interleaved(rng, scene, question) for question in asked]
+    assert any(groups) and not all(groups), "this seed must have branches with and without think tokens"
+    from dmlr.kv_cache import ATTENTION
+
+    model.set_attn_implementation({"text_config": ATTENTION, "vision_config": "sdpa"})
+    vlm = VLM(model, processor)
+    picture = Image.fromarray(packed.image)
+    for number, (question, think) in enumerate(zip(asked, groups, strict=True), 1):
+        task = PROMPTS.latent_task(question.prompt, len(think), solver) if think else PROMPTS.task(question.prompt, solver)
+        prefix = vlm.prefill([vlm.encode(PROMPTS.system, task, [picture], len(think))])
+        if think:
+            width = max(len(group) for group in think)
+            index = torch.tensor([[group + [0] * (width - len(group)) for group in think]])
+            patches = Patches(index.view(1, len(think), width), torch.tensor([[len(group) for group in think]]))
+            latents = vlm.embed(torch.full((1, len(think)), vlm.think_id))
+            append_latents(vlm, prefix, latents, patches)
+        where = [j for j, b in enumerate(packed.branch) if b == number and packed.labels[j] != NO_LABEL]
+        answer = [packed.labels[j] for j in where]
+        assert processor.tokenizer.decode(answer[:-1]) == question.response and answer[-1] == IM_END
+        for j, token in zip(where, answer, strict=True):
+            torch.testing.assert_close(prefix.logits[0], logits[j], atol=2e-3, rtol=1e-3)
+            vlm.append(prefix, vlm.embed(torch.tensor([[token]])), torch.ones(1, 1, dtype=torch.bool))
+
+
+def test_batches_have_one_shape_and_follow_the_seed(processor):
+    make = lambda seed: batches(processor.tokenizer, wordings(PROMPTS), seed, 2, 4, 700, 180)  # noqa: E731
+    first, again, other = next(make("a")), next(make("a")), next(make("b"))
+    assert torch.equal(first.ids, again.ids) and not torch.equal(first.ids, other.ids)
+    assert first.ids.shape == other.ids.shape == (2, 700)
+    assert first.think.any() and (first.patch >= 0).any()
+
+
+def test_think_token_embedding_can_learn(processor):
+    """A padding index would freeze the embedding that think tokens start from at zero."""
+    model = build_model(len(processor.tokenizer), hidden=64, layers=1, vision_hidden=64, vision_blocks=1)
+    embedding = model.get_input_embeddings()
+    assert embedding.padding_idx is None and embedding.weight[0].abs().sum() > 0
+
+
+def test_checkpoint_folder_is_an_ordinary_one(processor, tmp_path):
+    model = build_model(len(processor.tokenizer), hidden=64, layers=1, vision_hidden=64, vision_blocks=1)
+    save_checkpoint(model, processor, tmp_path, {"steps": 0})
+    assert type(AutoModelForImageTextToText.from_pretrained(tmp_path)) is Qwen2_5_VLForConditionalGeneration
+    assert type(AutoProcessor.from_pretrained(tmp_path)).__name__ == "Qwen2_5_VLProcessor"
+    vlm = VLM.load(Config(model_name_or_path=str(tmp_path), device="cpu", max_pixels=None))
+    encoded = vlm.encode("", "How many?", [Image.new("RGB", (400, 400))])
+    assert encoded.patch_grid == (6, 6)
+    assert vlm.model.generation_config.do_sample is False and IM_END in vlm.eos_ids
+
+
+def test_training_runs_and_continues(tmp_path):
+    """A few seconds: the loss falls, a second call goes on from the first, another recipe is refused."""
+    recipe = Recipe(minutes=0.15, vision_minutes=0.05, hidden=64, layers=1, scenes=1, questions=4, processes=1)
+    train(tmp_path / "model", recipe, tmp_path / "state")
+    steps = json.loads((tmp_path / "model/training.json").read_text())["steps"]
+    assert steps > 0
+    with pytest.raises(ValueError, match="another recipe"):
+        train(tmp_path / "model", Recipe(minutes=0.3, processes=1), tmp_path / "state")
