@@ -61,6 +61,7 @@ class Config:
     lr: float = _param(1e-3, "eta, learning rate", low=0)
     sigma: float = _param(0.1, "noise scale, absolute in embedding units", low=0)
     sigma_decay: float = _param(0.95, "factor on sigma after each iteration", low=0, high=1)
+    num_samples: int = _param(1, "perturbed samples per iteration: 1, or an even number (antithetic pairs)", low=1)
     reward: str = _param("entropy", "entropy: equations 6, 7; logprob: negative mean log-probability", choices=REWARDS)
     reward_position: str = _param("think", "where the reward reads the next-token logits", choices=REWARD_POSITIONS)
     top_k: int = _param(10, "k most probable next tokens in the reward", low=1)
@@ -95,6 +96,11 @@ class Config:
             raise ConfigError(f"end_data_idx = {self.end_data_idx} is before start_data_idx = {self.start_data_idx}")
         if self.sigma == 0 and self.max_num_steps > 0 and not self.use_auto_grad:
             raise ConfigError("sigma = 0 gives REINFORCE nothing to learn from; use sigma > 0 or use_auto_grad = true")
+        if self.num_samples > 1 and (self.num_samples % 2 or self.use_auto_grad):
+            raise ConfigError(
+                f"num_samples = {self.num_samples}: samples come in antithetic pairs, so 1 or an even number, "
+                "and the exact gradient (use_auto_grad) needs none"
+            )
         if self.disable_conf_reward and self.use_auto_grad:
             raise ConfigError("disable_conf_reward = true scores in words, which has no gradient; drop use_auto_grad")
 

@@ -7,6 +7,7 @@ runs out. Knows nothing about how a method works or a notebook looks.
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import re
 import subprocess
@@ -86,7 +87,8 @@ def name(path: str) -> str:
 def run_job(job: Job, config: Config, vlm: VLM, bar: tqdm) -> dict[str, Any]:
     """Answers what is not finished yet, judges it, and derives results.json; also when interrupted."""
     bar.set_description(f"{name(job.dataset)} {job.method}")
-    facts = {"method": job.method, "dtype": str(vlm.dtype), "device": vlm.device.type}
+    checksum = hashlib.sha256(Path(locate(job.dataset)).read_bytes()).hexdigest()
+    facts = {"method": job.method, "dtype": str(vlm.dtype), "device": vlm.device.type, "dataset": checksum}
     right = judged = 0
     with RunLog(job.folder, config, resume=config.resume, facts=facts) as log:
         done = log.finished()
@@ -112,14 +114,14 @@ def run_job(job: Job, config: Config, vlm: VLM, bar: tqdm) -> dict[str, Any]:
 def verify(job: Job, config: Config, bar: tqdm) -> dict[str, Any]:
     """Judges the saved answers again, without the model, under the configuration that made them."""
     bar.set_description(f"{name(job.dataset)} {job.method}: judging again")
-    saved, before = read_run(job.folder), read_results(job.folder)
+    saved, before = read_run(job.folder)["config"], read_results(job.folder)
     examples = {e.row: e for e in job.examples}
-    with RunLog(job.folder, saved["config"], resume=True, facts=saved["facts"]) as log:
+    with RunLog(job.folder, saved, resume=True) as log:
         for old in log.records():
             if old["row"] in examples and old["stop_reason"] != "error":
                 log.append({**old, **verdict_of(examples[old["row"]], old["model_output"], old["stop_reason"])})
                 bar.update()
-        return save_results(job, log, Config.make(None, **saved["config"]), before["environment"])
+        return save_results(job, log, Config.make(None, **saved), before["environment"])
 
 
 def answer_all(vlm: VLM, method: str, examples: Sequence[Example], config: Config) -> Iterator[tuple[Example, Answer]]:

@@ -89,16 +89,16 @@ def choose_patches(
 def interleave(latents: torch.Tensor, images: torch.Tensor, patches: Patches) -> tuple[torch.Tensor, torch.Tensor]:
     """Groups of think token and patches as one sequence of slots.
 
-    latents: [B, L, D]; images: [B, N, D], the merged visual features. Returns embeddings [B, L * (1 + K), D] and the
-    mask of filled slots [B, L * (1 + K)].
+    latents: [B, M, L, D], M samples that share the patches; images: [B, N, D], the merged visual features. Returns
+    embeddings [B, M, L * (1 + K), D] and the mask of filled slots [B, L * (1 + K)].
     """
-    batch, length, dim = latents.shape
+    batch, samples, length, dim = latents.shape
     width = patches.index.shape[2]
     index = patches.index.reshape(batch, length * width, 1).expand(-1, -1, dim)
-    features = images.gather(1, index).view(batch, length, width, dim).to(latents.dtype)
-    slots = torch.cat([latents[:, :, None], features], dim=2)  # [B, L, 1 + K, D]
+    features = images.gather(1, index).view(batch, 1, length, width, dim).to(latents.dtype)
+    slots = torch.cat([latents[:, :, :, None], features.expand(-1, samples, -1, -1, -1)], dim=3)  # [B, M, L, 1 + K, D]
     filled = torch.arange(1 + width, device=latents.device) <= patches.count[..., None]  # [B, L, 1 + K]
-    return slots.flatten(1, 2), filled.flatten(1, 2)
+    return slots.flatten(2, 3), filled.flatten(1, 2)
 
 
 def reward_slots(patches: Patches, position: str) -> torch.Tensor:

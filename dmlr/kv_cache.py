@@ -98,12 +98,12 @@ class KVCache(Cache):
 class AttentionProbe:
     """Collects the attention of some query rows, averaged over all heads and layers of one forward."""
 
-    def __init__(self, rows: slice) -> None:
+    def __init__(self, rows: torch.Tensor) -> None:
         self.rows, self.total, self.layers = rows, None, 0
 
     def add(self, weights: torch.Tensor) -> None:
         """weights: [B, H_kv, G, S, T] of one layer."""
-        mean = weights[:, :, :, self.rows].detach().mean(dim=(1, 2))  # [B, rows, T]
+        mean = weights.detach().index_select(3, self.rows.to(weights.device)).mean(dim=(1, 2))  # [B, rows, T]
         self.total = mean if self.total is None else self.total + mean.to(self.total.device)
         self.layers += 1
 

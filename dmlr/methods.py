@@ -124,9 +124,11 @@ def prefill_latent(
 
 
 def question_noise(vlm: VLM, question: Question, config: Config) -> torch.Tensor:
-    """[T, L, D], the same whatever batch the question is in."""
+    """[T, M, L, D], the same whatever batch the question is in."""
     dim = vlm.text_config.hidden_size
-    return example_noise(config.seed, question.idx, config.max_num_steps, config.num_thought_tokens, dim)
+    return example_noise(
+        config.seed, question.idx, config.max_num_steps, config.num_samples, config.num_thought_tokens, dim
+    )
 
 
 def score_ids(vlm: VLM, prefix: Prefix, prompts: Prompts) -> torch.Tensor:
@@ -137,8 +139,8 @@ def score_ids(vlm: VLM, prefix: Prefix, prompts: Prompts) -> torch.Tensor:
 
 def append_latents(vlm: VLM, prefix: Prefix, latents: torch.Tensor, patches) -> None:
     """Puts think tokens, their patches and the assistant prefix behind the prompt; decoding comes next."""
-    embeds, filled = interleave(latents, prefix.images, patches)
-    vlm.append(prefix, *with_tokens(vlm, embeds, filled, prefix.suffix_ids))
+    embeds, filled = interleave(latents[:, None], prefix.images, patches)
+    vlm.append(prefix, *with_tokens(vlm, embeds[:, 0], filled, prefix.suffix_ids))
 
 
 def decode(vlm: VLM, prefix: Prefix, config: Config) -> list[Decoded]:

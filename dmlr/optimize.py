@@ -10,6 +10,7 @@ import hashlib
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
 from dmlr.config import Config
 from dmlr.injection import Patches, choose_patches, interleave, patch_caps, reward_slots
@@ -35,7 +36,7 @@ class Step:
     """One iteration of a batch, as tensors on the device; `reward` is the one that acceptance compares."""
 
     reward: torch.Tensor  # [B]
-    explored: torch.Tensor  # [B], reward that drove the update (of the perturbed candidate; REINFORCE)
+    explored: torch.Tensor  # [B], reward that drove the update (mean of the perturbed samples; REINFORCE)
     sigma: float
     accepted: torch.Tensor  # [B] bool
     active: torch.Tensor  # [B] bool, False once an example stopped early
@@ -57,12 +58,18 @@ class Trace:
     steps: list[Step] = field(default_factory=list)
 
 
-def example_noise(seed: int, idx: int | str, steps: int, num_thought_tokens: int, dim: int) -> torch.Tensor:
-    """Standard normal noise [T, L, D] that depends on (seed, idx) only; iteration t's does not depend on T."""
+def example_noise(
+    seed: int, idx: int | str, steps: int, samples: int, num_thought_tokens: int, dim: int
+) -> torch.Tensor:
+    """Standard normal noise [T, M, L, D] that depends on (seed, idx) only; iteration t's does not depend on T.
+
+    Several samples are antithetic pairs: every odd one is the negative of the one before it.
+    """
     digest = hashlib.sha256(f"{seed}:{idx}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    noise = [torch.randn(num_thought_tokens, dim, generator=generator) for _ in range(steps)]
-    return torch.stack(noise) if noise else torch.zeros(0, num_thought_tokens, dim)
+    draws = [torch.randn(max(samples // 2, 1), num_thought_tokens, dim, generator=generator) for _ in range(steps)]
+    noise = torch.stack(draws) if draws else torch.zeros(0, max(samples // 2, 1), num_thought_tokens, dim)
+    return noise if samples == 1 else torch.stack([noise, -noise], dim=2).flatten(1, 2)
 
 
 def initial_latents(vlm: VLM, prefix: Prefix, config: Config) -> torch.Tensor:
@@ -87,13 +94,14 @@ def initial_latents(vlm: VLM, prefix: Prefix, config: Config) -> torch.Tensor:
 def optimize(vlm: VLM, prefix: Prefix, config: Config, noise: torch.Tensor, score_ids: torch.Tensor) -> Trace:
     """Algorithm 1 over a prefilled batch.
 
-    noise: [B, T, L, D] standard normal (see `example_noise`); score_ids: tokens that ask the model to rate its latents,
-    read only with `disable_conf_reward`. The model and the prefix are left as they were.
+    noise: [B, T, M, L, D] standard normal, M samples an iteration (see `example_noise`); score_ids: tokens that ask the
+    model to rate its latents, read only with `disable_conf_reward`. The model and the prefix are left as they were.
 
     `accept_at = "updated"` is the paper's loop: perturb, update, then score the updated latents with the candidate
     patches. `accept_at = "candidate"` is the released one: a single reward, of the perturbed latents with the
     candidate patches, drives the update and the acceptance; the state then kept is the updated one, and the bar
-    starts at zero.
+    starts at zero. With several samples the update takes the mean of their estimates, the reward's mean over them
+    subtracted (antithetic pairs keep it unbiased), and "candidate" tries the best of them.
     """
     latents = initial_latents(vlm, prefix, config)
     batch, length, _ = latents.shape
@@ -111,7 +119,8 @@ def optimize(vlm: VLM, prefix: Prefix, config: Config, noise: torch.Tensor, scor
     nothing = Patches.none(batch, length, latents.device)
     kept = nothing  # V_best
 
-    start_reward, start_attention, _ = score(vlm, prefix, config, latents, nothing, score_ids)
+    start_reward, start_attention, _ = score(vlm, prefix, config, latents[:, None], nothing, score_ids)
+    start_reward = start_reward[:, 0]
     attention = start_attention
     best = scored = State(latents, nothing)
     best_reward, best_step = start_reward, torch.zeros_like(budget)
@@ -132,25 +141,31 @@ def optimize(vlm: VLM, prefix: Prefix, config: Config, noise: torch.Tensor, scor
         if since == 0 and t > 0:
             kept = retrieve(nothing, t)
 
-        perturbation = noise[:, t].to(latents.device) * sigma  # (5)
-        candidate = latents + perturbation
+        perturbation = noise[:, t].to(latents.device) * sigma  # [B, M, L, D], (5)
+        candidates = latents[:, None] + perturbation
         patches = retrieve(kept, t) if looks and config.accept_at == "candidate" else kept
         explored, attention, gradient = score(
-            vlm, prefix, config, candidate, patches, score_ids, with_gradient=adam is not None
-        )
+            vlm, prefix, config, candidates, patches, score_ids, with_gradient=adam is not None
+        )  # [B, M]
         if adam:
             updated = ascend(adam, latents, gradient)
         else:
-            updated = latents + config.lr * explored[:, None, None] * perturbation / sigma**2  # (8), (9)
+            advantage = explored - explored.mean(dim=1, keepdim=True) if explored.shape[1] > 1 else explored
+            estimate = (advantage[..., None, None] * perturbation).mean(dim=1) / sigma**2  # (8)
+            updated = latents + config.lr * estimate  # (9)
 
         if config.accept_at == "candidate":
-            tried, reward = State(candidate, patches), explored
+            reward, first = explored.max(dim=1)
+            tried = State(candidates[torch.arange(batch, device=first.device), first], patches)
         else:
             tried = State(updated, retrieve(kept, t) if looks else kept)
-            reward, _, _ = score(vlm, prefix, config, updated, tried.patches, score_ids, with_attention=False)  # (10)
+            reward, _, _ = score(
+                vlm, prefix, config, updated[:, None], tried.patches, score_ids, with_attention=False
+            )  # (10)
+            reward = reward[:, 0]
 
         accepted = (reward > bar) & active
-        steps.append(Step(reward, explored, sigma, accepted, active, budget, tried, attention))
+        steps.append(Step(reward, explored.mean(dim=1), sigma, accepted, active, budget, tried, attention))
         best = State(updated, tried.patches).where(accepted, best)
         scored = tried.where(accepted, scored)
         best_reward, bar = torch.where(accepted, reward, best_reward), torch.where(accepted, reward, bar)
@@ -178,38 +193,46 @@ def score(
     with_attention: bool = True,
     with_gradient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Reward [B], attention of the think tokens over the image [B, L, N], and the reward's gradient [B, L, D].
+    """Reward [B, M], attention of the think tokens over the image [B, L, N] (mean over samples), and the reward's
+    gradient in the latents [B, L, D] (of a single sample).
 
-    One pass of [T, patches] over the cached [Q, Z]; where the reward is read follows `reward_position`.
+    latents: [B, M, L, D]. One pass of M times [T, patches] over the cached [Q, Z]; where the reward is read follows
+    `reward_position`.
     """
+    batch, samples, length, _ = latents.shape
     with torch.set_grad_enabled(with_gradient):
         latents = latents.detach().requires_grad_(with_gradient)
-        embeds, filled = interleave(latents, prefix.images, patches)
-        size = 1 + patches.index.shape[2]
-        think_rows = slice(0, latents.shape[1] * size, size)
+        embeds, filled = interleave(latents, prefix.images, patches)  # [B, M, S, D], [B, S]
         if config.reward_position == "think_next":
-            after = vlm.embed(prefix.suffix_ids[:1]).to(embeds.dtype).expand(embeds.shape[0], 1, -1)
-            embeds, filled = (
-                torch.cat([embeds, after], dim=1),
-                torch.cat([filled, filled.new_ones(len(filled), 1)], dim=1),
-            )
-        read = reward_slots(patches, config.reward_position)
-        rows = think_rows if with_attention else None
-        logits, attention = vlm.extend(prefix, embeds, filled, read, rows)
-        reward = REWARDS[config.reward](logits, config.top_k)
-        gradient = torch.autograd.grad(reward.sum(), latents)[0] if with_gradient else None
+            after = vlm.embed(prefix.suffix_ids[:1]).to(embeds.dtype).expand(batch, samples, 1, -1)
+            embeds, filled = torch.cat([embeds, after], dim=2), F.pad(filled, (0, 1), value=True)
+        starts = embeds.shape[2] * torch.arange(samples, device=embeds.device)[:, None]  # [M, 1], first slots
+        read = reward_slots(patches, config.reward_position)  # [B, R]
+        think = torch.arange(length, device=embeds.device) * (1 + patches.index.shape[2])  # [L]
+        logits, attention = vlm.extend(
+            prefix,
+            embeds.flatten(1, 2),
+            filled.repeat(1, samples),
+            read=(starts + read[:, None]).flatten(1),
+            probe_rows=(starts + think).flatten() if with_attention else None,
+            samples=samples,
+        )
+        reward = REWARDS[config.reward](logits.unflatten(1, (samples, -1)), config.top_k)  # [B, M]
+        gradient = torch.autograd.grad(reward.sum(), latents)[0][:, 0] if with_gradient else None
+    if attention is not None:
+        attention = attention.unflatten(1, (samples, length)).mean(dim=1)
     if config.disable_conf_reward:
-        reward = self_score(vlm, prefix, latents, patches, score_ids)
+        reward = torch.stack([self_score(vlm, prefix, one, patches, score_ids) for one in latents.unbind(1)], dim=1)
     return reward.detach(), attention, gradient
 
 
 def self_score(
     vlm: VLM, prefix: Prefix, latents: torch.Tensor, patches: Patches, score_ids: torch.Tensor
 ) -> torch.Tensor:
-    """[B]: the model's own 0-1 score of its latents, decoded after a request for it; 0 where it gives no number."""
-    embeds, filled = with_tokens(vlm, *interleave(latents, prefix.images, patches), score_ids)
+    """[B]: the model's own 0-1 score of its latents [B, L, D], decoded after a request for it; 0 without a number."""
+    embeds, filled = interleave(latents[:, None], prefix.images, patches)
     branch = prefix.branch()
-    vlm.append(branch, embeds, filled)
+    vlm.append(branch, *with_tokens(vlm, embeds[:, 0], filled, score_ids))
     scores = [parse_score(reply.text) for reply in vlm.decode(branch, max_new_tokens=8)]
     return torch.tensor(scores, device=latents.device).nan_to_num(nan=0.0)
 

@@ -124,7 +124,7 @@ class Reference:
         return chosen
 
     def run(self, latents: torch.Tensor, noise: torch.Tensor) -> ReferenceTrace:
-        """Algorithm 1. latents: [L, D] to start from; noise: [T, L, D] standard normal."""
+        """Algorithm 1. latents: [L, D] to start from; noise: [T, M, L, D] standard normal, M samples an iteration."""
         config, length = self.config, len(latents)
         budget = 10**9 if config.initial_patch_count is None else config.initial_patch_count
         empty: list[list[int]] = [[] for _ in range(length)]
@@ -147,15 +147,23 @@ class Reference:
             if config.use_auto_grad:
                 candidate = latents
                 explored, attention, gradient = self.gradient(latents, patches)
+                rewards = [float(explored)]
                 updated, moments = adam_step(latents, gradient, moments, t + 1, config.lr)
             else:
-                xi = noise[t] * sigma
-                candidate = latents + xi
-                with torch.no_grad():
-                    explored, attention = self.reward(candidate, patches)
-                updated = latents + config.lr * float(explored) * xi / sigma**2
+                rewards, maps = [], []
+                for xi in noise[t] * sigma:
+                    with torch.no_grad():
+                        sample_reward, sample_map = self.reward(latents + xi, patches)
+                    rewards.append(float(sample_reward))
+                    maps.append(torch.tensor(sample_map))
+                baseline = sum(rewards) / len(rewards) if len(rewards) > 1 else 0.0
+                pairs = list(zip(rewards, noise[t] * sigma, strict=True))
+                updated = latents + config.lr * sum((r - baseline) * xi for r, xi in pairs) / len(pairs) / sigma**2
+                attention = (sum(maps) / len(maps)).tolist()
+                explored = sum(rewards) / len(rewards)
+                candidate = latents + pairs[rewards.index(max(rewards))][1]
             if released:
-                tried, reward, scored = patches, float(explored), candidate
+                tried, reward, scored = patches, max(rewards), candidate
             else:
                 tried, scored = self.retrieve(attention, kept, budget) if looks else kept, updated
                 with torch.no_grad():

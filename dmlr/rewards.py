@@ -14,17 +14,17 @@ import torch
 def entropy_confidence(logits: torch.Tensor, k: int) -> torch.Tensor:
     """Equations 6 and 7: `R = 1 - mean_i H_k(P_i)`, with the truncated entropy over the k most probable tokens.
 
-    logits: [B, R, V]; returns [B]. Probabilities are those of the full softmax, not renormalised; natural log.
+    logits: [..., R, V]; returns [...]. Probabilities are those of the full softmax, not renormalised; natural log.
     """
     top = _top_log_probs(logits, k)
-    entropy = -(top.exp() * top).sum(dim=-1)  # [B, R]
+    entropy = -(top.exp() * top).sum(dim=-1)  # [..., R]
     return 1 - entropy.mean(dim=-1)
 
 
 def logprob_confidence(logits: torch.Tensor, k: int) -> torch.Tensor:
     """The released code's reward: minus the mean log-probability of the k most probable tokens.
 
-    logits: [B, R, V]; returns [B]. It grows as the distribution gets more peaked, because the k-th token then gets
+    logits: [..., R, V]; returns [...]. It grows as the distribution gets more peaked, because the k-th token then gets
     less likely.
     """
     return -_top_log_probs(logits, k).mean(dim=(-2, -1))
@@ -41,7 +41,7 @@ REWARDS = {"entropy": entropy_confidence, "logprob": logprob_confidence}
 
 
 def _top_log_probs(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """[B, R, k], sorted. ValueError when the vocabulary is smaller than k."""
+    """[..., R, k], sorted. ValueError when the vocabulary is smaller than k."""
     if k > logits.shape[-1]:
         raise ValueError(f"top_k = {k} is larger than the vocabulary of {logits.shape[-1]} tokens")
     return logits.log_softmax(dim=-1).topk(k, dim=-1).values

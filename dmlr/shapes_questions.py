@@ -245,7 +245,8 @@ def make_suite(suite: str, examples: int = 320, per_image: int = 4, seed: int = 
         for i in range(per_image):
             maker = makers[(len(records) + i) % len(makers)]
             tries = [qs for qs in (maker(scene, rng) for _ in range(6)) if qs]
-            tries = [qs for qs in tries if qs[0].prompt not in {q.prompt for f in found for q in f}]
+            taken = {q.prompt for qs in found for q in qs}
+            tries = [qs for qs in tries if taken.isdisjoint(q.prompt for q in qs)]
             if tries:
                 found.append(min(tries, key=lambda qs: seen[qs[0].category][qs[0].answer]))
                 seen[found[-1][0].category].update(q.answer for q in found[-1])

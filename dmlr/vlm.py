@@ -184,21 +184,25 @@ class VLM:
         embeds: torch.Tensor,
         filled: torch.Tensor,
         read: torch.Tensor,
-        probe_rows: slice | None = None,
+        probe_rows: torch.Tensor | None = None,
+        samples: int = 1,
         commit: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Runs S more slots over the cached prefix; drops them again unless `commit`.
 
         embeds: [B, S, D]; filled: [B, S], False for slots that nothing may attend to and that take no position;
-        read: [B, R], slots whose next-token logits are wanted; probe_rows: slots whose attention over the image
-        tokens is wanted. Returns logits [B, R, V] in float32 and attention [B, rows, N], mean over layers and heads
-        (None without probe_rows). Differentiable in `embeds`.
+        read: [B, R], slots whose next-token logits are wanted; probe_rows: [A], slots whose attention over the image
+        tokens is wanted; samples: M sequences of S / M slots each that all follow the prefix and do not see each
+        other (they share its keys and values instead of repeating them). Returns logits [B, R, V] in float32 and
+        attention [B, A, N], mean over layers and heads (None without probe_rows). Differentiable in `embeds`.
         """
         batch, slots, _ = embeds.shape
         assert filled.shape == (batch, slots) and read.shape[0] == batch
-        order = filled.long().cumsum(dim=1)  # [B, S]
+        assert not commit or samples == 1
+        order = filled.view(batch, samples, -1).long().cumsum(dim=2).view(batch, slots)
         positions = (prefix.next_position[:, None] + order - 1).expand(3, batch, slots)
-        causal = torch.ones(slots, slots, dtype=torch.bool, device=embeds.device).tril()
+        sample = torch.arange(slots, device=embeds.device) // (slots // samples)
+        causal = torch.ones(slots, slots, dtype=torch.bool, device=embeds.device).tril() & (sample[:, None] == sample)
         new = (causal & filled[:, None]) | torch.eye(slots, dtype=torch.bool, device=embeds.device)
         mask = torch.cat([prefix.mask[:, None].expand(-1, slots, -1), new.expand(batch, -1, -1)], dim=2)[:, None]
         probe = AttentionProbe(probe_rows) if probe_rows is not None else None

@@ -49,11 +49,12 @@ def test_rows_are_independent():
 
 
 def test_interleaving_order_and_reward_slots():
-    latents = torch.tensor([[[1.0], [2.0]]])
+    latents = torch.tensor([[[[1.0], [2.0]], [[3.0], [4.0]]]])  # two samples
     images = torch.tensor([[[10.0], [11.0], [12.0]]])
     patches = Patches(torch.tensor([[[2, 0], [1, 0]]]), torch.tensor([[2, 1]]))
     slots, filled = interleave(latents, images, patches)
-    assert slots[0, :, 0][filled[0]].tolist() == [1, 12, 10, 2, 11]
+    assert slots[0, 0, :, 0][filled[0]].tolist() == [1, 12, 10, 2, 11]
+    assert slots[0, 1, :, 0][filled[0]].tolist() == [3, 12, 10, 4, 11]
     assert reward_slots(patches, "think").tolist() == [[0, 3]]
     assert reward_slots(patches, "group_end").tolist() == [[2, 4]]
     assert reward_slots(patches, "think_next").tolist() == [[0, 3, 6]]

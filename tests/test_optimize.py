@@ -36,7 +36,7 @@ def test_exact_gradient_equals_finite_differences(reward, position):
     prefix, latents = one(vlm, config)
     latents = latents.double()
     patches = Patches(torch.tensor([[[1, 2], [3, 0], [5, 0], [7, 8]]]), torch.tensor([[2, 1, 1, 2]]))
-    _, _, gradient = score(vlm, prefix, config, latents, patches, NO_IDS, with_gradient=True)
+    _, _, gradient = score(vlm, prefix, config, latents[:, None], patches, NO_IDS, with_gradient=True)
     generator = torch.Generator().manual_seed(0)
     uphill = gradient / gradient.norm()
     small = 4e-5 / gradient.norm().item()  # a change that float32 layers resolve, clear of kinks where the top k change
@@ -44,7 +44,8 @@ def test_exact_gradient_equals_finite_differences(reward, position):
         random = torch.randn(latents.shape, generator=generator, dtype=torch.float64)
         direction = uphill + random / random.norm()
         sides = [
-            score(vlm, prefix, config, latents + e * direction, patches, NO_IDS)[0].item() for e in (small, -small)
+            score(vlm, prefix, config, (latents + e * direction)[:, None], patches, NO_IDS)[0].item()
+            for e in (small, -small)
         ]
         assert (sides[0] - sides[1]) / (2 * small) == pytest.approx((gradient * direction).sum().item(), rel=2e-3)
 
@@ -54,14 +55,13 @@ def test_reinforce_points_along_the_exact_gradient(vlm, record_property):
     config = Config(sigma=0.0005)
     prefix, latents = one(vlm, config)
     none = Patches.none(1, 4, latents.device)
-    _, _, gradient = score(vlm, prefix, config, latents, none, NO_IDS, with_gradient=True)
+    _, _, gradient = score(vlm, prefix, config, latents[:, None], none, NO_IDS, with_gradient=True)
+    noise = example_noise(0, "cosine", 30, 128, 4, latents.shape[2]) * config.sigma  # 1920 antithetic pairs
     total = torch.zeros_like(latents)
-    pairs = 1500
-    for noise in example_noise(0, "cosine", pairs, 4, latents.shape[2]):
-        for xi in (noise * config.sigma, -noise * config.sigma):
-            reward, _, _ = score(vlm, prefix, config, latents + xi, none, NO_IDS, with_attention=False)
-            total += reward[:, None, None] * xi / config.sigma**2
-    estimate = total / (2 * pairs)
+    for xi in noise:
+        reward, _, _ = score(vlm, prefix, config, latents[:, None] + xi, none, NO_IDS, with_attention=False)
+        total += (reward[..., None, None] * xi).sum(dim=1) / config.sigma**2
+    estimate = total / noise.shape[:2].numel()
     cosine = torch.nn.functional.cosine_similarity(estimate.flatten(), gradient.flatten(), dim=0).item()
     record_property("cosine", cosine)
     assert cosine > 0.9
@@ -71,17 +71,35 @@ def test_reinforce_points_along_the_exact_gradient(vlm, record_property):
 def test_exact_gradient_raises_the_reward_and_moves_the_latents(vlm):
     config = Config(use_auto_grad=True, lr=0.01, max_num_steps=20)
     prefix, latents = one(vlm, config)
-    trace = optimize(vlm, prefix, config, torch.zeros(1, 20, *latents.shape[1:]), NO_IDS)
+    trace = optimize(vlm, prefix, config, torch.zeros(1, 20, 1, *latents.shape[1:]), NO_IDS)
     assert trace.best_reward.item() > trace.start_reward.item() + 0.01
     assert not torch.allclose(trace.final.latents, latents)
 
 
 def test_noise_depends_on_seed_and_idx_only():
-    noise = example_noise(42, 7, 5, 4, 8)
-    assert torch.equal(noise[:3], example_noise(42, 7, 3, 4, 8))
-    assert not torch.equal(noise, example_noise(42, 8, 5, 4, 8))
-    assert not torch.equal(noise, example_noise(43, 7, 5, 4, 8))
-    assert abs(example_noise(0, 0, 50, 4, 64).std().item() - 1) < 0.02
+    noise = example_noise(42, 7, 5, 1, 4, 8)
+    assert torch.equal(noise[:3], example_noise(42, 7, 3, 1, 4, 8))
+    assert not torch.equal(noise, example_noise(42, 8, 5, 1, 4, 8))
+    assert not torch.equal(noise, example_noise(43, 7, 5, 1, 4, 8))
+    assert abs(example_noise(0, 0, 50, 1, 4, 64).std().item() - 1) < 0.02
+
+
+def test_samples_are_antithetic_pairs():
+    noise = example_noise(42, 7, 5, 6, 4, 8)
+    assert noise.shape == (5, 6, 4, 8)
+    assert torch.equal(noise[:, 0::2], -noise[:, 1::2]) and not torch.equal(noise[:, 0], noise[:, 2])
+
+
+def test_more_samples_raise_the_reward_further(vlm):
+    """At an equal number of iterations, the mean over examples of what was gained."""
+    gains = {}
+    for samples in (1, 32):
+        config = Config(
+            num_samples=samples, max_num_steps=8, lr=0.002, sigma=0.002, initial_patch_count=0, patch_increment=0
+        )
+        answers = METHODS["dmlr"](vlm, questions(4), config.replace(max_new_tokens=1))
+        gains[samples] = sum(a.reasoning.best_reward - a.reasoning.start_reward for a in answers) / 4
+    assert gains[32] > gains[1] and gains[32] > 0.005
 
 
 def questions(count):

@@ -40,6 +40,8 @@ VARIANTS = {
     "visual start": {"visual_only": True},
     "exact gradient": {"use_auto_grad": True},
     "exact gradient, candidate": {"use_auto_grad": True, "accept_at": "candidate", "reward": "logprob"},
+    "four samples": {"num_samples": 4},
+    "two samples, candidate": {"num_samples": 2, "accept_at": "candidate", "reward_position": "think_next"},
     "last state": {"disable_best_reward": True},
     "early stop": {"reward_threshold": 0.12, "lr": 0.05},
     "no iterations": {"max_num_steps": 0},

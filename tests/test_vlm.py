@@ -74,27 +74,27 @@ def test_injected_vectors_are_the_pixels_under_the_patch(vlm):
     image, changed = noise_image(0), noise_image(0)
     changed.paste((255, 0, 0), (0, 0, 28, 28))  # merged token 0
     before, after = (vlm.prefill([vlm.encode("", "?", [im], 2)]) for im in (image, changed))
-    latents = torch.zeros(1, 2, before.images.shape[2])
+    latents = torch.zeros(1, 1, 2, before.images.shape[2])
     chosen = Patches(torch.tensor([[[0, 5], [7, 3]]]), torch.tensor([[2, 2]]))
     first, _ = interleave(latents, before.images, chosen)
     second, _ = interleave(latents, after.images, chosen)
-    assert not torch.allclose(first[0, 1], second[0, 1])
-    torch.testing.assert_close(first[0, 1], before.images[0, 0])  # slots: tau_1, 0, 5, tau_2, 7, 3
-    torch.testing.assert_close(first[0, 5], before.images[0, 3])
+    assert not torch.allclose(first[0, 0, 1], second[0, 0, 1])
+    torch.testing.assert_close(first[0, 0, 1], before.images[0, 0])  # slots: tau_1, 0, 5, tau_2, 7, 3
+    torch.testing.assert_close(first[0, 0, 5], before.images[0, 3])
     swapped, _ = interleave(latents, before.images, Patches(torch.tensor([[[5, 0], [3, 7]]]), torch.tensor([[2, 2]])))
-    torch.testing.assert_close(swapped[0, [0, 2, 1, 3, 5, 4]], first[0])
+    torch.testing.assert_close(swapped[0, 0, [0, 2, 1, 3, 5, 4]], first[0, 0])
 
 
 def test_empty_slots_change_nothing(vlm):
     """A row's logits and attention are the same with and without empty slots behind its patches."""
     prefix = vlm.prefill([vlm.encode("", "?", [noise_image(1)], 2)])
-    latents = torch.randn(1, 2, prefix.images.shape[2], generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(1, 1, 2, prefix.images.shape[2], generator=torch.Generator().manual_seed(0))
     tight = Patches(torch.tensor([[[4], [9]]]), torch.tensor([[1, 1]]))
     loose = Patches(torch.tensor([[[4, 1, 2], [9, 5, 6]]]), torch.tensor([[1, 1]]))
     results = []
-    for patches, read, rows in [(tight, [[0, 2]], slice(0, 4, 2)), (loose, [[0, 4]], slice(0, 8, 4))]:
+    for patches, read, rows in [(tight, [[0, 2]], torch.tensor([0, 2])), (loose, [[0, 4]], torch.tensor([0, 4]))]:
         embeds, filled = interleave(latents, prefix.images, patches)
-        results.append(vlm.extend(prefix, embeds, filled, torch.tensor(read), rows))
+        results.append(vlm.extend(prefix, embeds[:, 0], filled, torch.tensor(read), rows))
     torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=0)
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-6, rtol=0)
 

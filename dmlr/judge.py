@@ -1,0 +1,223 @@
+"""Is an answer right? Rules by kind of ground truth, the same for every method; never by substring.
+
+A verdict says which rule decided. "unparsed" means that the rules found no answer that they can compare: it counts
+against accuracy but is told apart from a wrong answer, and it is what a further judge may be asked about.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .choice import as_choice, compare_choice, compare_yes_no
+from .expressions import LATEX, equal, is_prose, looks_like_math
+from .extract import Candidate, candidates, normalize_text, parse_options, split_choice, unbox
+from .quantities import Number, find_number, find_numbers, parse_number
+
+MAX_CHARACTERS = 20_000  # of a prediction, its end, where answers stand; and of a ground truth
+_SHOWN = 300
+
+_KINDS = {
+    "choice": "choice mcq multi_choice multiple_choice multiple-choice",
+    "yesno": "yesno yes_no yes/no bool boolean",
+    "number": "number integer int float numeric",
+    "math": "math latex free_form expression",
+    "list": "list",
+    "text": "text string free_text",
+}
+_KIND = {alias: kind for kind, aliases in _KINDS.items() for alias in aliases.split()}
+_YES_NO = {"yes", "no", "true", "false"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`status`: correct, wrong or unparsed (judge_failed is for judges that can fail); `answer`: as found."""
+
+    status: str
+    rule: str
+    answer: str
+
+
+def judge(
+    prediction: str | None,
+    ground_truth: Any,
+    *,
+    choices: Sequence[Any] | Mapping[str, Any] | None = None,
+    kind: str | None = None,
+    precision: float | None = None,
+    question: str | None = None,
+) -> Verdict:
+    """Compare a model's output with the ground truth. Raises nothing; any text is answered within seconds.
+
+    `choices` are the option texts in order (else they are read from `question`); `kind` is a hint (_KINDS), needed
+    only where the ground truth's form is not enough; `precision` is the number of decimals that count. The most
+    explicit part of the prediction that can be read as this kind of answer decides, the others are not looked at.
+    """
+    truth = _tidy(_text(ground_truth))
+    if not truth.strip():
+        return Verdict("unparsed", "no_ground_truth", "")
+    found = candidates(_tidy(_text(prediction)))
+    if not found:
+        return Verdict("unparsed", "no_answer", "")
+    options = _options(choices, question)
+    compare, rule = _comparison(truth, options, kind, _decimals(precision))
+    decided = ((candidate, outcome) for candidate in found if (outcome := compare(candidate)) is not None)
+    if rule == "text":  # "The answer is 42" may be all of the truth, or 42 may: any part that equals it will do
+        decided = sorted(decided, key=lambda pair: not pair[1][0])
+    for candidate, (right, answer) in decided:
+        return Verdict("correct" if right else "wrong", f"{rule}:{candidate.rule}", _clip(answer))
+    return Verdict("unparsed", rule, _clip(found[0].text))
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else "" if value is None else str(value)
+
+
+def _tidy(text: str) -> str:
+    """The text's end, long runs of blanks shortened: patterns with two neighbouring blanks would take n² steps."""
+    return re.sub(r"\n\s*\n\s*", "\n\n", re.sub(r"[^\S\n]{3,}", "  ", text))[-MAX_CHARACTERS:]
+
+
+def _decimals(precision: Any) -> int | None:
+    try:
+        return None if precision is None else min(max(int(float(precision)), 0), 15)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _clip(text: str) -> str:
+    text = text.strip()
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+
+
+def _options(choices: Sequence[Any] | Mapping[str, Any] | None, question: str | None) -> dict[str, str]:
+    if isinstance(choices, Mapping):
+        return {str(letter).upper(): _text(text) for letter, text in choices.items()}
+    if isinstance(choices, Iterable) and not isinstance(choices, str) and (choices := list(choices)):
+        texts = [_text(choice) for choice in choices][:26]
+        # Choices such as "(a) Open" bring their letter along.
+        parts = [split_choice(text) for text in texts]
+        if all(part and part[0] == chr(65 + i) and part[1] for i, part in enumerate(parts)):
+            texts = [part[1] for part in parts]
+        return {chr(65 + i): text for i, text in enumerate(texts)}
+    return parse_options(question if isinstance(question, str) else None)
+
+
+def _comparison(truth: str, options: dict[str, str], kind: str | None, precision: int | None):
+    """(compare, name of the rule) for the kind of this ground truth; compare(candidate) -> (right, answer) | None."""
+    kind = _KIND.get(_text(kind).strip().lower())
+    inner = unbox(truth)
+    if (choice := as_choice(inner, options, kind)) is not None:
+        letter, text = choice
+        return (lambda c: compare_choice(c, letter, text, options)), "choice"
+    if normalize_text(inner) in _YES_NO and kind != "math":
+        return (lambda c: compare_yes_no(c, normalize_text(inner))), "yesno"
+    if kind == "list" or (kind != "math" and _as_list(inner) is not None):
+        return (lambda c: _compare_list(c, inner, precision)), "list"
+    number = parse_number(inner)
+    if kind != "text" and number is not None:
+        return (lambda c: _compare_number(c, number, inner, precision)), "number"
+    if kind in ("math", "number") or (kind is None and looks_like_math(inner)):
+        return (lambda c: _compare_math(c, inner, precision)), "math"
+    return (lambda c: _compare_text(c, inner)), "text"
+
+
+def _as_list(text: str) -> list | None:
+    if not re.fullmatch(r"\s*\[.*\]\s*", text, re.DOTALL) or len(text) > 10_000:
+        return None
+    try:
+        value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        return None
+    return value if isinstance(value, list) and value else None
+
+
+def _compare_list(candidate: Candidate, truth: str, precision: int | None):
+    expected = _as_list(truth)
+    if expected is None:
+        expected = [part for part in re.split(r"\s*[,;]\s*|\s+and\s+", truth.strip("[](){} ")) if part]
+    literal = re.findall(r"\[[^\[\]]*\]", candidate.text)
+    answer = (_as_list(literal[-1]) if literal else None) or None
+    if answer is None and all(parse_number(str(item)) for item in expected):
+        numbers = find_numbers(candidate.text)
+        answer = numbers if candidate.explicit or len(numbers) == len(expected) else None
+    elif answer is None and candidate.explicit:
+        answer = [
+            part for part in re.split(r"\s*[,;]\s*(?:and\s+)?|\s+and\s+", candidate.text.strip("[](){} .")) if part
+        ]
+    if not answer:
+        return None
+    right = len(answer) == len(expected) and all(
+        _same_item(a, e, precision) for a, e in zip(answer, expected, strict=True)
+    )
+    return right, candidate.text
+
+
+def _same_item(answer: Any, expected: Any, precision: int | None) -> bool:
+    a = answer if isinstance(answer, Number) else parse_number(str(answer))
+    b = parse_number(str(expected))
+    if a is not None and b is not None:
+        return a.matches(b, precision)
+    return normalize_text(str(answer)) == normalize_text(str(expected))
+
+
+def _compare_number(candidate: Candidate, truth: Number, shown: str, precision: int | None):
+    answer = parse_number(candidate.text)
+    if answer is not None:
+        return answer.matches(truth, precision), candidate.text
+    prose = is_prose(candidate.text)
+    if LATEX.search(candidate.text) or not prose:
+        value = shown if truth.percent or truth.unit else str(truth.value)
+        if (right := equal(value, candidate.text, precision)) is not None:
+            return right, candidate.text
+    if not prose or candidate.rule == "boxed":
+        return None
+    # "The answer is 12 because ..." gives its number first, a derivation or a worked text gives it last.
+    answer = find_number(candidate.text, last=not candidate.explicit or "=" in candidate.text)
+    return None if answer is None else (answer.matches(truth, precision), candidate.text)
+
+
+def _compare_math(candidate: Candidate, truth: str, precision: int | None):
+    right = equal(truth, candidate.text, precision)
+    return None if right is None else (right, candidate.text)
+
+
+def _compare_text(candidate: Candidate, truth: str):
+    expected = normalize_text(truth)
+    if normalize_text(candidate.text) == expected:
+        return True, candidate.text
+    # An explicit answer in other words may still mean the same only to a reader; in rules it is wrong. Prose that
+    # merely does not equal the truth says nothing.
+    if candidate.rule == "formula":
+        return None
+    if candidate.explicit or len(candidate.text.split()) <= max(3, len(expected.split())):
+        return False, candidate.text
+    return None
+
+
+def main_judge(argv: Sequence[str] | None = None) -> int:
+    """`CASES.json` -> one JSON verdict a line. Returns 0, or 2 when the file cannot be used."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if len(argv) != 1 or argv[0].startswith("-"):
+        print(
+            "usage: judge CASES.json   (a list of {prediction, ground_truth, choices?, kind?, precision?, question?})"
+        )
+        return 0 if argv in (["-h"], ["--help"]) else 2
+    try:
+        cases = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+        if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
+            raise ValueError("expected a list of objects")
+    except (OSError, ValueError, RecursionError) as error:
+        print(f"{argv[0]}: {error}", file=sys.stderr)
+        return 2
+    optional = ("choices", "kind", "precision", "question")
+    for case in cases:
+        verdict = judge(case.get("prediction"), case.get("ground_truth"), **{k: case.get(k) for k in optional})
+        print(json.dumps(asdict(verdict), ensure_ascii=False), flush=True)
+    return 0

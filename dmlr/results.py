@@ -1,0 +1,338 @@
+"""Records of a run: an append-only log that survives kill -9, and results.json derived from it.
+
+One finished example is one JSON line in `log.jsonl`, synced to disk before `append` returns; the last line of
+a row is the one that counts, so judging again appends too. `run.json` beside it holds the configuration the
+log was made under. The module knows nothing about models or judges; it stores what they say.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+LOG, SIDECAR, LOCK, RESULTS = "log.jsonl", "run.json", "run.lock", "results.json"
+
+# Parameters that cannot change a record: they may differ on resume. Which examples run may be widened or narrowed,
+# and each method has its own folder, named by the run's facts.
+FREE_PARAMETERS = frozenset(
+    "output_dir batch_size num_workers worker_device_round_robin resume verify_only verbose visual_token_viz "
+    "visual_token_viz_dir save_reward_csv start_data_idx end_data_idx methods use_llm_verify".split()
+)
+REWARD_COLUMNS = ("step", "reward", "sigma", "is_new_best", "patch_count", "patch_budget")
+
+
+class ResultsError(RuntimeError):
+    """A run folder that cannot be used or written; the message says why and what was kept."""
+
+
+class RunLog:
+    """The log of one run (one model, dataset and method) in its own folder; one process at a time.
+
+    `config` is the run's parameters (a mapping, or a dataclass such as Config) and `facts` whatever else decides
+    its records (method, checksum of the dataset; None: not compared, as for judging again). With `resume` an
+    existing log is continued if both are as they were, FREE_PARAMETERS aside, and aside parameters for which a
+    fact of the same name stands; without it an existing log is moved to log.1.jsonl, log.2.jsonl, ... and a new
+    one begins. Use as a context manager, or call `close`.
+
+    Raises ResultsError when another process holds the folder, the configuration differs (naming the parameters), the
+    log is damaged before its last line, or the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        config: Any = None,
+        *,
+        resume: bool = False,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.config, self.facts = as_plain(config or {}), None if facts is None else as_plain(dict(facts))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.folder / LOCK, timeout=0)
+            self._lock.acquire()
+        except Timeout:
+            raise ResultsError(f"{self.folder}: another process is writing this run; wait for it or stop it") from None
+        except OSError as error:
+            raise ResultsError(f"{self.folder}: cannot be used as output folder: {_why(error)}") from None
+        self._file = None
+        try:
+            self._records = self._open(resume)
+        except OSError as error:
+            self.close()
+            raise ResultsError(f"{self.folder}: cannot be written: {_why(error)}") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, resume: bool) -> dict[int, dict]:
+        path, records = self.folder / LOG, {}
+        if path.exists() and path.is_file() and path.stat().st_size:
+            if resume:
+                saved = _read_sidecar(self.folder)
+                _check_same(self.folder, saved, self.config, self.facts)
+                self.facts = saved.get("facts", {}) if self.facts is None else self.facts
+                records, size = _parse(path)
+                os.truncate(path, size)  # a torn last line: its example runs again
+            else:
+                kept = next(p for n in range(1, 10**9) if not (p := self.folder / f"log.{n}.jsonl").exists())
+                path.rename(kept)
+        write_json(self.folder / SIDECAR, {"config": self.config, "facts": self.facts or {}})
+        self._file = open(path, "ab", buffering=0)
+        return records
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add a record (keys: see interface; `row` is required), on disk when this returns.
+
+        NaN and infinities become null. Raises ResultsError when the disk is full or the folder lost; what was
+        finished before stays readable.
+        """
+        if self._file is None:
+            raise ResultsError(f"{self.folder}: the log is closed")
+        record = as_plain(dict(record))
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
+        start = os.fstat(self._file.fileno()).st_size
+        try:
+            view = memoryview(line)
+            while view:
+                view = view[self._file.write(view) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            try:
+                os.ftruncate(self._file.fileno(), start)  # no half line for the next writer to run into
+            except OSError:
+                pass
+            raise ResultsError(
+                f"{self.folder / LOG}: cannot be written: {_why(error)}; "
+                f"{len(self._records)} finished records are kept, mend it and start again with resume"
+            ) from None
+        self._records[int(record["row"])] = record
+
+    def records(self) -> list[dict]:
+        """The latest record of each row, in the order of rows."""
+        return [self._records[row] for row in sorted(self._records)]
+
+    def finished(self) -> set[int]:
+        """Rows that need no inference any more; those that ended in an error are tried again."""
+        return {row for row, record in self._records.items() if record.get("stop_reason") != "error"}
+
+    def close(self) -> None:
+        """Close the log and let other processes in. Closing twice is harmless."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self._lock.release()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _read_sidecar(folder: Path) -> dict[str, dict]:
+    try:
+        return dict(json.loads((folder / SIDECAR).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ResultsError(f"{folder / SIDECAR}: cannot tell which configuration made the log ({error})") from None
+
+
+def _check_same(folder: Path, saved: dict[str, dict], config: dict, facts: dict | None) -> None:
+    changes = []
+    old_facts = saved.get("facts") or {}
+    facts = old_facts if facts is None else facts
+    for old, new, free in (
+        (saved.get("config", {}), config, FREE_PARAMETERS | facts.keys()),
+        (old_facts, facts, frozenset()),
+    ):
+        for name in sorted((old.keys() | new.keys()) - free):
+            if old.get(name) != new.get(name):
+                changes.append(f"{name} was {old.get(name)!r} and is now {new.get(name)!r}")
+    if changes:
+        raise ResultsError(
+            f"{folder}: cannot resume under another configuration: {'; '.join(changes)}; "
+            "take the old value, or another output_dir"
+        )
+
+
+def _parse(path: Path) -> tuple[dict[int, dict], int]:
+    """Latest record by row, and the size of the log without a torn last line."""
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    records: dict[int, dict] = {}
+    for number, line in enumerate(content[:end].split(b"\n")[:-1], 1):
+        try:
+            record = json.loads(line)
+            records[int(record["row"])] = record
+        except (ValueError, KeyError, TypeError):
+            raise ResultsError(f"{path}, line {number}: not a record; the file was changed or damaged") from None
+    return records, end
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """`config` and `facts` under which a folder's log was made. ResultsError when there is no run."""
+    path = Path(folder) / SIDECAR
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResultsError(f"{folder}: no finished run to work on ({error})") from None
+
+
+def read_log(folder: str | Path) -> list[dict]:
+    """Finished records of a run, latest of each row, in the order of rows; also while it is being written."""
+    try:
+        records, _ = _parse(Path(folder) / LOG)
+    except OSError as error:
+        raise ResultsError(f"{Path(folder) / LOG}: {_why(error)}") from None
+    return [records[row] for row in sorted(records)]
+
+
+def is_right(record: Mapping[str, Any]) -> bool | None:
+    """Whether a judged record is correct; None for an error, a skipped example or a failed judge call."""
+    return {"correct": True, "wrong": False, "unparsed": False}.get(outcome(record))
+
+
+def tally(records: Iterable[Mapping[str, Any]]) -> dict[str, int | float | None]:
+    """Counts by `outcome`, and accuracy = correct / (correct + wrong + unparsed), null when nothing was judged.
+
+    Errors, skipped examples and failed judge calls are no wrong answers: they are counted beside `total`.
+    """
+    counts = Counter(outcome(record) for record in records)
+    total = counts["correct"] + counts["wrong"] + counts["unparsed"]
+    return {
+        "accuracy": counts["correct"] / total if total else None,
+        "correct": counts["correct"],
+        "total": total,
+        "wrong": counts["wrong"],
+        "unparsed": counts["unparsed"],
+        "errors": counts["error"],
+        "skipped": counts["skipped"],
+        "judge_failed": counts["judge_failed"],
+    }
+
+
+def outcome(record: Mapping[str, Any]) -> str:
+    """correct, wrong, unparsed, judge_failed, error or skipped: what a record counts as, everywhere."""
+    stop = str(record.get("stop_reason") or "")
+    if stop == "error":
+        return "error"
+    if stop.startswith("skipped"):
+        return "skipped"
+    verdict = record.get("verdict")
+    if verdict in ("correct", "wrong", "unparsed", "judge_failed"):
+        return verdict
+    known = {True: "correct", False: "wrong"}
+    return known.get(record.get("is_correct"), "judge_failed")
+
+
+def write_results(
+    folder: str | Path,
+    records: Iterable[Mapping[str, Any]] | None = None,
+    *,
+    model: str,
+    dataset: str,
+    config: Any = None,
+    args: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Derive results.json from records (default: the folder's log), atomically, and return its content.
+
+    Only rows in [start_data_idx, end_data_idx) of `config` enter. `more` are further top-level keys (method, seconds,
+    git revision, ...). Raises ResultsError when it cannot be written.
+    """
+    records = read_log(folder) if records is None else sorted(map(dict, records), key=lambda r: r.get("row", 0))
+    config = as_plain(config or {})
+    start, end = config.get("start_data_idx") or 0, config.get("end_data_idx")
+    entries = [r for r in records if start <= r.get("row", start) < (math.inf if end is None else end)]
+    content = {"model": model, "dataset": dataset, **tally(entries)}
+    content |= {**more, "config": config, "args": dict(args or {}), "entries": entries}
+    try:
+        write_json(Path(folder) / RESULTS, content)
+    except OSError as error:
+        raise ResultsError(f"{Path(folder) / RESULTS}: cannot be written: {_why(error)}") from None
+    return as_plain(content)
+
+
+def read_results(folder: str | Path) -> dict[str, Any]:
+    """Content of a folder's results.json (or of the file itself). ResultsError when absent, broken or another shape."""
+    path = Path(folder)
+    path = path / RESULTS if path.is_dir() else path
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ResultsError(f"{path}: {_why(error)}") from None
+    except ValueError as error:
+        raise ResultsError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict) or not isinstance(content.get("entries"), list):
+        raise ResultsError(f"{path}: expected an object with a list of entries")
+    return content
+
+
+def find_runs(root: str | Path) -> list[Path]:
+    """Folders under `root` (itself included) that hold a results.json, sorted."""
+    return sorted(path.parent for path in Path(root).rglob(RESULTS))
+
+
+def write_reward_csv(path: str | Path, trace_rows: Iterable[Mapping[str, Any]]) -> None:
+    """One line per iteration with REWARD_COLUMNS first and the trace's other keys after them."""
+    rows = [as_plain(dict(row)) for row in trace_rows]
+    others = dict.fromkeys(key for row in rows for key in row if key not in REWARD_COLUMNS)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [*REWARD_COLUMNS, *others], restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise ResultsError(f"{path}: cannot be written: {_why(error)}") from None
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it. Raises OSError."""
+    path = Path(path)
+    data = json.dumps(as_plain(content), ensure_ascii=False, allow_nan=False, indent=1).encode("utf-8", "replace")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def as_plain(value: Any) -> Any:
+    """JSON-able copy: dataclasses, tuples, sets, paths, arrays and numpy scalars converted, NaN and infinities null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): as_plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted((as_plain(item) for item in value), key=str)
+    if isinstance(value, list | tuple):
+        return [as_plain(item) for item in value]
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if hasattr(value, "tolist"):  # numpy and torch, neither of which is imported here
+        return as_plain(value.tolist())
+    return str(value)
+
+
+def _why(error: OSError) -> str:
+    return error.strerror or str(error)

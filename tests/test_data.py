@@ -1,0 +1,319 @@
+"""Dataset files, good and damaged, and images of every awkward kind."""
+
+from __future__ import annotations
+
+import base64
+import http.server
+import io
+import json
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dmlr import images
+from dmlr.data import DatasetError, check_dataset, load_dataset, main_check, report
+from dmlr.images import ImageError, open_image
+
+OFFICIAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "official"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes rows (or raw text) as a dataset file beside one readable image, `a b.png`."""
+    Image.new("RGB", (4, 3), "red").save(tmp_path / "a b.png")
+
+    def write(content):
+        path = tmp_path / "data.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        return path
+
+    return write
+
+
+def row(**changes):
+    base = {"prompt": "How many?", "solution": "3", "image_path": "a b.png", "idx": 0}
+    return {key: value for key, value in {**base, **changes}.items() if value is not ...}
+
+
+def kinds(problems, fatal=None):
+    return [problem.kind for problem in problems if fatal is None or problem.fatal is fatal]
+
+
+# ------------------------------------------------------------------------------------------- rows
+
+
+def test_a_good_row_becomes_an_example_and_keeps_its_other_keys(write):
+    path = write([row(idx="q7", choices=["3", "4"], category="sum")])
+    [example], problems = load_dataset(path)
+    assert not problems
+    assert (example.row, example.idx, example.question, example.solution) == (0, "q7", "How many?", "3")
+    assert example.image == str(path.parent / "a b.png")
+    assert example.meta == {"choices": ["3", "4"], "category": "sum"}
+
+
+def test_images_are_found_beside_the_file_and_then_in_the_working_folder(write, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    Image.new("RGB", (2, 2)).save("here.png")
+    examples, problems = load_dataset(
+        write([row(idx=0), row(idx=1, image_path="here.png"), row(idx=2, image_path=(tmp_path / "a b.png").as_uri())])
+    )
+    assert not problems
+    assert [Path(e.image).resolve() for e in examples] == [
+        tmp_path / "a b.png",
+        elsewhere / "here.png",
+        tmp_path / "a b.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("bad", "kind"),
+    [
+        ("text", "not_an_object"),
+        (row(prompt=...), "prompt_missing"),
+        (row(prompt="  \n"), "prompt_empty"),
+        (row(prompt=["x"]), "prompt_empty"),
+        (row(idx=1), "idx_doubled"),
+        (row(idx=True), "idx_invalid"),
+        (row(idx=[1]), "idx_invalid"),
+        (row(idx=5, image_path="none.png"), "image_missing"),
+        (row(idx=5, image_path="x" * 5000), "image_missing"),
+        (row(idx=5, image_path="a\0b"), "image_missing"),
+        (row(idx=5, image_path=""), "image_missing"),
+        (row(idx=5, image_path=...), "image_missing"),
+        (row(idx=5, image_path=["a b.png"]), "image_invalid"),
+    ],
+)
+def test_an_unusable_row_is_one_fatal_problem_and_the_rest_goes_on(write, bad, kind):
+    examples, problems = load_dataset(write([row(idx=1), bad, row(idx=2)]))
+    assert [e.row for e in examples] == [0, 2]
+    assert [(p.row, p.kind) for p in problems if p.fatal] == [(1, kind)]
+    assert all(p.message for p in problems)
+
+
+def test_what_is_missing_but_bearable(write):
+    examples, problems = load_dataset(
+        write(
+            [
+                row(idx=...),
+                row(idx=1, solution=...),
+                row(idx=2, solution=""),
+                row(idx=3, solution=12),
+                row(idx=4, image_path=None),
+            ]
+        )
+    )
+    assert [e.idx for e in examples] == [0, 1, 2, 3, 4]
+    assert [e.solution for e in examples] == ["3", "", "", "12", "3"]
+    assert examples[4].image is None
+    assert kinds(problems) == ["idx_missing", "solution_missing", "solution_empty"]
+
+
+def test_a_file_without_images_is_a_text_benchmark(write):
+    examples, problems = load_dataset(write([row(image_path=...), row(idx=1, image_path=...)]))
+    assert [e.image for e in examples] == [None, None] and not problems
+
+
+def test_literal_newlines_become_new_lines_and_latex_stays(write):
+    prompt = "Look.\\n Question: is $a \\neq b$, \\nu or \\\\n?\\nOptions"
+    [example], problems = load_dataset(write([row(prompt=prompt)]))
+    assert example.question == "Look.\n Question: is $a \\neq b$, \\nu or \\\\n?\nOptions"
+    assert kinds(problems) == ["literal_newline"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "not valid JSON"),
+        ("[{]", "not valid JSON"),
+        ('[{"idx": NaN}]', "NaN"),
+        ('{"prompt": "x"}', "expected a JSON list"),
+        ("[]", "empty"),
+        ("[" * 100_000, "nested too deeply|not valid JSON"),
+    ],
+)
+def test_an_unusable_file_is_one_clear_error(write, content, reason):
+    path = write(content)
+    with pytest.raises(DatasetError, match=reason) as error:
+        load_dataset(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_file_that_is_no_file(tmp_path):
+    (tmp_path / "latin.json").write_bytes('["é"]'.encode("latin-1"))
+    for path, reason in [("none.json", "No such file"), ("", "directory"), ("latin.json", "not UTF-8")]:
+        with pytest.raises(DatasetError, match=reason):
+            load_dataset(tmp_path / path)
+
+
+# ----------------------------------------------------------------------------------------- checks
+
+
+OPTIONS = "Which?\nA. cat\nB. dog\nC. C. elegans"
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"prompt": OPTIONS, "solution": "D"}, "letter_not_an_option"),
+        ({"prompt": OPTIONS, "solution": "D. cow"}, "letter_not_an_option"),
+        ({"prompt": OPTIONS, "solution": "B. cat"}, "option_text_differs"),
+        ({"prompt": OPTIONS, "solution": "cow"}, "solution_not_an_option"),
+        ({"prompt": "Which?\nA. C. elegans\nB. dog\nC. cat", "solution": "C. elegans"}, "option_like_letter"),
+        ({"prompt": "Which?\nA. B cells\nB. T cells", "solution": "B cells"}, "option_like_letter"),
+        ({"prompt": "Which?\nA. cat\nB. Cat", "solution": "A"}, "options_doubled"),
+        ({"prompt": "Which?\nA. cat\nB.", "solution": "A"}, "options_empty"),
+        ({"solution": "4", "choices": ["3", "5"]}, "solution_not_an_option"),
+        ({"solution": "\\boxed{3"}, "solution_unparsable"),
+        ({"solution": "\\boxed{}"}, "solution_unparsable"),
+        ({"prompt": "How\x07 many?"}, "control_characters"),
+        ({"solution": "3\x00"}, "control_characters"),
+    ],
+)
+def test_check_holds_solutions_against_options(write, changes, kind):
+    assert kinds(check_dataset(write([row(**changes)]))) == [kind]
+
+
+@pytest.mark.parametrize(
+    "solution", ["A", "a", "(b)", "B. dog", "B: dog", "(b) dog", "dog", "C. C. elegans", "\\boxed{B}"]
+)
+def test_check_accepts_every_form_of_a_right_solution(write, solution):
+    assert check_dataset(write([row(prompt=OPTIONS, solution=solution)])) == []
+
+
+def test_check_finds_twins(write):
+    problems = check_dataset(write([row(), row(idx=1), row(idx=2, solution="4"), row(idx=3, prompt="Other?")]))
+    assert [(p.row, p.kind) for p in problems] == [(1, "row_doubled"), (2, "rows_contradict")]
+
+
+def test_check_opens_images_and_looks_at_solutions_of_rows_without_them(write, tmp_path):
+    (tmp_path / "text.png").write_text("not an image")
+    rows = [row(), row(idx=1, image_path="text.png"), row(idx=2, image_path="none.png", prompt=OPTIONS, solution="D")]
+    problems = check_dataset(write(rows))
+    assert [(p.row, p.kind, p.fatal) for p in problems] == [
+        (1, "image_unreadable", True),
+        (2, "image_missing", True),
+        (2, "letter_not_an_option", False),
+    ]
+    text = report(problems)
+    assert text.index("image_unreadable") < text.index("letter_not_an_option") and "row 2" in text
+
+
+def test_the_check_command_and_its_exit_status(write, tmp_path, capsys):
+    assert main_check([str(write([row()]))]) == 0
+    assert "no problems" in capsys.readouterr().out
+    assert main_check([str(write([row(solution="")]))]) == 1
+    assert "solution_empty" in capsys.readouterr().out
+    assert main_check([str(tmp_path / "none.json")]) == 2
+    assert "No such file" in capsys.readouterr().err
+    assert main_check([]) == 2
+
+
+@pytest.mark.skipif(not OFFICIAL.exists(), reason="the released data files are not part of the repository")
+def test_what_the_check_finds_in_released_files():
+    science = Counter(kinds(check_dataset(OFFICIAL / "scienceqa.json"), fatal=False))
+    assert science == {"solution_empty": 713}
+    mmvp = Counter(kinds(check_dataset(OFFICIAL / "mmvp.json"), fatal=False))
+    assert mmvp == {"idx_missing": 300, "literal_newline": 300, "options_doubled": 2}
+
+
+# ----------------------------------------------------------------------------------------- images
+
+
+def saved(tmp_path, image, name="image.png", **options):
+    image.save(tmp_path / name, **options)
+    return tmp_path / name
+
+
+def pixel(image, at=(0, 0)):
+    assert image.mode == "RGB"
+    return image.getpixel(at)
+
+
+def test_transparency_lies_on_white(tmp_path):
+    assert pixel(open_image(saved(tmp_path, Image.new("RGBA", (2, 2), (255, 0, 0, 0))))) == (255, 255, 255)
+    assert pixel(open_image(saved(tmp_path, Image.new("LA", (2, 2), (0, 255))))) == (0, 0, 0)
+    palette = Image.new("P", (2, 2), 1)
+    palette.putpalette([0, 0, 0, 0, 0, 255])
+    assert pixel(open_image(saved(tmp_path, palette))) == (0, 0, 255)
+    assert pixel(open_image(saved(tmp_path, palette, transparency=1))) == (255, 255, 255)
+
+
+def test_sixteen_bit_greyscale_is_scaled_and_not_clipped(tmp_path):
+    grey = Image.fromarray(np.array([[0, 32768, 65535]], dtype=np.uint16))
+    assert [pixel(open_image(saved(tmp_path, grey)), (x, 0))[0] for x in range(3)] == [0, 128, 255]
+    floats = Image.fromarray(np.array([[0, 0.5, 1]], dtype=np.float32))
+    assert [pixel(open_image(saved(tmp_path, floats, "f.tiff")), (x, 0))[0] for x in range(3)] == [0, 128, 255]
+
+
+def test_orientation_and_other_colour_spaces(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    assert open_image(saved(tmp_path, Image.new("RGB", (8, 4)), "e.jpg", exif=exif)).size == (4, 8)
+    assert open_image(saved(tmp_path, Image.new("CMYK", (8, 4)), "c.jpg")).mode == "RGB"
+    assert open_image(saved(tmp_path, Image.new("1", (8, 4), 1))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_every_kind_of_source(tmp_path):
+    path = saved(tmp_path, Image.new("RGB", (3, 2), "lime"), "a b.png")
+    data = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    for source in (path, str(path), path.as_uri(), data, Image.open(path)):
+        assert pixel(open_image(source)) == (0, 255, 0)
+
+
+def test_one_pixel_is_an_image(tmp_path):
+    assert open_image(saved(tmp_path, Image.new("RGB", (1, 1)))).size == (1, 1)
+
+
+def test_what_is_no_image_is_a_clear_error(tmp_path, monkeypatch):
+    good = saved(tmp_path, Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)))
+    (tmp_path / "cut.png").write_bytes(good.read_bytes()[:2000])
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "empty.png").write_bytes(b"")
+    saved(tmp_path, Image.new("L", (8000, 10)), "wide.png")
+    for source, reason in [
+        ("cut.png", "truncated"),
+        ("text.png", "not an image"),
+        ("empty.png", "empty"),
+        ("none.png", "No such file"),
+        ("wide.png", "8000 x 10.*differ by more than 200"),
+    ]:
+        with pytest.raises(ImageError, match=reason) as error:
+            open_image(tmp_path / source)
+        assert source in str(error.value)
+    with pytest.raises(ImageError, match="directory"):
+        open_image(tmp_path)
+    with pytest.raises(ImageError, match="base64"):
+        open_image("data:image/png;base64,&&&")
+    monkeypatch.setattr(images, "MAX_IMAGE_PIXELS", 64 * 64 - 1)
+    with pytest.raises(ImageError, match="bomb"):
+        open_image(good)
+
+
+def test_images_from_a_server(tmp_path):
+    content = io.BytesIO()
+    Image.new("RGB", (3, 2), "lime").save(content, "PNG")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/good.png" else 404)
+            self.end_headers()
+            self.wfile.write(content.getvalue())
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        root = f"http://127.0.0.1:{server.server_port}"
+        assert pixel(open_image(f"{root}/good.png")) == (0, 255, 0)
+        with pytest.raises(ImageError, match="404"):
+            open_image(f"{root}/none.png")
+        server.shutdown()
+    with pytest.raises(ImageError, match="cannot be fetched"):
+        open_image(f"{root}/good.png")

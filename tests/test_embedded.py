@@ -1,0 +1,95 @@
+"""The embedded model through the same code as any other: parity with `generate`, with full recomputation, and alone
+against in a batch. Full-size versions of these are in dev/LOG.md; here a few dozen examples keep them honest."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
+
+from dmlr.config import Config, locate
+from dmlr.data import load_dataset, open_image
+from dmlr.methods import METHODS, Question, append_latents, prefill_latent, question_noise
+from dmlr.optimize import initial_latents, optimize
+from dmlr.prompts import Prompts
+from dmlr.reference import Reference, eager
+from dmlr.vlm import VLM
+
+SUITES = ("mathematics", "visual", "composition")
+
+
+@pytest.fixture(scope="module")
+def config():
+    return Config.make("demo", device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def vlm(config):
+    return VLM.load(config)
+
+
+def questions(each):
+    """The first `each` of every suite."""
+    examples = [e for suite in SUITES for e in load_dataset(f"data/shapes/{suite}.json")[0][:each]]
+    return [Question(e.idx, e.question, [open_image(e.image)]) for e in examples]
+
+
+def test_it_is_a_plain_checkpoint_of_the_real_architecture(vlm):
+    folder = Path(locate("data/models/shapes-vl"))
+    assert type(AutoModelForImageTextToText.from_pretrained(folder)) is Qwen2_5_VLForConditionalGeneration
+    assert sum(path.stat().st_size for path in folder.rglob("*")) <= 16 * 2**20
+    assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pt")), "no pickles"
+    assert (folder / "README.md").is_file()
+
+
+def test_vanilla_equals_generate_token_by_token(vlm, config):
+    """Fifty-one questions, batched here, one by one in plain transformers."""
+    plain = AutoModelForImageTextToText.from_pretrained(locate(config.model_name_or_path), dtype=torch.float32)
+    prompts, asked = Prompts(), questions(17)
+    answers = METHODS["vanilla"](vlm, asked, config)
+    for question, answer in zip(asked, answers, strict=True):
+        prompt = vlm.encode(prompts.system, prompts.task(question.text), question.images).prompt
+        assert prompt == answer.prompt
+        inputs = vlm.processor(
+            text=[prompt], images=question.images, return_tensors="pt", return_mm_token_type_ids=True
+        )
+        out = plain.generate(**inputs, max_new_tokens=config.max_new_tokens, do_sample=False)
+        new = out[0, inputs["input_ids"].shape[1] :]
+        assert answer.text == vlm.tokenizer.decode(new, skip_special_tokens=True)
+        assert answer.num_new_tokens == len(new)
+
+
+@pytest.mark.parametrize("accept_at", ["updated", "candidate"])
+@pytest.mark.parametrize("position", ["think", "think_next", "group_end"])
+def test_loop_equals_full_recomputation(vlm, config, accept_at, position):
+    config = config.replace(accept_at=accept_at, reward_position=position, max_num_steps=4, max_new_tokens=24)
+    asked = questions(2)[:4]
+    prefix, encoded = prefill_latent(vlm, asked, config, Prompts())
+    noise = torch.stack([question_noise(vlm, q, config) for q in asked])
+    start = initial_latents(vlm, prefix, config)
+    trace = optimize(vlm, prefix, config, noise, torch.zeros(0, dtype=torch.long))
+    append_latents(vlm, prefix, trace.final.latents, trace.final.patches)
+    answers = vlm.decode(prefix, config.max_new_tokens)
+    oracle = eager(vlm)
+    for row in range(4):
+        reference = Reference(oracle, encoded[row], config)
+        expected = reference.run(start[row], noise[row])
+        for step, want in zip(trace.steps, expected.steps, strict=True):
+            assert step.reward[row].item() == pytest.approx(want.reward, abs=1e-4)
+            assert step.explored[row].item() == pytest.approx(want.explored, abs=1e-4)
+            assert step.tried.patches.tolist()[row] == want.patches
+        torch.testing.assert_close(trace.final.latents[row], expected.best_latents, atol=1e-4, rtol=0)
+        assert trace.final.patches.tolist()[row] == expected.best_patches
+        assert trace.best_reward[row].item() == pytest.approx(expected.best_reward, abs=1e-4)
+        ids = reference.decode(expected.best_latents, expected.best_patches, config.max_new_tokens)
+        assert answers[row].text == vlm.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_alone_and_in_a_batch_are_the_same(vlm, config):
+    asked = questions(8)
+    together = METHODS["dmlr"](vlm, asked, config)
+    alone = [METHODS["dmlr"](vlm, [q], config)[0] for q in asked]
+    assert [a.text for a in together] == [a.text for a in alone]
+    assert [a.reasoning.patches for a in together] == [a.reasoning.patches for a in alone]
+    for one, two in zip(together, alone, strict=True):
+        assert one.reasoning.best_reward == pytest.approx(two.reasoning.best_reward, abs=1e-4)

@@ -1,0 +1,309 @@
+"""The log under kill -9, full disks, other writers and changed parameters; results.json derived from it."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dmlr.config import Config
+from dmlr.results import (
+    LOG,
+    RESULTS,
+    ResultsError,
+    RunLog,
+    find_runs,
+    read_log,
+    read_results,
+    tally,
+    write_results,
+    write_reward_csv,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def record(row, verdict="correct", **more):
+    known = {"correct": True, "wrong": False, "unparsed": False}
+    return {
+        "row": row,
+        "data_idx": row,
+        "verdict": verdict,
+        "is_correct": known.get(verdict),
+        "stop_reason": "eos_token",
+        **more,
+    }
+
+
+def failed(row):
+    return record(row, None, stop_reason="error", error="ImageError: gone")
+
+
+# -------------------------------------------------------------------------------------------- log
+
+
+def test_records_come_back_in_the_order_of_rows(tmp_path):
+    with RunLog(tmp_path, {"lr": 0.1}) as log:
+        for row in (2, 0, 1):
+            log.append(record(row))
+        assert log.finished() == {0, 1, 2}
+        assert read_log(tmp_path) == log.records() == [record(0), record(1), record(2)]
+
+
+def test_resume_keeps_what_is_finished_and_tries_errors_again(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.append(record(0))
+        log.append(failed(1))
+        log.append(record(2, None, stop_reason="skipped_no_ground_truth"))
+    with RunLog(tmp_path, resume=True) as log:
+        assert log.finished() == {0, 2}
+        log.append(record(1, "wrong"))
+        assert [r["verdict"] for r in log.records()] == ["correct", "wrong", None]
+    assert len(read_log(tmp_path)) == 3
+
+
+def test_without_resume_a_new_log_begins_and_the_old_one_is_kept(tmp_path):
+    for _ in range(3):
+        with RunLog(tmp_path) as log:
+            assert not log.finished()
+            log.append(record(0))
+    assert sorted(p.name for p in tmp_path.glob("log*.jsonl")) == ["log.1.jsonl", "log.2.jsonl", "log.jsonl"]
+
+
+@pytest.mark.parametrize("tail", [b'{"row": 1, "verd', b'{"row": 1}', b"\xff\xfe", b"\0\0\0"])
+def test_a_torn_last_line_is_dropped(tmp_path, tail):
+    with RunLog(tmp_path) as log:
+        log.append(record(0))
+    with open(tmp_path / LOG, "ab") as file:
+        file.write(tail)
+    assert read_log(tmp_path) == [record(0)]
+    with RunLog(tmp_path, resume=True) as log:
+        assert log.finished() == {0}
+        log.append(record(1))
+    assert read_log(tmp_path) == [record(0), record(1)]
+
+
+def test_damage_before_the_last_line_is_an_error_that_names_the_line(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.append(record(0))
+        log.append(record(1))
+    content = (tmp_path / LOG).read_bytes()
+    (tmp_path / LOG).write_bytes(b"garbage\n" + content)
+    with pytest.raises(ResultsError, match="line 1"):
+        RunLog(tmp_path, resume=True)
+    assert (tmp_path / LOG).read_bytes() == b"garbage\n" + content
+
+
+def test_resume_under_another_configuration_names_the_difference(tmp_path):
+    config = Config()
+    with RunLog(tmp_path, config, facts={"method": "dmlr"}) as log:
+        log.append(record(0))
+    with pytest.raises(ResultsError, match=r"lr was 0\.001 and is now 0\.5; seed was 42 and is now 1"):
+        RunLog(tmp_path, config.replace(lr=0.5, seed=1), resume=True, facts={"method": "dmlr"})
+    with pytest.raises(ResultsError, match="method was 'dmlr' and is now 'vanilla'"):
+        RunLog(tmp_path, config, resume=True, facts={"method": "vanilla"})
+    same = config.replace(batch_size=3, end_data_idx=7, output_dir="x", verbose=0, save_reward_csv=False, resume=True)
+    with pytest.raises(ResultsError, match="dataset was None and is now 'other'"):
+        RunLog(tmp_path, config, resume=True, facts={"method": "dmlr", "dataset": "other"})
+    for facts in ({"method": "dmlr"}, None):
+        with RunLog(tmp_path, same, resume=True, facts=facts) as log:
+            assert log.finished() == {0} and log.facts == {"method": "dmlr"}
+
+
+def test_a_fact_stands_for_the_parameter_of_its_name(tmp_path):
+    with RunLog(tmp_path, {"dataset": "a.json"}, facts={"dataset": "checksum"}) as log:
+        log.append(record(0))
+    with RunLog(tmp_path, {"dataset": "a.json,b.json"}, resume=True, facts={"dataset": "checksum"}) as log:
+        assert log.finished() == {0}
+
+
+def test_a_second_writer_says_so_and_stops(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.append(record(0))
+        code = f"from dmlr.results import RunLog; RunLog({str(tmp_path)!r}, resume=True)"
+        second = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert second.returncode != 0 and "another process is writing" in second.stderr
+        with pytest.raises(ResultsError, match="another process"):
+            RunLog(tmp_path)
+    RunLog(tmp_path, resume=True).close()
+
+
+WRITER = """
+import sys
+from dmlr.results import RunLog
+with RunLog(sys.argv[1], {"lr": 0.1}, resume=True) as log:
+    for row in sorted(set(range(400)) - log.finished()):
+        log.append({"row": row, "verdict": "correct", "is_correct": True, "text": "x" * (row % 97) * 50})
+"""
+
+
+def test_kill_9_loses_nothing_and_doubles_nothing(tmp_path):
+    rng, progress, killed = random.Random(0), [0], 0
+    for attempt in range(60):
+        child = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], cwd=ROOT)
+        log = tmp_path / LOG
+        if attempt < 8:
+            goal = (log.stat().st_size if log.exists() else 0) + rng.randrange(1, 40_000)
+            while child.poll() is None and (not log.exists() or log.stat().st_size < goal):
+                time.sleep(0.0005)
+            child.send_signal(signal.SIGKILL)
+        code = child.wait(60)
+        killed += code == -signal.SIGKILL
+        progress.append(len(read_log(tmp_path)) if log.exists() else 0)
+        assert progress[-1] >= progress[-2]
+        if code == 0:
+            break
+    assert code == 0 and killed >= 3
+    records = read_log(tmp_path)
+    assert [r["row"] for r in records] == list(range(400))
+    assert all(r["text"] == "x" * (r["row"] % 97) * 50 for r in records)
+    lines = (tmp_path / LOG).read_bytes().splitlines()
+    assert len(lines) == 400
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_is_a_clear_error(tmp_path):
+    (tmp_path / LOG).symlink_to("/dev/full")
+    with RunLog(tmp_path) as log, pytest.raises(ResultsError, match="No space left.*0 finished records are kept"):
+        log.append(record(0))
+
+
+def test_a_disk_that_fills_up_keeps_what_was_done(tmp_path):
+    resource = pytest.importorskip("resource")
+    code = f"""
+import resource, signal
+from dmlr.results import RunLog
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with RunLog({str(tmp_path)!r}) as log:
+    log.append({{"row": 0}})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    log.append({{"row": 1, "text": "x" * 5000}})
+"""
+    assert resource.RLIM_INFINITY
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "cannot be written: File too large; 1 finished records are kept" in child.stderr
+    with RunLog(tmp_path, resume=True) as log:
+        assert log.finished() == {0}
+
+
+def test_a_folder_that_cannot_be_used_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResultsError, match="cannot be used as output folder"):
+        RunLog(tmp_path / "file" / "run")
+    if os.geteuid() != 0:  # root may write anywhere
+        (tmp_path / "locked").mkdir(mode=0o500)
+        with pytest.raises(ResultsError, match="Permission denied"):
+            RunLog(tmp_path / "locked")
+
+
+def test_everything_becomes_plain_json(tmp_path):
+    odd = {
+        "nan": math.nan,
+        "inf": [-math.inf, 1.5],
+        "numpy": np.float32(0.5),
+        "array": np.arange(3),
+        "path": Path("a/b"),
+        "tuple": (1, None),
+        "text": "line\u2028one\ud800",
+    }
+    with RunLog(tmp_path) as log:
+        log.append({"row": np.int64(0), **odd})
+    line = (tmp_path / LOG).read_text(encoding="utf-8")
+    assert "NaN" not in line and "Infinity" not in line
+    [back] = read_log(tmp_path)
+    assert back == {
+        "row": 0,
+        "nan": None,
+        "inf": [None, 1.5],
+        "numpy": 0.5,
+        "array": [0, 1, 2],
+        "path": "a/b",
+        "tuple": [1, None],
+        "text": "line\u2028one?",
+    }
+
+
+# ---------------------------------------------------------------------------------------- results
+
+
+def test_accuracy_counts_neither_errors_nor_skipped_nor_failed_judge_calls():
+    runs = [record(0), record(1, "wrong"), record(2, "unparsed"), record(3), failed(4)]
+    runs += [record(5, None, stop_reason="skipped_no_ground_truth"), record(6, "judge_failed")]
+    counts = tally(runs)
+    assert counts == {
+        "accuracy": 0.5,
+        "correct": 2,
+        "total": 4,
+        "wrong": 1,
+        "unparsed": 1,
+        "errors": 1,
+        "skipped": 1,
+        "judge_failed": 1,
+    }
+    assert tally([])["accuracy"] is None
+
+
+def test_results_have_the_shape_that_users_know(tmp_path):
+    with RunLog(tmp_path) as log:
+        for row in (1, 0, 2):
+            log.append(record(row, question="q", best_reward=0.5))
+    content = write_results(tmp_path, model="m", dataset="d", config={"end_data_idx": 2}, args={"x": 1}, method="dmlr")
+    assert list(content)[:5] == ["model", "dataset", "accuracy", "correct", "total"]
+    assert {"config", "args", "entries", "method"} <= set(content)
+    assert [entry["data_idx"] for entry in content["entries"]] == [0, 1]  # the range asked for
+    assert read_results(tmp_path) == read_results(tmp_path / RESULTS) == content
+    assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == []  # no temporary file stays
+
+
+def test_results_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    write_results(tmp_path, [record(0)], model="m", dataset="d")
+    before = (tmp_path / RESULTS).read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ResultsError, match="No space left"):
+        write_results(tmp_path, [record(0), record(1)], model="m", dataset="d")
+    assert (tmp_path / RESULTS).read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == [RESULTS]
+
+
+def test_reading_what_is_not_there_or_not_results(tmp_path):
+    with pytest.raises(ResultsError, match="No such file"):
+        read_results(tmp_path)
+    for content, reason in [("{", "not valid JSON"), ("[]", "expected an object")]:
+        (tmp_path / RESULTS).write_text(content)
+        with pytest.raises(ResultsError, match=reason):
+            read_results(tmp_path)
+    with pytest.raises(ResultsError, match="No such file"):
+        read_log(tmp_path / "none")
+
+
+def test_runs_are_found_at_any_depth(tmp_path):
+    for name in ("b/dmlr", "a/x/vanilla"):
+        (tmp_path / name).mkdir(parents=True)
+        write_results(tmp_path / name, [record(0)], model="m", dataset="d")
+    assert [p.relative_to(tmp_path).as_posix() for p in find_runs(tmp_path)] == ["a/x/vanilla", "b/dmlr"]
+    assert find_runs(tmp_path / "none") == []
+
+
+def test_reward_csv(tmp_path):
+    rows = [
+        {"step": 0, "reward": 0.5, "sigma": 0.1, "is_new_best": True, "patch_count": 2, "patch_budget": 2, "note": "x"},
+        {"step": 1, "reward": math.nan, "sigma": 0.095, "is_new_best": False, "patch_count": 2, "patch_budget": 4},
+    ]
+    write_reward_csv(tmp_path / "rewards" / "0.csv", rows)
+    with open(tmp_path / "rewards" / "0.csv", newline="") as file:
+        first, second = csv.DictReader(file)
+    assert list(first) == ["step", "reward", "sigma", "is_new_best", "patch_count", "patch_budget", "note"]
+    assert (first["reward"], second["reward"], second["sigma"]) == ("0.5", "", "0.095")
