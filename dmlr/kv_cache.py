@@ -89,6 +89,13 @@ class KVCache(Cache):
         twin.layers = [copy.copy(layer) for layer in self.layers]
         return twin
 
+    def select(self, rows: torch.Tensor) -> KVCache:
+        """A cache of these rows [B'] of the batch only."""
+        twin = self.branch()
+        for layer in twin.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        return twin
+
     def reserve(self, count: int) -> None:
         """Make room for `count` more positions at once, so that no forward has to grow the buffers."""
         for layer in self.layers:

@@ -8,6 +8,7 @@ prefix and returns logits and attention.
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, NoBadWordsL
 from dmlr.config import Config, locate
 from dmlr.encode import Encoded, Encoder
 from dmlr.kv_cache import ATTENTION, AttentionProbe, KVCache, at_least_float32
+
+LOOK_EVERY = defaultdict(lambda: 16, cpu=1)  # decoding steps between looks at which rows are finished
 
 
 class ModelError(ValueError):
@@ -37,6 +40,11 @@ class Prefix:
     image_mask: torch.Tensor  # [B, N]
     image_columns: torch.Tensor  # [B, N], their columns among the P
     suffix_ids: torch.Tensor  # [S], shared by the batch
+
+    def select(self, rows: torch.Tensor) -> Prefix:
+        """These rows [B'] of the batch only."""
+        names = ("mask", "next_position", "logits", "images", "image_mask", "image_columns")
+        return replace(self, cache=self.cache.select(rows), **{name: getattr(self, name)[rows] for name in names})
 
     def branch(self) -> Prefix:
         """A continuation that can be appended to and decoded, and leaves this prefix as it is."""
@@ -229,24 +237,33 @@ class VLM:
     def decode(self, prefix: Prefix, max_new_tokens: int, banned: tuple[str, ...] = ()) -> list[Decoded]:
         """Greedy decoding from `prefix.logits` until end of turn, `max_new_tokens` or the end of the context.
 
-        The checkpoint's own sampling settings (temperature, repetition penalty) are not applied. Advances the prefix.
+        The checkpoint's own sampling settings (temperature, repetition penalty) are not applied. The prefix is used up.
         """
         ban = self._ban(banned)
         eos = torch.tensor(self.eos_ids, device=self.device)
         limit = (self.context_length - prefix.mask.sum(dim=1)).clamp(1, max_new_tokens)  # [B], each row's own
         tokens = torch.zeros(len(limit), 0, dtype=torch.long, device=self.device)
         finished = torch.zeros_like(limit, dtype=torch.bool)
-        filled = torch.ones(len(limit), 1, dtype=torch.bool, device=self.device)
-        for step in range(int(limit.max())):
-            if step:
-                self.append(prefix, self.embed(tokens[:, -1:]), filled)
+        rows, limits, said = list(range(len(limit))), limit.tolist(), {}  # rows still in the batch; what others said
+        last = max(limits)
+        for step in range(1, last + 1):
+            if step > 1:
+                self.append(prefix, self.embed(tokens[:, -1:]), torch.ones_like(finished)[:, None])
             logits = ban(tokens, prefix.logits) if ban else prefix.logits
             token = logits.argmax(dim=-1)
             tokens = torch.cat([tokens, token[:, None]], dim=1)
-            finished = finished | torch.isin(token, eos) | (limit == step + 1)
-            if finished.all():
-                break
-        return [self._decoded(row[:end]) for row, end in zip(tokens.tolist(), limit.tolist(), strict=True)]
+            finished = finished | torch.isin(token, eos) | (limit == step)
+            if step % LOOK_EVERY[self.device.type] and step < last:
+                continue  # looking at `finished` makes a GPU wait
+            over = finished.tolist()
+            if 2 * sum(over) >= len(over):  # finished rows leave, half a batch at a time
+                said |= {rows[i]: tokens[i].tolist() for i, done in enumerate(over) if done}
+                rows = [row for row, done in zip(rows, over, strict=True) if not done]
+                if not rows:
+                    break
+                stay = (~finished).nonzero()[:, 0]
+                prefix, tokens, limit, finished = prefix.select(stay), tokens[stay], limit[stay], finished[stay]
+        return [self._decoded(said[row][:end]) for row, end in enumerate(limits)]
 
     # inside
 

@@ -9,7 +9,7 @@ from dmlr.config import Config
 from dmlr.encode import PromptError
 from dmlr.injection import Patches, interleave
 from dmlr.prompts import Prompts
-from dmlr.vlm import VLM, ModelError
+from dmlr.vlm import LOOK_EVERY, VLM, ModelError
 
 PROMPTS = Prompts()
 
@@ -159,3 +159,18 @@ def test_missing_model_says_so(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="folder"):
         VLM.load(Config(model_name_or_path=str(tmp_path)))
+
+
+def test_finished_rows_leave_and_the_others_go_on(vlm, monkeypatch):
+    """Rows that end at different times say what they say alone, however rarely the loop looks."""
+    encoded = [vlm.encode("", "?" * (3 * i + 1), [noise_image(i)]) for i in range(6)]
+    alone = [vlm.decode(vlm.prefill([e]), 30)[0] for e in encoded]
+    letters = [d.text for d in alone]
+    # End-of-turn becomes a token that some answers contain early, some late and some never.
+    ends = vlm.tokenizer.encode(letters[0][4:6] + letters[1][12:14])
+    monkeypatch.setitem(vlm.__dict__, "eos_ids", ends)
+    alone = [vlm.decode(vlm.prefill([e]), 30)[0] for e in encoded]
+    assert len({d.num_tokens for d in alone}) > 2 and {d.stop_reason for d in alone} == {"eos_token", "length"}
+    for look in (1, 4, 64):
+        monkeypatch.setitem(LOOK_EVERY, "cpu", look)
+        assert vlm.decode(vlm.prefill(encoded), 30) == alone
