@@ -45,7 +45,7 @@ class Config:
     end_data_idx: int | None = _param(100, "one past the last example; none: to the end", low=0)
     device: str = _param("auto", "torch device; auto: cuda if present, else cpu")
     dtype: str = _param("auto", "weights and activations; auto: bfloat16 on a GPU, float32 on a CPU", choices=DTYPES)
-    batch_size: int = _param(16, "examples that go through the model together", low=1)
+    batch_size: int | None = _param(None, "examples that go through the model together; none: by free memory", low=1)
     seed: int = _param(42, "noise of an example comes from (seed, its idx)", low=0)
     trust_remote_code: bool = _param(False, "let the checkpoint run its own code")
     # prompt and answer

@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import platform
 import re
+import resource
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +26,7 @@ from dmlr.config import Config, ConfigError, check_names, locate
 from dmlr.data import Example, ImageError, Problem, load_dataset, open_image
 from dmlr.judge import judge
 from dmlr.methods import METHODS, Answer, Question
+from dmlr.metrics import efficiency
 from dmlr.results import RunLog, read_results, read_run, write_results, write_reward_csv
 from dmlr.vlm import VLM
 
@@ -126,8 +129,9 @@ def verify(job: Job, config: Config, bar: tqdm) -> dict[str, Any]:
 
 def answer_all(vlm: VLM, method: str, examples: Sequence[Example], config: Config) -> Iterator[tuple[Example, Answer]]:
     """Answers in batches, in order. Examples without ground truth are skipped, unreadable images are errors."""
-    for start in range(0, len(examples), config.batch_size):
-        batch, answers = examples[start : start + config.batch_size], {}
+    size = config.batch_size or vlm.fitting_batch(1024 + config.max_new_tokens)
+    for start in range(0, len(examples), size):
+        batch, answers = examples[start : start + size], {}
         questions = []
         for example in batch:
             if not example.solution:
@@ -245,7 +249,15 @@ def save_results(job: Job, log: RunLog, config: Config, made_with: dict[str, str
         config=config.as_dict(),
         method=job.method,
         environment=made_with or environment(),
+        efficiency=efficiency(log.records()) | {"peak_memory_bytes": peak_memory()},
     )
+
+
+def peak_memory() -> int:
+    """Most memory so far: allocated on the GPU, or of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def environment() -> dict[str, str]:

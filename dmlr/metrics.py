@@ -19,6 +19,7 @@ import pandas as pd
 from .results import is_right, tally
 
 Records = Iterable[Mapping[str, Any]]
+PHASES = ("prefill", "optimise", "decode")  # of an example's `seconds`
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,18 @@ def _by_idx(records: Records) -> dict[Any, bool]:
             raise ValueError(f"data_idx {idx!r} occurs twice in one run")
         judged[idx] = right
     return judged
+
+
+def efficiency(records: Records) -> dict[str, float | int | None]:
+    """Seconds per phase over all answered examples, and what they amount to per second; None where nothing was done."""
+    answered = [r for r in records if r.get("seconds") and r.get("stop_reason") != "error"]
+    phases = {f"{phase}_seconds": sum(r["seconds"].get(phase, 0.0) for r in answered) for phase in PHASES}
+    counts = {
+        "examples_per_second": (len(answered), sum(phases.values())),
+        "iterations_per_second": (sum(len(r.get("rewards") or ()) for r in answered), phases["optimise_seconds"]),
+        "tokens_per_second": (sum(r.get("num_new_tokens") or 0 for r in answered), phases["decode_seconds"]),
+    }
+    return phases | {name: count / spent if count and spent else None for name, (count, spent) in counts.items()}
 
 
 def group_accuracy(records: Records, key: str, level: float = 0.95) -> Accuracy:

@@ -134,6 +134,18 @@ class VLM:
         known = self.tokenizer.convert_tokens_to_ids(name)
         return known if known not in (None, self.tokenizer.unk_token_id) else self.tokenizer.eos_token_id
 
+    def fitting_batch(self, positions: int) -> int:
+        """Examples of so many positions that go through together: by half of the GPU's free memory, at most 64; 16 on
+        a CPU. An estimate: who asks for too much is answered by an out-of-memory error, and halves the batch."""
+        if self.device.type != "cuda":
+            return 16
+        text, bytes_ = self.text_config, self.dtype.itemsize
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        cache = 2 * text.num_hidden_layers * text.num_key_value_heads * head * bytes_  # keys and values of one position
+        prefill = 8 * text.intermediate_size * bytes_  # activations of one position in one layer
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return int(max(1, min(64, 0.5 * free / (positions * (cache + prefill)))))
+
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings [..., D] of token ids [...]."""
         return self.model.get_input_embeddings()(ids.to(self.device))

@@ -139,3 +139,18 @@ def test_summary_has_a_row_per_run():
     row = table.iloc[0]
     assert (row["method"], row["correct"], row["total"], row["errors"], row["seconds"]) == ("dmlr", 1, 1, 1, 3)
     assert list(metrics.summary([]).columns) == list(table.columns)
+
+
+def test_efficiency_adds_up_phases_and_leaves_errors_out():
+    record = {
+        "stop_reason": "eos_token",
+        "num_new_tokens": 20,
+        "seconds": {"prefill": 1.0, "optimise": 2.0, "decode": 1.0},
+    }
+    records = [{**record, "rewards": [0.1, 0.2]}, {**record, "rewards": [0.3]}, {**record, "stop_reason": "error"}]
+    told = metrics.efficiency(records)
+    assert (told["prefill_seconds"], told["optimise_seconds"]) == (2.0, 4.0)
+    assert told["examples_per_second"] == 2 / 8 and told["tokens_per_second"] == 40 / 2
+    assert told["iterations_per_second"] == 3 / 4
+    assert metrics.efficiency([])["examples_per_second"] is None
+    assert metrics.efficiency([{"seconds": {"prefill": 1.0, "decode": 1.0}}])["iterations_per_second"] is None
