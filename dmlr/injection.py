@@ -35,6 +35,12 @@ class Patches:
         rows = condition[:, None]
         return Patches(torch.where(rows[..., None], mine, theirs), torch.where(rows, self.count, other.count))
 
+    def trimmed(self) -> Patches:
+        """Without the slots that no row fills. On a CPU only: looking at the counts would make a GPU wait."""
+        if self.count.device.type != "cpu":
+            return self
+        return Patches(self.index[:, :, : int(self.count.max())], self.count)
+
     def tolist(self) -> list[list[list[int]]]:
         """Per example and think token, the image tokens in the order in which they are interleaved."""
         rows = zip(self.index.tolist(), self.count.tolist(), strict=True)

@@ -104,6 +104,7 @@ def optimize(vlm: VLM, prefix: Prefix, config: Config, noise: torch.Tensor, scor
     subtracted (antithetic pairs keep it unbiased), and "candidate" tries the best of them.
     """
     latents = initial_latents(vlm, prefix, config)
+    noise = noise.to(latents.device)
     batch, length, _ = latents.shape
     caps = patch_caps(
         length,
@@ -141,7 +142,7 @@ def optimize(vlm: VLM, prefix: Prefix, config: Config, noise: torch.Tensor, scor
         if since == 0 and t > 0:
             kept = retrieve(nothing, t)
 
-        perturbation = noise[:, t].to(latents.device) * sigma  # [B, M, L, D], (5)
+        perturbation = noise[:, t] * sigma  # [B, M, L, D], (5)
         candidates = latents[:, None] + perturbation
         patches = retrieve(kept, t) if looks and config.accept_at == "candidate" else kept
         explored, attention, gradient = score(
@@ -200,6 +201,7 @@ def score(
     `reward_position`.
     """
     batch, samples, length, _ = latents.shape
+    patches = patches.trimmed()
     with torch.set_grad_enabled(with_gradient):
         latents = latents.detach().requires_grad_(with_gradient)
         embeds, filled = interleave(latents, prefix.images, patches)  # [B, M, S, D], [B, S]
