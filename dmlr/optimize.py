@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -103,67 +104,46 @@ def optimize(vlm: VLM, prefix: Prefix, config: Config, noise: torch.Tensor, scor
     starts at zero. With several samples the update takes the mean of their estimates, the reward's mean over them
     subtracted (antithetic pairs keep it unbiased), and "candidate" tries the best of them.
     """
-    latents = initial_latents(vlm, prefix, config)
+    latents = initial_latents(vlm, prefix, config)  # T, [B, L, D]
     noise = noise.to(latents.device)
-    batch, length, _ = latents.shape
-    caps = patch_caps(
-        length,
-        prefix.image_mask.sum(dim=1),
-        config.visual_insert_stride,
-        config.num_selected_patches,
-        config.max_total_patches,
-    )  # [B, L]
-    most = caps.amax(dim=1)  # [B], no budget grows beyond this
-    widest = int(most.max())  # K stays below this, so the loop knows its shapes without looking at the rows
-    first_budget = widest if config.initial_patch_count is None else config.initial_patch_count
-    budget = most.clamp(max=first_budget)  # [B], patches per think token
-    nothing = Patches.none(batch, length, latents.device)
-    kept = nothing  # V_best
+    reward_of = partial(score, vlm, prefix, config, score_ids)
+    retrieval = Retrieval(prefix, config)
+    budget, kept = retrieval.first_budget, retrieval.nothing  # kept is V_best
 
-    start_reward, start_attention, _ = score(vlm, prefix, config, latents[:, None], nothing, score_ids)
-    start_reward = start_reward[:, 0]
-    attention = start_attention
-    best = scored = State(latents, nothing)
+    start_reward, start_attention, _ = reward_of(latents[:, None], kept)
+    start_reward, attention = start_reward[:, 0], start_attention
+    best = scored = State(latents, kept)
     best_reward, best_step = start_reward, torch.zeros_like(budget)
-    bar = torch.zeros_like(start_reward) if config.accept_at == "candidate" else start_reward
+    bar = torch.zeros_like(start_reward) if config.accept_at == "candidate" else start_reward  # r_best
     active = torch.ones_like(budget, dtype=torch.bool)
     adam = torch.optim.Adam([latents.clone()], lr=config.lr, maximize=True) if config.use_auto_grad else None
     sigma, steps = 0.0 if adam else config.sigma, []
 
-    def retrieve(kept: Patches, t: int) -> Patches:  # Z_cand
-        width = min(widest, first_budget + t * config.patch_increment)
-        return choose_patches(attention, prefix.image_mask, kept, budget, caps, width)
-
     if config.visual_injection_start_step == 0:
-        kept = retrieve(nothing, 0)
+        kept = retrieval(attention, kept, budget, 0)
     for t in range(config.max_num_steps):
         since = t - config.visual_injection_start_step
         looks = since >= 0 and since % config.visual_injection_interval == 0
         if since == 0 and t > 0:
-            kept = retrieve(nothing, t)
+            kept = retrieval(attention, kept, budget, t)
 
-        perturbation = noise[:, t] * sigma  # [B, M, L, D], (5)
+        perturbation = noise[:, t] * sigma  # (5), [B, M, L, D]
         candidates = latents[:, None] + perturbation
-        patches = retrieve(kept, t) if looks and config.accept_at == "candidate" else kept
-        explored, attention, gradient = score(
-            vlm, prefix, config, candidates, patches, score_ids, with_gradient=adam is not None
-        )  # [B, M]
+        patches = retrieval(attention, kept, budget, t) if looks and config.accept_at == "candidate" else kept
+        explored, attention, gradient = reward_of(candidates, patches, with_gradient=adam is not None)
         if adam:
             updated = ascend(adam, latents, gradient)
         else:
-            advantage = explored - explored.mean(dim=1, keepdim=True) if explored.shape[1] > 1 else explored
+            advantage = explored - explored.mean(dim=1, keepdim=True) if explored.shape[1] > 1 else explored  # [B, M]
             estimate = (advantage[..., None, None] * perturbation).mean(dim=1) / sigma**2  # (8)
             updated = latents + config.lr * estimate  # (9)
 
         if config.accept_at == "candidate":
             reward, first = explored.max(dim=1)
-            tried = State(candidates[torch.arange(batch, device=first.device), first], patches)
+            tried = State(candidates[torch.arange(len(first), device=first.device), first], patches)
         else:
-            tried = State(updated, retrieve(kept, t) if looks else kept)
-            reward, _, _ = score(
-                vlm, prefix, config, updated[:, None], tried.patches, score_ids, with_attention=False
-            )  # (10)
-            reward = reward[:, 0]
+            tried = State(updated, retrieval(attention, kept, budget, t) if looks else kept)
+            reward = reward_of(updated[:, None], tried.patches, with_attention=False)[0][:, 0]  # (10)
 
         accepted = (reward > bar) & active
         steps.append(Step(reward, explored.mean(dim=1), sigma, accepted, active, budget, tried, attention))
@@ -172,7 +152,7 @@ def optimize(vlm: VLM, prefix: Prefix, config: Config, noise: torch.Tensor, scor
         best_reward, bar = torch.where(accepted, reward, best_reward), torch.where(accepted, reward, bar)
         best_step = torch.where(accepted, t + 1, best_step)
         kept = tried.patches.where(accepted, kept)
-        budget = torch.minimum(budget + config.patch_increment * accepted, most)
+        budget = torch.minimum(budget + config.patch_increment * accepted, retrieval.most)
         latents = torch.where(active[:, None, None], updated, latents)
         if config.reward_threshold > 0:
             active = active & (best_reward < config.reward_threshold)
@@ -184,13 +164,34 @@ def optimize(vlm: VLM, prefix: Prefix, config: Config, noise: torch.Tensor, scor
     return Trace(start_reward, start_attention, best_reward, best_step, final, scored, steps)
 
 
+class Retrieval:
+    """Z_cand: which patches each think token of a batch may try, given attention, kept patches and budget."""
+
+    def __init__(self, prefix: Prefix, config: Config):
+        self.image_mask, self.growth = prefix.image_mask, config.patch_increment
+        counts, length = prefix.image_mask.sum(dim=1), config.num_thought_tokens
+        self.caps = patch_caps(
+            length, counts, config.visual_insert_stride, config.num_selected_patches, config.max_total_patches
+        )  # [B, L]
+        self.most = self.caps.amax(dim=1)  # [B], no budget grows beyond this
+        self.widest = int(self.most.max())
+        self.first = self.widest if config.initial_patch_count is None else config.initial_patch_count
+        self.first_budget = self.most.clamp(max=self.first)  # [B], patches per think token
+        self.nothing = Patches.none(len(counts), length, counts.device)
+
+    def __call__(self, attention: torch.Tensor, kept: Patches, budget: torch.Tensor, t: int) -> Patches:
+        """attention: [B, L, N]. The shapes in iteration t are known without looking at the rows."""
+        width = min(self.widest, self.first + t * self.growth)
+        return choose_patches(attention, self.image_mask, kept, budget, self.caps, width)
+
+
 def score(
     vlm: VLM,
     prefix: Prefix,
     config: Config,
+    score_ids: torch.Tensor,
     latents: torch.Tensor,
     patches: Patches,
-    score_ids: torch.Tensor,
     with_attention: bool = True,
     with_gradient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:

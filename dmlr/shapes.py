@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import random
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from math import cos, pi, sin
 
 import numpy as np
@@ -133,14 +133,15 @@ def _outline(shape: str) -> list[tuple[float, float]]:
         return [(0, -0.95), (0.95, 0.85), (-0.95, 0.85)]
     if shape == "cross":
         a, b = 0.95, 0.33
-        return [(-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b), (b, a), (-b, a), (-b, b), (-a, b), (-a, -b), (-b, -b)]
+        arm = [(-b, -a), (b, -a), (b, -b)]  # the upper one, then turned by 90 degrees each
+        return arm + [(-y, x) for x, y in arm] + [(-x, -y) for x, y in arm] + [(y, -x) for x, y in arm]
     if shape == "star":
         radii = (1.0, 0.42)
         return [(radii[i % 2] * sin(i * pi / 5), -radii[i % 2] * cos(i * pi / 5)) for i in range(10)]
     raise ValueError(f"no outline for {shape!r}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _mask(shape: str, radius: int, dx: int, dy: int) -> np.ndarray:
     """Coverage of one cell by the shape, antialiased by drawing eight times larger: [CELL, CELL] in 0..1."""
     zoom = 8
@@ -157,7 +158,7 @@ def _mask(shape: str, radius: int, dx: int, dy: int) -> np.ndarray:
     return np.asarray(small, dtype=np.float32) / 255
 
 
-@lru_cache(maxsize=None)
+@cache
 def _light() -> np.ndarray:
     """Soft light over the board, [SIDE, SIDE, 3]: warmer to the right, cooler to the bottom.
 

@@ -10,7 +10,7 @@ Knows nothing about the model or the optimiser.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dmlr.prompts import Prompts
 from dmlr.shapes import CELL, COLOURS, GRID, SHAPES, SIDE, Scene, random_scene, render
+from dmlr.shapes_attention import Tree
 from dmlr.shapes_questions import (
     Question,
     cell_content,
@@ -81,6 +82,13 @@ class Batch:
     pixels: torch.Tensor  # [B * 4 * IMAGE_TOKENS, 1176]
     kinds: torch.Tensor  # [B, IMAGE_TOKENS]
 
+    def to(self, device: torch.device) -> Batch:
+        return Batch(**{name: value.to(device) for name, value in vars(self).items()})
+
+    def tree(self) -> Tree:
+        """The same structure as `mask`, for `tree_attention`."""
+        return Tree.of(self.branch)
+
     def mask(self) -> torch.Tensor:
         """bool [B, 1, S, S]: prefix and own branch, causally; padding sees itself only."""
         length = self.ids.shape[1]
@@ -100,13 +108,15 @@ def ask(scene: Scene, rng: random.Random, questions: int) -> list[Question]:
     return found[:questions]
 
 
-def interleaved(rng: random.Random, scene: Scene, question: Question) -> list[list[int]]:
+def interleaved(rng: random.Random, scene: Scene, question: Question, latent: float) -> list[list[int]]:
     """Patches (image tokens) after each of 0 to 8 think tokens: of the asked objects, of any, or from anywhere.
+
+    `latent` is the share of questions that get think tokens at all.
 
     A model this small takes copies of patches for further objects unless it has met them; a large one is robust by
     its scale.
     """
-    length = 0 if rng.random() < 0.45 else rng.choice((1, 2, 3, 4, 4, 4, 5, 6, 7, 8))
+    length = 0 if rng.random() >= latent else rng.choice((1, 2, 3, 4, 4, 4, 5, 6, 7, 8))
     most = 0 if rng.random() < 0.15 else rng.choice((1, 2, 2, 2, 3, 4))
     anywhere, objects = list(range(IMAGE_TOKENS)), [thing.cell for thing in scene.things]
     asked = [thing.cell for thing in question.asked] or objects
@@ -119,13 +129,19 @@ def interleaved(rng: random.Random, scene: Scene, question: Question) -> list[li
     return groups
 
 
-def pack(rng: random.Random, wordings: Sequence[Prompts], tokenizer: PreTrainedTokenizerFast, questions: int) -> Packed:
+def pack(
+    rng: random.Random,
+    wordings: Sequence[Prompts],
+    tokenizer: PreTrainedTokenizerFast,
+    questions: int,
+    latent: float = 0.55,
+) -> Packed:
     """A new training scene with its questions; half of the scenes use the project's own wording (`wordings[0]`)."""
     scene = random_scene(rng, "train")
     asked = ask(scene, rng, questions)
     prompts = wordings[0] if rng.random() < 0.5 else rng.choice(wordings)
     solver = rng.choices((0, 1, 2), (0.8, 0.12, 0.08))[0]
-    groups = [interleaved(rng, scene, question) for question in asked]
+    groups = [interleaved(rng, scene, question, latent) for question in asked]
     before = chat_prefix(prompts.system).replace("<|image_pad|>", "<|image_pad|>" * IMAGE_TOKENS)
     heads = []
     for question, think in zip(asked, groups, strict=True):
@@ -194,13 +210,22 @@ def pixel_rows(image: np.ndarray) -> np.ndarray:
     return split.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(4 * IMAGE_TOKENS, -1)
 
 
-def batches(tokenizer, wordings: Sequence[Prompts], seed: str, scenes: int, questions: int, length: int, targets: int):
+def batches(
+    tokenizer: PreTrainedTokenizerFast,
+    wordings: Sequence[Prompts],
+    seed: str,
+    scenes: int,
+    questions: int,
+    length: int,
+    targets: int,
+    latent: float = 0.55,
+) -> Iterator[Batch]:
     """Endless batches of one fixed shape: scenes of more than `length` tokens or `targets` labels are drawn again."""
     for number in range(10**9):
         rng = random.Random(f"{seed} {number}")
         packed: list[Packed] = []
         while len(packed) < scenes:
-            made = pack(rng, wordings, tokenizer, questions)
+            made = pack(rng, wordings, tokenizer, questions, latent)
             if len(made.ids) <= length and sum(label != NO_LABEL for label in made.labels) <= targets:
                 packed.append(made)
         yield collate(packed, length)

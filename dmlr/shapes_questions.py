@@ -216,8 +216,9 @@ def row_content(scene: Scene, rng: random.Random) -> list[Question]:
     axis = rng.choice(("row", "col"))
     line = getattr(rng.choice(scene.things), axis)
     things = [t for t in scene.things if getattr(t, axis) == line]
-    names = ", ".join(f"{'column' if axis == 'row' else 'row'} {(t.col if axis == 'row' else t.row) + 1} {t.name}" for t in things)
-    prompt = f"What is in {'row' if axis == 'row' else 'column'} {line + 1}?"
+    word, other, across = ("row", "column", "col") if axis == "row" else ("column", "row", "row")
+    names = ", ".join(f"{other} {getattr(t, across) + 1} {t.name}" for t in things)
+    prompt = f"What is in {word} {line + 1}?"
     return [Question("training", "caption", prompt, str(len(things)), f"{names}.", tuple(things))]
 
 
@@ -268,7 +269,9 @@ def _record(q: Question, image: str) -> dict:
     return record | ({"choices": list(q.choices)} if q.choices else {})
 
 
-def write_suites(folder: str | Path, examples: int = 320, seed: int = 0, hard: Difficulty | None = None) -> dict[str, int]:
+def write_suites(
+    folder: str | Path, examples: int = 320, seed: int = 0, hard: Difficulty | None = None
+) -> dict[str, int]:
     """Write the three suites and their images; returns the number of examples of each."""
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)

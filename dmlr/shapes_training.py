@@ -4,8 +4,10 @@ Training runs for a given time with a cosine schedule over it, on a GPU or on se
 that average their gradients (one thread each wastes nothing on barriers, and another program on a core slows only
 that one). It continues from its last state when started again. No pickles: states are safetensors.
 
-What fails, from prototypes: questions alone leave the vision tower unused (43 %); dense captions added to them do
-little better (49 %). Two minutes of labels per merged token come first, and stay as a small auxiliary loss.
+What fails: questions alone leave the vision tower unused (43 %, a prototype); dense captions added to them do little
+better (49 %); labels of what lies under each merged token first, and still 36 % after 44,000 questions: every answer
+said "row 3 column 3". So the labels also name the token's row, its column and its four neighbours. They come alone
+for the first minutes and stay as a small auxiliary loss.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from dmlr.prompts import Prompts
 from dmlr.shapes import GRID, random_scene
+from dmlr.shapes_attention import TREE
 from dmlr.shapes_packing import IMAGE_TOKENS, KINDS, MIX, NO_LABEL, Batch, batches
 from dmlr.shapes_vl import (
     ENDOFTEXT,
@@ -42,19 +45,23 @@ from dmlr.shapes_vl import (
 class Recipe:
     """Everything that decides the weights, but for the number of steps that fit into `minutes`."""
 
-    minutes: float = 73.0
+    minutes: float = 75.0
     vision_minutes: float = 2.5  # labels per merged token only
     hidden: int = 192
     layers: int = 6
     scenes: int = 4  # per step and process
-    questions: int = 8  # per scene
+    questions: int = 11  # per scene, while few have think tokens
+    latent: float = 0.2  # share of questions with think tokens, at first
+    late: float = 0.5  # share of the time after which think tokens are trained in earnest
+    late_questions: int = 8
+    late_latent: float = 0.55
     processes: int = 2
     lr: float = 1.5e-3
     weight_decay: float = 0.03
     auxiliary: float = 0.1  # weight of the labels per merged token beside the answers
     noise: float = 3.0  # largest noise on think tokens, in units of their embedding's RMS
     length: int = 640  # tokens of a packed scene
-    targets: int = 200  # labels of a packed scene
+    targets: int = 250  # labels of a packed scene
     seed: int = 0
 
 
@@ -72,13 +79,13 @@ def corpus(scenes: int = 1500) -> list[str]:
 
 
 class Learner:
-    """The model with a linear head that names what lies under each merged token (thrown away afterwards)."""
+    """The model with a linear head that names what each merged token shows and where (thrown away afterwards)."""
 
     def __init__(self, vocab_size: int, recipe: Recipe, device: torch.device):
         self.recipe, self.device = recipe, device
         self.model = build_model(vocab_size, recipe.seed, hidden=recipe.hidden, layers=recipe.layers).to(device).train()
-        self.model.set_attn_implementation("sdpa")
-        self.head = torch.nn.Linear(recipe.hidden, KINDS).to(device)
+        self.model.set_attn_implementation({"text_config": TREE, "vision_config": "sdpa"})
+        self.head = torch.nn.Linear(recipe.hidden, 5 * KINDS + 2 * GRID).to(device)
         self.parameters = [*self.model.parameters(), *self.head.parameters()]
         groups = [[p for p in self.parameters if p.dim() > 1], [p for p in self.parameters if p.dim() <= 1]]
         self.optimizer = torch.optim.AdamW(
@@ -95,10 +102,20 @@ class Learner:
         return flat.view(count, IMAGE_TOKENS, -1)
 
     def token_loss(self, features: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, float]:
-        """Cross-entropy of what lies under each merged token, and its accuracy."""
-        logits = self.head(features).float().flatten(0, 1)
-        kinds = batch.kinds.flatten()
-        return F.cross_entropy(logits, kinds), (logits.argmax(-1) == kinds).float().mean().item()
+        """Cross-entropies of what lies under each merged token and its four neighbours, of its row and its column.
+
+        Returns their sum and the share of tokens of which all seven are right.
+        """
+        logits = self.head(features).float().flatten(0, 1).split([KINDS] * 5 + [GRID] * 2, dim=-1)
+        board = F.pad(batch.kinds.view(-1, GRID, GRID), (1, 1, 1, 1))
+        shifts = ((0, 0), (0, -1), (0, 1), (-1, 0), (1, 0))
+        labels = [board[:, 1 + r : 1 + r + GRID, 1 + c : 1 + c + GRID] for r, c in shifts]
+        place = torch.arange(GRID, device=self.device)
+        labels += [place[:, None].expand_as(labels[0]), place.expand_as(labels[0])]
+        labels = [label.flatten() for label in labels]
+        loss = sum(F.cross_entropy(x, y) for x, y in zip(logits, labels, strict=True))
+        right = torch.stack([x.argmax(-1) == y for x, y in zip(logits, labels, strict=True)]).all(dim=0)
+        return loss, right.float().mean().item()
 
     def answer_loss(self, features: torch.Tensor, batch: Batch, noise: torch.Generator) -> tuple[torch.Tensor, float]:
         """Cross-entropy of the answers' tokens, and their accuracy."""
@@ -112,8 +129,9 @@ class Learner:
         hidden = self.model.model.language_model(
             inputs_embeds=embeds,
             position_ids=batch.positions,
-            attention_mask={"full_attention": batch.mask()},
+            attention_mask={"full_attention": None},
             use_cache=False,
+            tree=batch.tree(),
         ).last_hidden_state
         # The same number of positions in every step: one compiled kernel instead of one per batch.
         where = (batch.labels != NO_LABEL).float().topk(self.recipe.targets, dim=1).indices  # [B, targets]
@@ -209,12 +227,14 @@ def _work(rank: int, world: int, folder: Path, recipe: Recipe, state_folder: Pat
         step, before = (json.loads(_metadata(state_folder))[key] for key in ("step", "seconds"))
         learner.load_state(state_folder)
     start, window = time.time(), []
-    seed = f"{recipe.seed} {rank} {step}"
-    data = batches(tokenizer, wordings(Prompts()), seed, recipe.scenes, recipe.questions, recipe.length, recipe.targets)
+    seed, sizes = f"{recipe.seed} {rank} {step}", (recipe.length, recipe.targets)
+    draw = partial(batches, tokenizer, wordings(Prompts()), seed, recipe.scenes)
+    early = draw(recipe.questions, *sizes, recipe.latent)
+    late = draw(recipe.late_questions, *sizes, recipe.late_latent)
     noise = torch.Generator().manual_seed(recipe.seed + 1000 * step + rank)
     while (gone := _agree(before + time.time() - start)) < 60 * recipe.minutes:
-        batch = Batch(**{name: value.to(device) for name, value in vars(next(data)).items()})
         share = gone / (60 * recipe.minutes)
+        batch = next(early if share < recipe.late else late).to(device)
         window.append(learner.step(batch, learning_rate(recipe, step, share), gone < 60 * recipe.vision_minutes, noise))
         step += 1
         if rank == 0 and step % 50 == 0:
