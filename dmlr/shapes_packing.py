@@ -10,7 +10,7 @@ Knows nothing about the model or the optimiser.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,9 +29,11 @@ from dmlr.shapes_questions import (
     difference,
     existence,
     neighbour,
+    places,
     relation,
     row_content,
     total,
+    whole_content,
 )
 from dmlr.shapes_vl import CHAT_SUFFIX, ENDOFTEXT, IM_END, IMAGE_PAD, chat_prefix
 
@@ -48,9 +50,9 @@ MIX = (
     (existence, 1.6),
     (relation, 2.0),
     (neighbour, 2.2),
-    (cell_content, 0.7),
-    (row_content, 0.7),
 )
+# Training only: answers made of what is seen. Without many of them at first the image is hardly looked at.
+DENSE = ((cell_content, 1.5), (row_content, 1.5), (whole_content, 0.6), (places, 1.5))
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # of Qwen2-VL's image processor
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
@@ -67,6 +69,15 @@ class Packed:
     patch: list[int]  # [S], image token copied here (interleaved patch), else -1
     think: list[bool]  # [S]
     positions: np.ndarray  # [3, S], M-RoPE
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What training asks at a time: questions per scene, shares with think tokens and of dense captions."""
+
+    questions: int
+    latent: float
+    dense: float
 
 
 @dataclass
@@ -87,7 +98,7 @@ class Batch:
 
     def tree(self) -> Tree:
         """The same structure as `mask`, for `tree_attention`."""
-        return Tree.of(self.branch)
+        return Tree.of(self.branch.cpu()).to(self.branch.device)
 
     def mask(self) -> torch.Tensor:
         """bool [B, 1, S, S]: prefix and own branch, causally; padding sees itself only."""
@@ -98,11 +109,11 @@ class Batch:
         return (seen | torch.eye(length, dtype=torch.bool, device=self.ids.device))[:, None]
 
 
-def ask(scene: Scene, rng: random.Random, questions: int) -> list[Question]:
-    """That many questions about a scene, drawn by MIX; of a pair sometimes only one."""
-    makers, weights = zip(*MIX, strict=True)
+def ask(scene: Scene, rng: random.Random, questions: int, dense: float = 0.1) -> list[Question]:
+    """That many questions about a scene: a share `dense` of DENSE, else of MIX; of a pair sometimes only one."""
     found: list[Question] = []
     while len(found) < questions:
+        makers, weights = zip(*(DENSE if rng.random() < dense else MIX), strict=True)
         made = rng.choices(makers, weights)[0](scene, rng)
         found += [rng.choice(made)] if len(made) > 1 and rng.random() < 0.3 else made
     return found[:questions]
@@ -135,10 +146,11 @@ def pack(
     tokenizer: PreTrainedTokenizerFast,
     questions: int,
     latent: float = 0.55,
+    dense: float = 0.1,
 ) -> Packed:
     """A new training scene with its questions; half of the scenes use the project's own wording (`wordings[0]`)."""
     scene = random_scene(rng, "train")
-    asked = ask(scene, rng, questions)
+    asked = ask(scene, rng, questions, dense)
     prompts = wordings[0] if rng.random() < 0.5 else rng.choice(wordings)
     solver = rng.choices((0, 1, 2), (0.8, 0.12, 0.08))[0]
     groups = [interleaved(rng, scene, question, latent) for question in asked]
@@ -214,18 +226,18 @@ def batches(
     tokenizer: PreTrainedTokenizerFast,
     wordings: Sequence[Prompts],
     seed: str,
+    phase: Callable[[], Phase],
     scenes: int,
-    questions: int,
     length: int,
     targets: int,
-    latent: float = 0.55,
 ) -> Iterator[Batch]:
     """Endless batches of one fixed shape: scenes of more than `length` tokens or `targets` labels are drawn again."""
     for number in range(10**9):
         rng = random.Random(f"{seed} {number}")
         packed: list[Packed] = []
         while len(packed) < scenes:
-            made = pack(rng, wordings, tokenizer, questions, latent)
+            now = phase()
+            made = pack(rng, wordings, tokenizer, now.questions, now.latent, now.dense)
             if len(made.ids) <= length and sum(label != NO_LABEL for label in made.labels) <= targets:
                 packed.append(made)
         yield collate(packed, length)

@@ -1,4 +1,4 @@
-"""Questions about a scene of `shapes.py`, their answers and rationales, and the committed test suites.
+"""Questions about a scene of `shapes.py`, with their answers and rationales.
 
 Three suites mirror the paper's task families: *mathematics* (count, sum, difference, comparison), *visual*
 (existence, colour, left/right/above/below; yes/no questions come in pairs whose answers differ) and *composition*
@@ -8,16 +8,11 @@ Three suites mirror the paper's task families: *mathematics* (count, sum, differ
 
 from __future__ import annotations
 
-import json
 import random
-from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from PIL import Image
-
-from dmlr.shapes import COLOURS, GRID, PLURALS, SHAPES, Difficulty, Scene, Thing, random_scene, render
+from dmlr.shapes import COLOURS, GRID, PLURALS, SHAPES, Scene, Thing
 
 LETTERS = "ABCD"
 _STEP = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
@@ -222,78 +217,22 @@ def row_content(scene: Scene, rng: random.Random) -> list[Question]:
     return [Question("training", "caption", prompt, str(len(things)), f"{names}.", tuple(things))]
 
 
+def whole_content(scene: Scene, rng: random.Random) -> list[Question]:
+    """Training only: a dense caption of the image, in reading order."""
+    names = ", ".join(f"{_place(t)} {t.name}" for t in scene.things)
+    count = str(len(scene.things))
+    return [Question("training", "describe", "What is in the image?", count, f"{names}.", scene.things)]
+
+
+def places(scene: Scene, rng: random.Random) -> list[Question]:
+    """Training only: where the members of a kind are, in reading order."""
+    name, things = _group(rng, scene, present=0.95)
+    rationale = ", ".join(_place(t) for t in things) or "nothing"
+    return [Question("training", "places", f"Where are the {name}?", str(len(things)), f"{rationale}.", tuple(things))]
+
+
 SUITES: dict[str, dict[str, Maker]] = {
     "mathematics": {"count": count, "sum": total, "difference": difference, "comparison": comparison},
     "visual": {"colour_of": colour_of, "existence": existence, "relation": relation},
     "composition": {"neighbour": neighbour},
 }
-TRAINING: dict[str, Maker] = {"cell": cell_content, "caption": row_content}
-
-
-def make_suite(suite: str, examples: int = 320, per_image: int = 4, seed: int = 0, hard: Difficulty | None = None):
-    """Records of one suite and the scene of each image: ([record without `idx`...], {image name: Scene}).
-
-    Every image carries `per_image` questions on different matters; makers take turns, and the answer that is so
-    far rarest among a few candidates is taken, so that no answer can be guessed.
-    """
-    rng = random.Random(f"{suite} {seed}")
-    makers = list(SUITES[suite].values())
-    seen: dict[str, Counter] = defaultdict(Counter)
-    records, scenes = [], {}
-    while len(records) < examples:
-        scene = random_scene(rng, "test", hard)
-        found: list[list[Question]] = []
-        for i in range(per_image):
-            maker = makers[(len(records) + i) % len(makers)]
-            tries = [qs for qs in (maker(scene, rng) for _ in range(6)) if qs]
-            taken = {q.prompt for qs in found for q in qs}
-            tries = [qs for qs in tries if taken.isdisjoint(q.prompt for q in qs)]
-            if tries:
-                found.append(min(tries, key=lambda qs: seen[qs[0].category][qs[0].answer]))
-                seen[found[-1][0].category].update(q.answer for q in found[-1])
-        found = found[:per_image]
-        if sum(len(qs) for qs in found) < per_image:
-            continue
-        name = f"images/{suite}_{len(scenes):03d}.png"
-        scenes[name] = scene
-        for qs in found:
-            pair = {"pair_id": f"{suite}-{len(records)}"} if len(qs) == 2 else {}
-            for q in qs:
-                records.append(_record(q, name) | pair)
-    return [r | {"idx": i} for i, r in enumerate(records)], scenes
-
-
-def _record(q: Question, image: str) -> dict:
-    record = {"prompt": q.prompt, "solution": q.solution, "image_path": image, "suite": q.suite, "category": q.category}
-    record["boxes"] = [t.box for t in q.asked]
-    return record | ({"choices": list(q.choices)} if q.choices else {})
-
-
-def write_suites(
-    folder: str | Path, examples: int = 320, seed: int = 0, hard: Difficulty | None = None
-) -> dict[str, int]:
-    """Write the three suites and their images; returns the number of examples of each."""
-    folder = Path(folder)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    sizes = {}
-    for suite in SUITES:
-        records, scenes = make_suite(suite, examples, seed=seed, hard=hard)
-        for name, scene in scenes.items():
-            Image.fromarray(render(scene)).save(folder / name, optimize=True)
-        (folder / f"{suite}.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-        sizes[suite] = len(records)
-    return sizes
-
-
-def chance_level(records: list[dict]) -> float:
-    """Accuracy of the best blind guess: per question type the most frequent answer, or a random option."""
-    groups = defaultdict(list)
-    for r in records:
-        groups[r["category"]].append(r)
-    right = 0.0
-    for group in groups.values():
-        if "choices" in group[0]:
-            right += sum(1 / len(r["choices"]) for r in group)
-        else:
-            right += Counter(r["solution"] for r in group).most_common(1)[0][1]
-    return right / len(records)

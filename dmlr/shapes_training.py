@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from dmlr.prompts import Prompts
 from dmlr.shapes import GRID, random_scene
 from dmlr.shapes_attention import TREE
-from dmlr.shapes_packing import IMAGE_TOKENS, KINDS, MIX, NO_LABEL, Batch, batches
+from dmlr.shapes_packing import DENSE, IMAGE_TOKENS, KINDS, MIX, NO_LABEL, Batch, Phase, batches
 from dmlr.shapes_vl import (
     ENDOFTEXT,
     IMAGE_PAD,
@@ -45,23 +45,26 @@ from dmlr.shapes_vl import (
 class Recipe:
     """Everything that decides the weights, but for the number of steps that fit into `minutes`."""
 
-    minutes: float = 75.0
+    minutes: float = 80.0
     vision_minutes: float = 2.5  # labels per merged token only
     hidden: int = 192
     layers: int = 6
-    scenes: int = 4  # per step and process
-    questions: int = 11  # per scene, while few have think tokens
+    scenes: int = 3  # per step and process
+    questions: int = 10  # per scene, while few have think tokens
     latent: float = 0.2  # share of questions with think tokens, at first
-    late: float = 0.5  # share of the time after which think tokens are trained in earnest
+    late: float = 0.6  # share of the time after which think tokens are trained in earnest
     late_questions: int = 8
     late_latent: float = 0.55
+    dense: float = 0.5  # share of dense captions once questions begin ...
+    dense_minutes: float = 8.0  # ... falling to late_dense in these minutes
+    late_dense: float = 0.1
     processes: int = 2
     lr: float = 1.5e-3
     weight_decay: float = 0.03
     auxiliary: float = 0.1  # weight of the labels per merged token beside the answers
     noise: float = 3.0  # largest noise on think tokens, in units of their embedding's RMS
     length: int = 640  # tokens of a packed scene
-    targets: int = 250  # labels of a packed scene
+    targets: int = 320  # labels of a packed scene
     seed: int = 0
 
 
@@ -74,7 +77,7 @@ def corpus(scenes: int = 1500) -> list[str]:
     texts = texts * 4 + [Prompts().self_score] * 4 + list(Prompts().solver) * 40
     for _ in range(scenes):
         scene = random_scene(rng, "train")
-        texts += [q.prompt + q.response for maker, _ in MIX for q in maker(scene, rng)]
+        texts += [q.prompt + q.response for maker, _ in MIX + DENSE[:2] for q in maker(scene, rng)]
     return texts
 
 
@@ -195,16 +198,26 @@ def learning_rate(recipe: Recipe, step: int, share: float) -> float:
     return recipe.lr * min(1.0, (step + 1) / 200) * (0.02 + 0.49 * (1 + math.cos(math.pi * share)))
 
 
+def phase(recipe: Recipe, seconds: float) -> Phase:
+    """What is asked after so many seconds: dense captions first, think tokens with patches last."""
+    late = seconds >= recipe.late * 60 * recipe.minutes
+    fallen = min(max(seconds / 60 - recipe.vision_minutes, 0) / recipe.dense_minutes, 1)
+    dense = recipe.dense + (recipe.late_dense - recipe.dense) * fallen
+    if late:
+        return Phase(recipe.late_questions, recipe.late_latent, dense)
+    return Phase(recipe.questions, recipe.latent, dense)
+
+
 def train(folder: str | Path, recipe: Recipe, state_folder: str | Path) -> None:
     """Trains into `folder` (an ordinary checkpoint, renewed every few minutes) and returns when the time is up.
 
-    `state_folder` keeps what a later call continues from and log.jsonl, a line of means every 50 steps; a call with
-    another recipe is a ValueError.
+    `state_folder` keeps what a later call continues from and log.jsonl, a line of means every 50 steps. A later call
+    may give more minutes; another recipe is a ValueError.
     """
     folder, state_folder = Path(folder), Path(state_folder)
     state_folder.mkdir(parents=True, exist_ok=True)
     told = state_folder / "recipe.json"
-    if told.exists() and json.loads(told.read_text()) != asdict(recipe):
+    if told.exists() and json.loads(told.read_text()) | {"minutes": 0} != asdict(recipe) | {"minutes": 0}:
         raise ValueError(f"{state_folder} holds a run of another recipe; name another folder or remove it")
     told.write_text(json.dumps(asdict(recipe)))
     if torch.cuda.is_available() or recipe.processes == 1:
@@ -226,15 +239,22 @@ def _work(rank: int, world: int, folder: Path, recipe: Recipe, state_folder: Pat
     if (state_folder / "state.safetensors").exists():
         step, before = (json.loads(_metadata(state_folder))[key] for key in ("step", "seconds"))
         learner.load_state(state_folder)
+
+    def keep(step: int, seconds: float) -> None:
+        learner.save_state(state_folder, {"step": step, "seconds": seconds})
+        parameters = sum(p.numel() for p in learner.model.parameters())
+        numbers = {"recipe": asdict(recipe), "steps": step, "seconds": round(seconds), "parameters": parameters}
+        save_checkpoint(learner.model, processor, folder, numbers)
+
     start, window = time.time(), []
-    seed, sizes = f"{recipe.seed} {rank} {step}", (recipe.length, recipe.targets)
-    draw = partial(batches, tokenizer, wordings(Prompts()), seed, recipe.scenes)
-    early = draw(recipe.questions, *sizes, recipe.latent)
-    late = draw(recipe.late_questions, *sizes, recipe.late_latent)
+    gone, seed = before, f"{recipe.seed} {rank} {step}"
+    data = batches(
+        tokenizer, wordings(Prompts()), seed, lambda: phase(recipe, gone), recipe.scenes, recipe.length, recipe.targets
+    )
     noise = torch.Generator().manual_seed(recipe.seed + 1000 * step + rank)
     while (gone := _agree(before + time.time() - start)) < 60 * recipe.minutes:
         share = gone / (60 * recipe.minutes)
-        batch = next(early if share < recipe.late else late).to(device)
+        batch = next(data).to(device)
         window.append(learner.step(batch, learning_rate(recipe, step, share), gone < 60 * recipe.vision_minutes, noise))
         step += 1
         if rank == 0 and step % 50 == 0:
@@ -246,17 +266,11 @@ def _work(rank: int, world: int, folder: Path, recipe: Recipe, state_folder: Pat
             window.clear()
         if rank == 0 and time.time() - saved > 150:
             saved = time.time()
-            learner.save_state(state_folder, {"step": step, "seconds": gone})
-            save_checkpoint(learner.model, processor, folder, _numbers(recipe, step, gone, learner))
+            keep(step, gone)
     if rank == 0:
-        save_checkpoint(learner.model, processor, folder, _numbers(recipe, step, gone, learner))
+        keep(step, gone)
     if meeting is not None:
         dist.destroy_process_group()
-
-
-def _numbers(recipe: Recipe, step: int, gone: float, learner: Learner) -> dict:
-    parameters = sum(p.numel() for p in learner.model.parameters())
-    return {"recipe": asdict(recipe), "steps": step, "seconds": round(gone), "parameters": parameters}
 
 
 def _average_gradients(parameters: list[torch.nn.Parameter]) -> None:

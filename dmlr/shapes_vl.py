@@ -95,12 +95,12 @@ def build_config(vocab_size: int, hidden: int = 256, layers: int = 5, vision_hid
     weights suit the small width.
     """
     heads = hidden // 32
-    text = {
+    text = {  # no padding token here: its embedding, which is that of think tokens, would stay zero
         "vocab_size": vocab_size, "hidden_size": hidden, "intermediate_size": hidden * 5 // 2,
         "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads // 2,
         "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "initializer_range": 0.05,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
-        "bos_token_id": ENDOFTEXT, "eos_token_id": IM_END,  # no pad here: its embedding, that of think tokens, would stay zero
+        "bos_token_id": ENDOFTEXT, "eos_token_id": IM_END,
     }  # fmt: skip
     vision = {
         "depth": vision_blocks, "hidden_size": vision_hidden, "intermediate_size": vision_hidden * 5 // 2,

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,12 +10,14 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-from dmlr.config import Config
+from dmlr import notebooks
+from dmlr.config import Config, locate
 from dmlr.injection import Patches
 from dmlr.methods import append_latents
 from dmlr.prompts import Prompts
 from dmlr.shapes import random_scene, render
-from dmlr.shapes_packing import NO_LABEL, ask, batches, collate, interleaved, pack, pixel_rows
+from dmlr.shapes_attention import TREE, tree_attention
+from dmlr.shapes_packing import NO_LABEL, Phase, ask, batches, collate, interleaved, pack, pixel_rows
 from dmlr.shapes_training import Learner, Recipe, train
 from dmlr.shapes_vl import IM_END, build_model, build_processor, build_tokenizer, save_checkpoint, wordings
 from dmlr.vlm import VLM
@@ -47,6 +50,7 @@ def test_packed_branches_equal_separate_conversations(processor, monkeypatch):
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4)
+    model.set_attn_implementation({"text_config": TREE, "vision_config": "sdpa"})
     learner = Learner.__new__(Learner)
     learner.model, learner.device, learner.recipe = model.eval(), torch.device("cpu"), Recipe(questions=6)
     packed = pack(random.Random(8), [PROMPTS], processor.tokenizer, 6)
@@ -61,8 +65,9 @@ def test_packed_branches_equal_separate_conversations(processor, monkeypatch):
         hidden = model.model.language_model(
             inputs_embeds=embeds,
             position_ids=batch.positions,
-            attention_mask={"full_attention": batch.mask()},
+            attention_mask={"full_attention": None},
             use_cache=False,
+            tree=batch.tree(),
         ).last_hidden_state
         logits = model.lm_head(hidden)[0]
 
@@ -73,7 +78,7 @@ def test_packed_branches_equal_separate_conversations(processor, monkeypatch):
     if rng.random() >= 0.5:
         rng.choice([PROMPTS])
     solver = rng.choices((0, 1, 2), (0.8, 0.12, 0.08))[0]
-    groups = [interleaved(rng, scene, question) for question in asked]
+    groups = [interleaved(rng, scene, question, 0.55) for question in asked]
     assert any(groups) and not all(groups), "this seed must have branches with and without think tokens"
     from dmlr.kv_cache import ATTENTION
 
@@ -81,7 +86,8 @@ def test_packed_branches_equal_separate_conversations(processor, monkeypatch):
     vlm = VLM(model, processor)
     picture = Image.fromarray(packed.image)
     for number, (question, think) in enumerate(zip(asked, groups, strict=True), 1):
-        task = PROMPTS.latent_task(question.prompt, len(think), solver) if think else PROMPTS.task(question.prompt, solver)
+        text, count = question.prompt, len(think)
+        task = PROMPTS.latent_task(text, count, solver) if think else PROMPTS.task(text, solver)
         prefix = vlm.prefill([vlm.encode(PROMPTS.system, task, [picture], len(think))])
         if think:
             width = max(len(group) for group in think)
@@ -97,9 +103,33 @@ def test_packed_branches_equal_separate_conversations(processor, monkeypatch):
             vlm.append(prefix, vlm.embed(torch.tensor([[token]])), torch.ones(1, 1, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_tree_attention_equals_dense_attention(processor, seed):
+    """Outputs of all real slots, and the gradients that reach queries, keys and values through them."""
+    rng = random.Random(seed)
+    packed = [pack(rng, wordings(PROMPTS), processor.tokenizer, 5, 0.5) for _ in range(3)]
+    batch = collate(packed, max(len(p.ids) for p in packed) + 9)
+    torch.manual_seed(seed)
+    shape = (3, 4, batch.ids.shape[1], 8)
+    query = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    key, value = (torch.randn(3, 2, *shape[2:], dtype=torch.float64, requires_grad=True) for _ in range(2))
+    real = (batch.branch >= 0)[:, :, None, None]
+    weight = torch.randn(3, shape[2], 4, 8, dtype=torch.float64) * real
+    tree = tree_attention(query, key, value, 0.3, batch.tree())
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=batch.mask(), scale=0.3, enable_gqa=True
+    ).transpose(1, 2)
+    torch.testing.assert_close(tree * real, dense * real)
+    through_tree, through_dense = (torch.autograd.grad((o * weight).sum(), (query, key, value)) for o in (tree, dense))
+    for ours, theirs in zip(through_tree, through_dense, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_batches_have_one_shape_and_follow_the_seed(processor):
-    make = lambda seed: batches(processor.tokenizer, wordings(PROMPTS), seed, 2, 4, 700, 180)  # noqa: E731
-    first, again, other = next(make("a")), next(make("a")), next(make("b"))
+    def first_batch(seed):
+        return next(batches(processor.tokenizer, wordings(PROMPTS), seed, lambda: Phase(4, 0.55, 0.1), 2, 700, 180))
+
+    first, again, other = first_batch("a"), first_batch("a"), first_batch("b")
     assert torch.equal(first.ids, again.ids) and not torch.equal(first.ids, other.ids)
     assert first.ids.shape == other.ids.shape == (2, 700)
     assert first.think.any() and (first.patch >= 0).any()
@@ -124,10 +154,27 @@ def test_checkpoint_folder_is_an_ordinary_one(processor, tmp_path):
 
 
 def test_training_runs_and_continues(tmp_path):
-    """A few seconds: the loss falls, a second call goes on from the first, another recipe is refused."""
-    recipe = Recipe(minutes=0.15, vision_minutes=0.05, hidden=64, layers=1, scenes=1, questions=4, processes=1)
+    """A few seconds; a second call has nothing left to do, one with more time goes on, another recipe is refused."""
+    recipe = Recipe(minutes=0.1, vision_minutes=0.03, hidden=64, layers=1, scenes=1, questions=4, processes=1)
+
+    def steps():
+        return json.loads((tmp_path / "model/training.json").read_text())["steps"]
+
     train(tmp_path / "model", recipe, tmp_path / "state")
-    steps = json.loads((tmp_path / "model/training.json").read_text())["steps"]
-    assert steps > 0
+    first = steps()
+    assert first > 0
+    train(tmp_path / "model", recipe, tmp_path / "state")
+    assert steps() == first
+    train(tmp_path / "model", replace(recipe, minutes=0.13), tmp_path / "state")
+    assert steps() > first
     with pytest.raises(ValueError, match="another recipe"):
-        train(tmp_path / "model", Recipe(minutes=0.3, processes=1), tmp_path / "state")
+        train(tmp_path / "model", replace(recipe, lr=1e-4), tmp_path / "state")
+
+
+def test_notebook_trains_and_examines(tmp_path):
+    """Every cell of the training notebook, in seconds instead of minutes."""
+    small = {"minutes": 0.1, "vision_minutes": 0.03, "hidden": 64, "layers": 1, "scenes": 1, "processes": 1}
+    given = small | {"test_examples": 2, "output_dir": str(tmp_path / "run")}
+    report = notebooks.run(locate("notebooks/00_train_shapes_vl.ipynb"), given, tmp_path / "out.ipynb")
+    assert "best blind guess" in report.read_text(encoding="utf-8")
+    assert (tmp_path / "run/model/model.safetensors").is_file()

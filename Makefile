@@ -1,0 +1,54 @@
+# Every target works on a fresh clone that has Python >= 3.10 and make; the first one to run makes the environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python -m dmlr
+INSTALLED := $(VENV)/.installed
+
+# Nothing here reports home.
+export HF_HUB_DISABLE_TELEMETRY := 1
+export DO_NOT_TRACK := 1
+export MPLBACKEND := agg
+
+.PHONY: help setup demo test test-all lint format notebooks report lab clean
+
+help:            ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+
+setup: $(INSTALLED)  ## make .venv with the pinned dependencies
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "dmlr needs Python 3.10 or newer; try: make PYTHON=python3.11")'
+	@echo "Installing into $(VENV): one to two minutes on a fast line, about 5 GB with torch's GPU libraries ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[test]'
+	@touch $@
+
+demo: $(INSTALLED)  ## vanilla and DMLR on the embedded benchmark, tables and report; at most 10 minutes on two cores
+	@HF_HUB_OFFLINE=1 $(RUN) demo
+
+test: $(INSTALLED)  ## the tests, without the slow ones
+	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest $(ARGS)
+
+test-all: $(INSTALLED)  ## every test
+	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -m '' $(ARGS)
+
+lint: $(INSTALLED)  ## ruff: rules and format, notebooks included
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+
+format: $(INSTALLED)  ## let ruff mend what it can
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+notebooks: $(INSTALLED)  ## run every analysis notebook with its defaults and render it
+	@for notebook in notebooks/0[1-9]_*.ipynb; do HF_HUB_OFFLINE=1 $(RUN) run $$notebook || exit 1; done
+
+report: $(INSTALLED)  ## write reports/index.html again from the runs that are there
+	@$(RUN) report
+
+lab: $(INSTALLED)  ## open JupyterLab on the walkthrough
+	@$(VENV)/bin/jupyter lab notebooks/01_walkthrough.ipynb
+
+clean:           ## remove the environment and the caches, not the runs
+	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info

@@ -1,0 +1,72 @@
+"""`python -m dmlr …`: the few things that are commands; everything else is a notebook."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+
+from .config import ConfigError
+
+# Commands that read their own arguments; each module is imported only when its command runs.
+ELSEWHERE = {"check": ("data", "main_check"), "judge": ("judge", "main_judge"), "bench": ("bench", "main")}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; 0 is success. Errors are one line (or a few) on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in ELSEWHERE:
+        module, function = ELSEWHERE[argv[0]]
+        try:
+            return getattr(import_module(f".{module}", __package__), function)(argv[1:])
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    return _notebook_command(_parser().parse_args(argv))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m dmlr", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="execute a notebook with checked parameters and render its report")
+    run.add_argument("notebook")
+    run.add_argument("-f", "--file", action="append", default=[], help="YAML file of parameters; later files win")
+    run.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    run.add_argument("--output", help="path of the executed copy (.ipynb); its report lies beside it")
+    commands.add_parser("report", help="write reports/index.html from the runs that are there")
+    commands.add_parser("demo", help="vanilla and DMLR on the embedded benchmark, with tables and reports")
+    commands.add_parser("readme", help="put the demo's table, figure and reports where git keeps them")
+    commands.add_parser("check", help="what is wrong with a dataset file", add_help=False)
+    commands.add_parser("judge", help="judge cases from a file", add_help=False)
+    commands.add_parser("bench", help="how fast the loop is, beside the released behaviour", add_help=False)
+    return parser
+
+
+def _notebook_command(args: argparse.Namespace) -> int:
+    from . import demo, notebooks
+
+    try:
+        if args.command == "run":
+            given = {}
+            for path in args.file:
+                given |= notebooks.read_parameters(path)
+            given |= dict(args.parameter)
+            report = notebooks.run(args.notebook, given, args.output)
+            notebooks.write_index()
+            print(f"report: {report}")
+        elif args.command == "report":
+            print(f"index: {notebooks.write_index()}")
+        elif args.command == "readme":
+            demo.write_readme_table()
+            demo.write_readme_figure()
+            demo.keep_examples()
+        else:
+            demo.demo()
+    except (ConfigError, notebooks.RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

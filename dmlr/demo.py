@@ -1,0 +1,80 @@
+"""The demo: the embedded benchmark through vanilla and DMLR, then the reports. Calls notebooks and reads results."""
+
+from __future__ import annotations
+
+import base64
+import re
+import shutil
+import time
+from pathlib import Path
+
+from .metrics import paired, summary
+from .notebooks import read_parameters, root, run, write_index
+from .results import find_runs, read_results
+
+BENCHMARK_RUN = root() / "reports" / "runs" / "shapes-vl_mathematics+visual+composition"
+WALKTHROUGH_RUN = root() / "reports" / "runs" / "01_walkthrough"
+README_MARKS = ("<!-- demo table: python -m dmlr readme -->", "<!-- end of the demo table -->")
+
+
+def demo() -> None:
+    """Runs the three notebooks, and ends with the result table and the report's path."""
+    began, notebooks = time.perf_counter(), root() / "notebooks"
+    print("[1/3] 03_benchmark: three suites, vanilla and dmlr; the bar shows the time that is left", flush=True)
+    benchmark = run(notebooks / "03_benchmark.ipynb", read_parameters(notebooks / "params" / "demo.yaml"))
+    print("\n[2/3] 04_compare: all runs in one table", flush=True)
+    run(notebooks / "04_compare.ipynb")
+    print("\n[3/3] 01_walkthrough: one question, seen from inside", flush=True)
+    walk = run(notebooks / "01_walkthrough.ipynb")
+    index = write_index()
+    print(f"\n{result_table(benchmark.parent)}\n\nmade in {(time.perf_counter() - began) / 60:.1f} minutes")
+    print(f"report:      {benchmark}\nwalkthrough: {walk}\nall runs:    {index}")
+
+
+def result_table(run_folder: Path) -> str:
+    """A run's methods side by side, as a Markdown table: accuracy with Wilson interval, paired difference, p."""
+    results = {(path.parent.name, path.name): read_results(path) for path in find_runs(run_folder)}
+    lines = ["| suite | method | accuracy | 95 % interval | n | difference | p |", "|---|---|---|---|---|---|---|"]
+    ordered = sorted(results, key=lambda key: (key[0], key[1] != "vanilla", key[1]))
+    for suite, method in ordered:
+        row = summary([results[suite, method]]).iloc[0]
+        cells = [suite, method, f"{row['accuracy']:.1%}", f"{row['low']:.1%} – {row['high']:.1%}", str(row["total"])]
+        if method != "vanilla" and (suite, "vanilla") in results:
+            pair = paired(results[suite, "vanilla"]["entries"], results[suite, method]["entries"])
+            gains = f"{len(pair.gained)} gained, {len(pair.lost)} lost"
+            cells += [f"{100 * pair.difference:+.1f} points ({gains})", f"{pair.p_value:.2g}"]
+        else:
+            cells += ["", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_readme_table(readme: Path | None = None, run_folder: Path | None = None) -> None:
+    """Puts the demo's result table between its marks in the README, so that nobody types it."""
+    readme = readme or root() / "README.md"
+    start, end = (re.escape(mark) for mark in README_MARKS)
+    text = readme.read_text(encoding="utf-8")
+    if not re.search(f"{start}.*{end}", text, flags=re.DOTALL):
+        raise ValueError(f"{readme}: no place for the table; expected the lines {README_MARKS}")
+    table = f"{README_MARKS[0]}\n{result_table(run_folder or BENCHMARK_RUN)}\n{README_MARKS[1]}"
+    readme.write_text(re.sub(f"{start}.*{end}", lambda _: table, text, flags=re.DOTALL), encoding="utf-8")
+
+
+def write_readme_figure(picture: Path | None = None, report: Path | None = None) -> None:
+    """The last figure of the walkthrough's report, as the README's picture."""
+    picture = picture or root() / "reports" / "figures" / "walkthrough.png"
+    report = report or WALKTHROUGH_RUN / "01_walkthrough.html"
+    found = re.findall(r'<figure><img src="data:image/png;base64,([^"]+)"', report.read_text(encoding="utf-8"))
+    if not found:
+        raise ValueError(f"{report}: no figure in it")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    picture.write_bytes(base64.b64decode(found[-1]))
+
+
+def keep_examples() -> None:
+    """Copies the demo's two reports to reports/examples/, which is in git."""
+    for name, folder in {"benchmark": BENCHMARK_RUN, "walkthrough": WALKTHROUGH_RUN}.items():
+        (report,) = folder.glob("*.html")
+        target = root() / "reports" / "examples" / f"{name}.html"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(report, target)

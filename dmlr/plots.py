@@ -1,0 +1,293 @@
+"""Figures and galleries from data; computes nothing that a result rests on.
+
+Every figure function takes plain data and returns the Figure; `show` puts one on the page with its caption and alt
+text. One style, one colour per method, all colour-blind safe.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+Grid = tuple[int, int]  # (height, width) in image tokens
+
+METHOD_COLOURS = {"vanilla": "#8a8f98", "dmlr": "#0b6fa4"}
+OTHER_COLOURS = sns.color_palette("colorblind").as_hex()
+# Okabe and Ito's palette without black and grey: one colour per think token, repeated beyond seven.
+TOKEN_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+STYLE = {
+    "figure.dpi": 110,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelcolor": "#3b4148",
+    "axes.edgecolor": "#9aa0a6",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#ececea",
+    "xtick.color": "#5b636d",
+    "ytick.color": "#5b636d",
+    "legend.frameon": False,
+}
+
+
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Draws in the project's style and leaves matplotlib's settings as they were."""
+    return mpl.rc_context(STYLE)(draw)
+
+
+def figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, np.ndarray]:
+    """A figure, known to no window manager, with a grid of axes [rows, columns]."""
+    fig = Figure(figsize=size, layout="constrained")
+    return fig, fig.subplots(rows, columns, squeeze=False, **options)
+
+
+def colour(method: str, position: int = 0) -> str:
+    """A method's colour in every figure."""
+    return METHOD_COLOURS.get(method) or OTHER_COLOURS[(position + 1) % len(OTHER_COLOURS)]
+
+
+# on the page
+
+
+def data_uri(picture: Figure | Image.Image, largest: int | None = None) -> str:
+    """A PNG data URI; `largest` limits the longer side of an image in pixels."""
+    buffer = io.BytesIO()
+    if isinstance(picture, Figure):
+        picture.savefig(buffer, format="png", dpi=160)
+    else:
+        if largest and max(picture.size) > largest:
+            picture = picture.copy()
+            picture.thumbnail((largest, largest))
+        picture.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def show(picture: Figure | Image.Image, caption: str, alt: str | None = None) -> None:
+    """Displays a figure with its caption; `alt` says in words what it shows, where the caption does not."""
+    from IPython.display import HTML, display
+
+    width = round(picture.get_figwidth() * 84) if isinstance(picture, Figure) else picture.size[0]
+    image = '<img src="{}" alt="{}" width="{}" style="max-width:100%;height:auto">'
+    html = Markup(f"<figure>{image}<figcaption>{{}}</figcaption></figure>")
+    display(HTML(str(html.format(data_uri(picture), alt or caption, width, caption))))
+
+
+def table(frame: pd.DataFrame, caption: str = "") -> str:
+    """An HTML table, every cell escaped; columns of numbers (also as text, "81.2%") are set flush right.
+
+    Columns without names give a table without a head.
+    """
+    number = re.compile(r"[-+−]?\d[\d.,]*(e[-+]?\d+)?( ?%| points)?( (–|to) [-+−]?\d[\d.]* ?%?)?|–|nan|")
+    columns = [frame.iloc[:, i].astype(str) for i in range(frame.shape[1])]
+    right = [bool(len(frame)) and all(map(number.fullmatch, column)) for column in columns]
+
+    def row(tag: str, cells: Sequence[Any]) -> Markup:
+        styles = [Markup(' class="number" style="text-align:right"') if r else "" for r in right]
+        return Markup("<tr>{}</tr>\n").format(
+            Markup("").join(Markup("<{0}{1}>{2}</{0}>").format(tag, s, c) for s, c in zip(styles, cells, strict=True))
+        )
+
+    body = Markup("").join(row("td", [str(cell) for cell in cells]) for cells in frame.itertuples(index=False))
+    note = Markup("<caption>{}</caption>").format(caption) if caption else ""
+    head = Markup("<thead>{}</thead>").format(row("th", list(frame.columns))) if any(frame.columns) else ""
+    return str(Markup("<table>{}{}<tbody>{}</tbody></table>").format(note, head, body))
+
+
+def gallery(cards: Sequence[Mapping[str, Any]], folder: Path | None = None, largest: int = 224) -> str:
+    """HTML cards, every text escaped. A card: idx, question, truth, category, image, answers [name, text, right, note].
+
+    `image` is a PIL image or a path (relative ones under `folder`); an image that cannot be read is left out.
+    """
+    shown = [{**card, "image": _thumbnail(card.get("image"), folder, largest)} for card in cards]
+    templates = Path(__file__).resolve().parents[1] / "reports" / "template"
+    env = jinja2.Environment(loader=jinja2.FileSystemLoader(templates), autoescape=True)
+    return env.get_template("gallery.html.j2").render(cards=shown)
+
+
+def _thumbnail(image: Any, folder: Path | None, largest: int) -> str | None:
+    if image is None or isinstance(image, Image.Image):
+        return data_uri(image, largest) if image else None
+    try:
+        with Image.open(Path(folder or ".") / image) as opened:
+            return data_uri(opened.convert("RGB"), largest)
+    except OSError:
+        return None
+
+
+# figures
+
+
+@styled
+def rewards_over_iterations(table: pd.DataFrame) -> Figure:
+    """Thin line per example and mean with its 95 % band.
+
+    table: one row per example and iteration with columns example, iteration, tried (reward of the state tried in that
+    iteration) and best (best so far).
+    """
+    fig, axes = figure(1, 2, (8.6, 3.3), sharey=True)
+    titles = {"tried": "Reward of the state tried", "best": "Best reward so far"}
+    thin = table[table["example"].isin(table["example"].drop_duplicates().iloc[:150])]
+    for axis, (column, title) in zip(axes[0], titles.items(), strict=True):
+        for _, one in thin.groupby("example", sort=False):
+            axis.plot(one["iteration"], one[column], color="#b9c4cd", linewidth=0.5, alpha=0.35)
+        mean = {"color": METHOD_COLOURS["dmlr"], "linewidth": 2, "errorbar": ("ci", 95), "seed": 0}
+        sns.lineplot(table, x="iteration", y=column, ax=axis, **mean)
+        axis.set(title=title, xlabel="iteration", ylabel="reward")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    return fig
+
+
+@styled
+def accuracy_bars(table: pd.DataFrame, baseline: str = "vanilla") -> Figure:
+    """Accuracy with interval per dataset and method; a dashed line carries the baseline across.
+
+    table: columns dataset, method, accuracy, low, high, total (as metrics.summary gives them).
+    """
+    datasets, methods = list(dict.fromkeys(table["dataset"])), list(dict.fromkeys(table["method"]))
+    fig, axes = figure(1, 1, (max(4.2, 1.2 + 0.75 * len(datasets) * len(methods)), 3.4))
+    axis, width = axes[0, 0], 0.8 / len(methods)
+    for m, method in enumerate(methods):
+        for d, dataset in enumerate(datasets):
+            rows = table[(table["dataset"] == dataset) & (table["method"] == method)]
+            for _, row in rows.iterrows():
+                x, value = d + (m - (len(methods) - 1) / 2) * width, 100 * row["accuracy"]
+                interval = [[value - 100 * row["low"]], [100 * row["high"] - value]]
+                label = method if d == 0 else None
+                axis.bar(x, value, 0.9 * width, color=colour(method, m), label=label, zorder=2)
+                axis.errorbar(x, value, interval, color="#1f2328", linewidth=1.1, capsize=3, zorder=3)
+                axis.annotate(f"{value:.1f}", (x, 100 * row["high"]), (0, 3), textcoords="offset points", ha="center")
+                if method == baseline:
+                    axis.hlines(value, d - 0.42, d + 0.42, color="#1f2328", linewidth=0.9, linestyle="--", zorder=4)
+    axis.set_xticks(range(len(datasets)), datasets)
+    axis.set(ylim=(0, 112), yticks=range(0, 101, 20), ylabel="accuracy (%)", xlabel="")
+    axis.grid(axis="x", visible=False)
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(methods), borderaxespad=0.2)
+    return fig
+
+
+@styled
+def reward_by_outcome(table: pd.DataFrame) -> Figure:
+    """Distribution of the best reward for right and wrong answers: what confidence says about correctness.
+
+    table: one row per example with columns best_reward and outcome.
+    """
+    order = list(dict.fromkeys(table["outcome"]))
+    fig, axes = figure(1, 1, (6.4, 0.9 + 0.55 * len(order)))
+    axis = axes[0, 0]
+    groups = [table.loc[table["outcome"] == outcome, "best_reward"] for outcome in order]
+    style = {"boxprops": {"facecolor": "#dfe7ec", "edgecolor": "#5b636d"}, "medianprops": {"color": "#1f2328"}}
+    places = range(len(order))
+    axis.boxplot(groups, positions=places, orientation="horizontal", widths=0.5, sym="", patch_artist=True, **style)
+    sns.stripplot(
+        table, x="best_reward", y="outcome", order=order, ax=axis, size=2.4, alpha=0.45, color="#0b6fa4", jitter=0.18
+    )
+    axis.set(xlabel="best reward", ylabel="", ylim=(len(order) - 0.5, -0.5))
+    axis.set_yticks(places, order)
+    axis.grid(axis="y", visible=False)
+    return fig
+
+
+@styled
+def kept_patches(image: Image.Image, patches: Sequence[Sequence[int]], grid: Grid) -> Figure:
+    """The image with its token grid; the cells that each think token kept are outlined in its colour."""
+    width, height = image.size
+    fig, axes = figure(1, 1, (4.4, 4.4 * height / width + 0.25 * (1 + len(patches) // 4)))
+    axis = axes[0, 0]
+    _draw_image(axis, image)
+    for line in range(1, grid[1]):
+        axis.axvline(line * width / grid[1], color="#9aa0a6", linewidth=0.4, alpha=0.6)
+    for line in range(1, grid[0]):
+        axis.axhline(line * height / grid[0], color="#9aa0a6", linewidth=0.4, alpha=0.6)
+    _outline(axis, image, patches, grid)
+    tokens = range(len(patches))
+    handles = [Rectangle((0, 0), 1, 1, fill=False, linewidth=2, edgecolor=_token_colour(token)) for token in tokens]
+    labels = [f"think token {token + 1}" for token in tokens]
+    fig.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, handlelength=1.1, columnspacing=1)
+    return fig
+
+
+def save_kept_patches(path: str | Path, image: Image.Image, patches: Sequence[Sequence[int]], grid: Grid) -> None:
+    """`kept_patches` as a PNG file."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    kept_patches(image, patches, grid).savefig(path, dpi=130)
+
+
+@styled
+def attention_maps(
+    image: Image.Image,
+    attention: np.ndarray,
+    grid: Grid,
+    patches: Sequence[Sequence[int]] | None = None,
+    row_titles: Sequence[str] = ("",),
+) -> Figure:
+    """Heat map over the image per think token, one row of panels per moment; one colour scale for all.
+
+    attention: [moments, L, N] with N = grid height × grid width, row-major. `patches` are outlined in the last row.
+    """
+    attention = np.asarray(attention, dtype=float)
+    moments, tokens, count = attention.shape
+    if count != grid[0] * grid[1]:
+        raise ValueError(f"attention over {count} image tokens, but the grid is {grid[0]} × {grid[1]}")
+    width, height = image.size
+    panel = 2.05
+    fig, axes = figure(moments, tokens, (panel * tokens + 0.9, (panel * height / width + 0.3) * moments))
+    heat = None
+    for m in range(moments):
+        for t in range(tokens):
+            axis = axes[m, t]
+            _draw_image(axis, image.convert("L").convert("RGB"))
+            heat = axis.imshow(
+                attention[m, t].reshape(grid), extent=(0, width, height, 0), cmap="magma", alpha=0.62,
+                vmin=0, vmax=float(attention.max()) or 1.0, interpolation="nearest",
+            )  # fmt: skip
+            if patches is not None and m == moments - 1:
+                _outline(axis, image, [patches[t] if i == t else [] for i in range(tokens)], grid)
+            if m == 0:
+                axis.set_title(f"think token {t + 1}", color=_token_colour(t))
+        axes[m, 0].text(-0.06, 0.5, row_titles[m], rotation=90, va="center", ha="right", transform=axes[m, 0].transAxes)
+    fig.colorbar(heat, ax=axes, shrink=0.8, pad=0.01, label="attention")
+    return fig
+
+
+def _token_colour(token: int) -> str:
+    return TOKEN_COLOURS[token % len(TOKEN_COLOURS)]
+
+
+def _draw_image(axis: Any, image: Image.Image) -> None:
+    width, height = image.size
+    axis.imshow(image, extent=(0, width, height, 0))
+    axis.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+    axis.grid(visible=False)
+    axis.spines[:].set_visible(False)
+
+
+def _outline(axis: Any, image: Image.Image, patches: Sequence[Sequence[int]], grid: Grid) -> None:
+    """Cells outlined in their token's colour; a cell kept by several tokens gets nested outlines."""
+    cell_w, cell_h = image.size[0] / grid[1], image.size[1] / grid[0]
+    used: dict[int, int] = {}
+    for token, cells in enumerate(patches):
+        for cell in cells:
+            inset = 0.05 + 0.1 * used.get(cell, 0)
+            used[cell] = used.get(cell, 0) + 1
+            left, top = (cell % grid[1] + inset) * cell_w, (cell // grid[1] + inset) * cell_h
+            size = ((1 - 2 * inset) * cell_w, (1 - 2 * inset) * cell_h)
+            axis.add_patch(Rectangle((left, top), *size, fill=False, linewidth=2.2, edgecolor=_token_colour(token)))

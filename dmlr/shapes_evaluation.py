@@ -1,0 +1,81 @@
+"""How well a model answers the embedded benchmark, with think tokens and patches put in as they come, unoptimised.
+
+This is what the embedded model must be robust to before any optimisation is worth looking at; methods and full runs
+are in `evaluate.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from dmlr.config import Config, locate
+from dmlr.images import open_image
+from dmlr.injection import Patches
+from dmlr.judge import judge
+from dmlr.methods import METHODS, Question, append_latents, decode, prefill_latent
+from dmlr.prompts import Prompts
+from dmlr.shapes_questions import SUITES
+from dmlr.vlm import VLM
+
+
+def load_suite(folder: str | Path, suite: str, examples: int | None = None) -> list[dict]:
+    """The first `examples` records of a suite, with absolute image paths."""
+    folder = Path(locate(folder))
+    records = json.loads((folder / f"{suite}.json").read_text(encoding="utf-8"))[:examples]
+    return [record | {"image_path": str(folder / record["image_path"])} for record in records]
+
+
+def attended_patches(vlm: VLM, prefix, latents: torch.Tensor, count: int) -> Patches:
+    """The `count` image tokens that each think token attends to most, mean over layers and heads; latents [B, L, D]."""
+    batch, length, _ = latents.shape
+    if count == 0:
+        return Patches.none(batch, length, latents.device)
+    filled = torch.ones(batch, length, dtype=torch.bool, device=latents.device)
+    read = torch.zeros(batch, 1, dtype=torch.long, device=latents.device)
+    with torch.no_grad():
+        _, attention = vlm.extend(prefix, latents, filled, read, probe_rows=slice(0, length))  # [B, L, N]
+    return Patches(attention.topk(count, dim=2).indices, torch.full((batch, length), count, device=latents.device))
+
+
+def answers(vlm: VLM, questions: Sequence[Question], config: Config, think: int = 0, patches: int = 0) -> list[str]:
+    """Greedy answers with `think` think tokens, `patches` most attended patches after each; 0: the plain prompt."""
+    if not think:
+        return [answer.text for answer in METHODS["vanilla"](vlm, questions, config)]
+    config = config.replace(num_thought_tokens=think)
+    prefix, _ = prefill_latent(vlm, questions, config, Prompts())
+    latents = vlm.embed(torch.full((len(questions), think), vlm.think_id))
+    append_latents(vlm, prefix, latents, attended_patches(vlm, prefix, latents, patches))
+    return [decoded.text for decoded in decode(vlm, prefix, config)]
+
+
+def accuracy(
+    vlm: VLM, records: Sequence[dict], config: Config, think: int = 0, patches: int = 0, batch: int = 32
+) -> pd.DataFrame:
+    """One row per question: suite, category, think, patches, answer, right."""
+    rows = []
+    for at in range(0, len(records), batch):
+        part = records[at : at + batch]
+        asked = [Question(r["idx"], r["prompt"], [open_image(r["image_path"])]) for r in part]
+        for record, text in zip(part, answers(vlm, asked, config, think, patches), strict=True):
+            verdict = judge(text, record["solution"], choices=record.get("choices"), question=record["prompt"])
+            row = {name: record[name] for name in ("suite", "category", "prompt", "solution")}
+            row |= {"think": think, "patches": patches, "answer": text}
+            rows.append(row | {"right": verdict.status == "correct"})
+    return pd.DataFrame(rows)
+
+
+def overview(
+    vlm: VLM,
+    config: Config,
+    folder: str | Path = "data/shapes",
+    settings: Sequence[tuple[int, int]] = ((0, 0), (4, 0), (4, 1), (4, 2), (4, 4), (8, 2)),
+    examples: int | None = None,
+) -> pd.DataFrame:
+    """Rows of `accuracy` for every suite and every (think tokens, attended patches each)."""
+    records = [record for suite in SUITES for record in load_suite(folder, suite, examples)]
+    return pd.concat([accuracy(vlm, records, config, think, patches) for think, patches in settings], ignore_index=True)

@@ -1,0 +1,433 @@
+"""Notebooks as commands: errors before anything runs, every notebook to its end, reports that fetch nothing."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from bs4 import BeautifulSoup
+from papermill.parameterize import parameterize_notebook
+from PIL import Image
+
+from dmlr import demo, notebooks, plots
+from dmlr.__main__ import main
+from dmlr.config import PRESETS, Config, ConfigError
+from dmlr.results import find_runs, read_results
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "notebooks"
+BENCHMARK, WALKTHROUGH, COMPARE = (FOLDER / f"{n}.ipynb" for n in ("03_benchmark", "01_walkthrough", "04_compare"))
+ATTACK = '<script>alert("x")</script>'
+SMALL = {"end_data_idx": 24, "max_num_steps": 3, "batch_size": 8, "max_new_tokens": 64}
+
+
+def notebook(path, *cells, parameters='rounds: int = 1  # how often\nlabel: str = "a"  # any text'):
+    """A small notebook at `path`: a title, a parameters cell and the given code."""
+    nb = nbformat.v4.new_notebook()
+    nb.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nb.cells = [nbformat.v4.new_markdown_cell("# A title"), nbformat.v4.new_code_cell(parameters)]
+    nb.cells[1].metadata["tags"] = ["parameters"]
+    nb.cells += [nbformat.v4.new_code_cell(cell) for cell in cells]
+    nbformat.write(nb, path)
+    return path
+
+
+# parameters are checked before anything runs
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_thought_token": 3}, "unknown parameter 'num_thought_token' .did you mean 'num_thought_tokens'"),
+        ({"sigma": "wide"}, "sigma = 'wide': expected float"),
+        ({"num_thought_tokens": 0}, "num_thought_tokens = 0 is out of range"),
+        ({"reward": "entropie"}, "did you mean 'entropy'"),
+        ({"sigma": 0}, "sigma = 0 gives REINFORCE nothing to learn from"),
+        ({"start_data_idx": 101}, "is before start_data_idx = 101"),  # against the notebook's own end_data_idx
+    ],
+)
+def test_a_bad_parameter_is_an_error_before_anything_runs(tmp_path, capsys, given, message):
+    arguments = [text for name, value in given.items() for text in ("-p", name, str(value))]
+    assert main(["run", str(BENCHMARK), *arguments, "--output", str(tmp_path / "run" / "out.ipynb")]) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_parameters_arrive_in_their_types():
+    given = {"resume": "true", "lr": "1e-4", "end_data_idx": "none", "seed": "7", "sigma": 1}
+    checked = notebooks.check_parameters(BENCHMARK, given)
+    assert checked == {"resume": True, "lr": 1e-4, "end_data_idx": None, "seed": 7, "sigma": 1.0}
+    assert [type(value) for value in checked.values()] == [bool, float, type(None), int, float]
+
+
+def test_a_notebooks_own_parameters_are_checked_too(tmp_path):
+    path = notebook(tmp_path / "own.ipynb")
+    assert notebooks.check_parameters(path, {"rounds": "3", "label": "12"}) == {"rounds": 3, "label": "12"}
+    with pytest.raises(ConfigError, match="rounds = 'many': expected int"):
+        notebooks.check_parameters(path, {"rounds": "many"})
+    with pytest.raises(ConfigError, match="unknown parameter 'lable' .did you mean 'label'"):
+        notebooks.check_parameters(path, {"lable": "x"})
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "sigma: [1, 2]\n", "sigma: 'open\n", "just words\n"])
+def test_a_parameter_file_is_one_flat_mapping(tmp_path, capsys, content):
+    path = tmp_path / "parameters.yaml"
+    path.write_text(content)
+    assert main(["run", str(BENCHMARK), "-f", str(path)]) == 1
+    assert str(path) in capsys.readouterr().err
+
+
+def test_commands_that_live_elsewhere_are_reached(tmp_path, capsys):
+    path = tmp_path / "data.json"
+    path.write_text('[{"prompt": "", "solution": "3"}]')
+    assert main(["check", str(path)]) == 1
+    assert "the prompt is empty" in capsys.readouterr().out
+    path.write_text('[{"prediction": "\\\\boxed{7}", "ground_truth": "7"}]')
+    assert main(["judge", str(path)]) == 0
+    assert "correct" in capsys.readouterr().out
+    assert main(["bench", "9000B"]) == 1
+    assert "unknown shape '9000B'" in capsys.readouterr().err
+
+
+def test_missing_files_are_named(tmp_path, capsys):
+    assert main(["run", str(tmp_path / "none.ipynb")]) == 1
+    assert "no notebook" in capsys.readouterr().err
+    assert main(["run", str(BENCHMARK), "-f", str(tmp_path / "none.yaml")]) == 1
+    assert "none.yaml" in capsys.readouterr().err
+
+
+def test_command_line_values_win_over_files_and_later_files_over_earlier(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(notebooks, "run", lambda path, given, output: seen.update(given))
+    monkeypatch.setattr(notebooks, "write_index", lambda: None)
+    (tmp_path / "a.yaml").write_text("seed: 1\nlr: 0.1\nsigma: 3\n")
+    (tmp_path / "b.yaml").write_text("seed: 2\nlr: 0.2\n")
+    files = ["-f", str(tmp_path / "a.yaml"), "-f", str(tmp_path / "b.yaml")]
+    assert main(["run", str(BENCHMARK), *files, "-p", "seed", "3"]) == 0
+    assert seen == {"seed": "3", "lr": 0.2, "sigma": 3}
+
+
+def test_paths_mean_what_they_mean_to_the_caller(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.json").write_text("[]")
+    values = {
+        "dataset": "mine.json,data/shapes/visual.json",
+        "output_dir": "out",
+        "model_name_or_path": "Qwen/some-model",
+    }
+    moved = notebooks._from_here(values)
+    assert moved["dataset"] == f"{tmp_path / 'mine.json'},data/shapes/visual.json"
+    assert moved["output_dir"] == str(tmp_path / "out")
+    assert moved["model_name_or_path"] == "Qwen/some-model"
+
+
+# the benchmark notebook, its parameter files and Config agree
+
+
+def cell_parameters(path):
+    return papermill.inspect_notebook(str(path))
+
+
+def test_the_benchmarks_parameters_are_configs():
+    cell = cell_parameters(BENCHMARK)
+    assert list(cell) == [field.name for field in dataclasses.fields(Config)]
+    values = {name: notebooks._literal(parameter["default"]) for name, parameter in cell.items()}
+    assert Config.make(None, **values) == Config.make("demo")
+
+
+@pytest.mark.parametrize("path", [BENCHMARK, WALKTHROUGH])
+def test_help_and_types_of_parameters_are_configs(path):
+    shared = {name: p for name, p in cell_parameters(path).items() if name in notebooks.CONFIG_NAMES}
+    assert "model_name_or_path" in shared
+    kinds = {field.name: field.type.removesuffix(" | None") for field in dataclasses.fields(Config)}
+    for name, parameter in shared.items():
+        full = Config.help(name).replace(">=", "≥").replace("<=", "≤").replace("=", "is")
+        assert parameter["inferred_type_name"] == kinds[name]
+        assert full.startswith(parameter["help"].removesuffix(" …")), name
+
+
+@pytest.mark.parametrize("preset", ["paper", "released", "demo"])
+def test_parameter_files_are_the_presets(preset):
+    given = notebooks.read_parameters(FOLDER / "params" / f"{preset}.yaml")
+    assert PRESETS[preset].items() <= given.items()
+    values = {name: notebooks._literal(p["default"]) for name, p in cell_parameters(BENCHMARK).items()}
+    about_the_run = {name: given[name] for name in ("dataset", "end_data_idx", "batch_size") if name in given}
+    assert Config.make(None, **{**values, **given}) == Config.make(preset, **about_the_run)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_sources_are_stored_stripped(path):
+    stored = nbformat.read(path, as_version=4)
+    nbformat.validate(stored)
+    assert "papermill" not in stored.metadata
+    assert "widgets" not in stored.metadata
+    for cell in stored.cells:
+        if cell.cell_type == "code":
+            kept = "nbval-check-output" in cell.metadata.get("tags", [])
+            assert bool(cell.outputs) == kept, cell.source
+            assert (cell.execution_count is None) != kept  # nbval compares only cells that have run
+            assert set(cell.metadata) <= {"tags"}
+
+
+# the runner
+
+
+def test_a_failed_run_keeps_its_notebook_and_says_where(tmp_path, capsys):
+    path = notebook(tmp_path / "bad.ipynb", "print('so far')", "value = 1\nvalue / 0")
+    (tmp_path / "out.html").write_text("a report of an earlier run")
+    assert main(["run", str(path), "--output", str(tmp_path / "out.ipynb")]) == 1
+    said = capsys.readouterr().err
+    assert "so far" in said
+    assert "ZeroDivisionError: division by zero" in said
+    assert "value / 0" in said
+    assert str(tmp_path / "out.ipynb") in said
+    assert "so far" in (tmp_path / "out.ipynb").read_text()
+    assert not (tmp_path / "out.html").exists()
+
+
+def test_a_kernel_that_dies_is_an_error(tmp_path):
+    path = notebook(tmp_path / "dies.ipynb", "import os\nos._exit(3)")
+    with pytest.raises(notebooks.RunError, match="the kernel died"):
+        notebooks.run(path, output=tmp_path / "out.ipynb")
+    assert not (tmp_path / "out.html").exists()
+
+
+def test_the_kernel_is_this_interpreter_whatever_is_registered(tmp_path, monkeypatch):
+    spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "another", "language": "python"}
+    (tmp_path / "kernels" / "python3").mkdir(parents=True)
+    (tmp_path / "kernels" / "python3" / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    source = "import os, sys\nprint(sys.executable, os.getcwd(), rounds)"
+    path = notebook(tmp_path / "which.ipynb", source)
+    report = notebooks.run(path, {"rounds": "4"}, tmp_path / "elsewhere" / "out.ipynb")
+    assert f"{sys.executable} {tmp_path} 4" in BeautifulSoup(report.read_text(), "html.parser").get_text()
+
+
+# reports
+
+
+def external_requests(page):
+    """What a browser would fetch or run: sources that are no data, style sheets, scripts, handlers."""
+    soup = BeautifulSoup(page, "html.parser")
+    fetched = [t.get("src") for t in soup.find_all(src=True) if not t["src"].startswith("data:image/")]
+    fetched += [t.get("href") for t in soup.find_all("link")] + re.findall(r"@import|url\((?!data:)", page)
+    running = soup.find_all(["script", "iframe", "object", "embed"])
+    running += [t for t in soup.find_all(True) if any(name.startswith("on") for name in t.attrs)]
+    return fetched + running
+
+
+def test_reports_escape_output_and_run_nothing(tmp_path):
+    source = f"print({ATTACK!r})\nimport sys\nprint('one\\rtwo\\rthree', file=sys.stderr)\n{ATTACK!r}"
+    javascript = f"from IPython.display import Javascript\nJavascript({ATTACK!r})"
+    report = notebooks.run(notebook(tmp_path / "n.ipynb", source, javascript), output=tmp_path / "o.ipynb")
+    page = report.read_text(encoding="utf-8")
+    assert external_requests(page) == []
+    text = BeautifulSoup(page, "html.parser").get_text()
+    assert text.count(ATTACK) >= 2
+    log = BeautifulSoup(page, "html.parser").find("details", class_="log").get_text()
+    assert "three" in log
+    assert "two" not in log
+    assert "<title>A title</title>" in page
+    assert "default-src 'none'" in page
+
+
+def test_headings_become_the_table_of_contents(tmp_path):
+    path = notebook(tmp_path / "n.ipynb")
+    stored = nbformat.read(path, as_version=4)
+    stored.cells.append(nbformat.v4.new_markdown_cell("## Part one & <b>two</b>\n\n### Deeper"))
+    nbformat.write(stored, path)
+    notebooks.render(path, tmp_path / "n.html")
+    soup = BeautifulSoup((tmp_path / "n.html").read_text(encoding="utf-8"), "html.parser")
+    links = soup.find("nav").find_all("a")
+    assert [link.get_text() for link in links] == ["Part one & two", "Deeper"]
+    assert all(soup.find(id=link["href"][1:]) for link in links)
+
+
+# every notebook to its end, on the embedded model
+
+
+@pytest.fixture(scope="session")
+def benchmark(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "runs" / "small"
+    report = notebooks.run(BENCHMARK, {**SMALL, "output_dir": str(folder)})
+    return folder, report
+
+
+def test_benchmark_end_to_end(benchmark):
+    folder, report = benchmark
+    results = {path.name: read_results(path) for path in find_runs(folder)}
+    assert list(results) == ["dmlr", "vanilla"]
+    truths = [row["solution"] for row in json.loads((ROOT / "data/shapes/mathematics.json").read_text())][:24]
+    for result in results.values():
+        assert [entry["data_idx"] for entry in result["entries"]] == list(range(24))
+        assert [entry["ground_truth"] for entry in result["entries"]] == truths
+        assert {entry["stop_reason"] for entry in result["entries"]} <= {"eos_token", "length"}
+        assert result["correct"] == sum(entry["is_correct"] for entry in result["entries"])
+        assert result["accuracy"] >= 0.5
+        assert result["config"]["max_num_steps"] == 3
+    for entry in results["dmlr"]["entries"]:
+        assert entry["best_reward"] == pytest.approx(max([entry["initial_reward"], *entry["rewards"]]))
+        assert len(entry["rewards"]) == 3
+        assert entry["patch_grid"] == [6, 6]
+    assert report.name == "03_benchmark_shapes-vl_mathematics_vanilla+dmlr.html"
+    page = report.read_text(encoding="utf-8")
+    text = BeautifulSoup(page, "html.parser").get_text()
+    assert all(f"{result['accuracy']:.1%}" in text for result in results.values())
+    gained = sum(
+        after["is_correct"] and not before["is_correct"]
+        for before, after in zip(results["vanilla"]["entries"], results["dmlr"]["entries"], strict=True)
+    )
+    assert f"{gained} gained with dmlr" in text
+    assert external_requests(page) == []
+    images = BeautifulSoup(page, "html.parser").find_all("img")
+    assert len(images) >= 3
+    assert all(image["alt"] for image in images)
+
+
+def test_benchmark_runs_through_plain_papermill(tmp_path):
+    given = "-p num_thought_tokens 2 -p max_num_steps 5 -p end_data_idx 4".split()
+    command = [sys.executable, "-m", "papermill", "notebooks/03_benchmark.ipynb", str(tmp_path / "out.ipynb"), *given]
+    subprocess.run([*command, "-p", "output_dir", str(tmp_path / "run")], cwd=ROOT, check=True, capture_output=True)
+    (result,) = (read_results(path) for path in find_runs(tmp_path / "run") if path.name == "dmlr")
+    assert result["config"]["num_thought_tokens"] == 2
+    assert [len(entry["rewards"]) for entry in result["entries"]] == [5] * 4
+    assert [len(entry["patches"]) for entry in result["entries"]] == [2] * 4
+
+
+def test_compare_end_to_end(benchmark, tmp_path):
+    folder, _ = benchmark
+    report = notebooks.run(COMPARE, {"runs_folder": str(folder.parent)}, tmp_path / "compare.ipynb")
+    soup = BeautifulSoup(report.read_text(encoding="utf-8"), "html.parser")
+    rows = [[cell.get_text() for cell in row.find_all("td")] for row in soup.find("table").find_all("tr")[1:]]
+    assert [row[:3] for row in rows] == [["small", "mathematics", "vanilla"], ["small", "mathematics", "dmlr"]]
+    accuracies = {path.name: read_results(path)["accuracy"] for path in find_runs(folder)}
+    assert [row[3] for row in rows] == [f"{accuracies[name]:.1%}" for name in ("vanilla", "dmlr")]
+    assert rows[1][6] == f"{100 * (accuracies['dmlr'] - accuracies['vanilla']):+.1f}"
+    assert external_requests(str(soup)) == []
+
+
+def test_compare_without_runs_says_so(tmp_path):
+    report = notebooks.run(COMPARE, {"runs_folder": str(tmp_path)}, tmp_path / "compare.ipynb")
+    assert "No run under" in report.read_text(encoding="utf-8")
+
+
+def test_walkthrough_end_to_end_with_a_question_of_ones_own(tmp_path):
+    image = next((ROOT / "data" / "shapes" / "images").glob("*.png"))
+    given = {"question": f"How many circles are there? {ATTACK}", "image": str(image), "max_num_steps": 3}
+    report = notebooks.run(WALKTHROUGH, given, tmp_path / "walk.ipynb")
+    page = report.read_text(encoding="utf-8")
+    soup = BeautifulSoup(page, "html.parser")
+    assert ATTACK in soup.get_text()
+    assert external_requests(page) == []
+    captions = [caption.get_text() for caption in soup.find_all("figcaption")]
+    assert len(captions) == 3
+    reward = re.search(r"(-?[\d.]+) at first, (-?[\d.]+) in iteration (\d+)\.", captions[0]).groups()
+    first, best, iteration = float(reward[0]), float(reward[1]), int(reward[2])
+    kept = int(re.match(r"(\d+) patches kept", captions[1])[1])
+    if iteration:
+        assert best >= first
+        assert 4 <= kept <= 8  # one to two for each of four think tokens
+    else:
+        assert (best, kept) == (first, 0)
+    drawn = soup.find_all("figure")[1].img["alt"]
+    assert len(re.findall(r"\d+", drawn.partition("outlined:")[2])) == kept
+
+
+# nbval: stored outputs of the cells marked for it are compared with fresh ones
+
+
+def nbval(path):
+    command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-q", "-p", "no:cacheprovider"]
+    return subprocess.run(
+        [*command, "-c", os.devnull, "--rootdir", str(path.parent), str(path)],
+        capture_output=True,
+        text=True,
+        cwd=path.parent,
+    )
+
+
+@pytest.mark.parametrize("path", [BENCHMARK, WALKTHROUGH, COMPARE], ids=lambda path: path.stem)
+def test_nbval(path, tmp_path):
+    small = {"max_num_steps": 1, "end_data_idx": 4, "max_new_tokens": 32, "output_dir": str(tmp_path / "run")}
+    small["runs_folder"] = str(tmp_path)
+    known = cell_parameters(path)
+    stored = papermill.iorw.load_notebook_node(str(path))
+    given = parameterize_notebook(stored, {name: value for name, value in small.items() if name in known})
+    nbformat.write(given, tmp_path / path.name)
+    result = nbval(tmp_path / path.name)
+    assert result.returncode == 0, result.stdout[-3000:]
+    cells = sum(cell.cell_type == "code" for cell in given.cells)
+    assert f"{cells} passed" in result.stdout
+
+
+@pytest.mark.parametrize("path", [COMPARE], ids=lambda path: path.stem)
+def test_nbval_compares(path, tmp_path):
+    stored = nbformat.read(path, as_version=4)
+    checked = [cell for cell in stored.cells if "nbval-check-output" in cell.metadata.get("tags", [])]
+    assert checked
+    text = checked[0].outputs[0].text
+    checked[0].outputs[0].text = text.replace("p = 0.754", "p = 0.755")
+    assert checked[0].outputs[0].text != text
+    nbformat.write(stored, tmp_path / path.name)
+    result = nbval(tmp_path / path.name)
+    assert result.returncode == 1
+    assert "1 failed" in result.stdout
+    assert "p = 0.755" in result.stdout
+
+
+# index and README table
+
+
+def test_the_index_lists_runs_with_their_table(benchmark):
+    folder, report = benchmark
+    index = notebooks.write_index(folder.parents[1])
+    page = index.read_text(encoding="utf-8")
+    soup = BeautifulSoup(page, "html.parser")
+    assert [item.h3.get_text() for item in soup.find("ul").find_all("li")] == ["small"]
+    assert (index.parent / soup.find("ul").a["href"]).resolve() == report.resolve()
+    rows = [[cell.get_text() for cell in row.find_all("td")[:3]] for row in soup.find("tbody").find_all("tr")]
+    expected = {path.name: f"{read_results(path)['accuracy']:.1%}" for path in find_runs(folder)}
+    assert rows == [["mathematics", method, expected[method]] for method in ("vanilla", "dmlr")]
+    assert external_requests(page) == []
+
+
+def test_an_index_without_runs_is_a_page(tmp_path):
+    assert "No run yet" in notebooks.write_index(tmp_path).read_text(encoding="utf-8")
+
+
+def test_the_readmes_table_comes_from_results(benchmark, tmp_path):
+    folder, _ = benchmark
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n" + "\n".join([demo.README_MARKS[0], "old", demo.README_MARKS[1]]) + "\nafter\n")
+    demo.write_readme_table(readme, folder)
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    accuracies = [f"{read_results(path)['accuracy']:.1%}" for path in find_runs(folder)]
+    assert all(f"| {accuracy} |" in text for accuracy in accuracies)
+    assert "gained" in text
+    demo.write_readme_table(readme, folder)
+    assert readme.read_text(encoding="utf-8") == text
+
+
+def test_the_readmes_figure_is_cut_from_a_report(tmp_path):
+    picture = tmp_path / "figures" / "walkthrough.png"
+    pixel = plots.data_uri(Image.new("RGB", (3, 2), "red"))
+    pages = [
+        f'<figure><img src="{pixel}" alt="a"></figure>' for pixel in (plots.data_uri(Image.new("L", (9, 9))), pixel)
+    ]
+    (tmp_path / "walk.html").write_text("".join(pages))
+    demo.write_readme_figure(picture, tmp_path / "walk.html")
+    assert Image.open(picture).size == (3, 2)
+
+
+def test_the_committed_readme_has_a_place_for_the_table():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(text.count(mark) == 1 for mark in demo.README_MARKS)
