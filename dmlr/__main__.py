@@ -6,7 +6,7 @@ import argparse
 import sys
 from importlib import import_module
 
-from .config import ConfigError
+from dmlr.config import ConfigError
 
 # Commands that read their own arguments; each module is imported only when its command runs.
 ELSEWHERE = {"check": ("data", "main_check"), "judge": ("judge", "main_judge"), "bench": ("bench", "main")}
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _notebook_command(args: argparse.Namespace) -> int:
-    from . import demo, notebooks
+    from dmlr import demo, notebooks
 
     try:
         if args.command == "run":

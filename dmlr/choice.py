@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from .expressions import equal, is_prose, looks_like_math
-from .extract import Candidate, normalize_text, plain, split_choice
-from .quantities import parse_number
+from dmlr.expressions import equal, is_prose, looks_like_math
+from dmlr.extract import Candidate, normalize_text, plain, split_choice
+from dmlr.quantities import parse_number
 
 
 def as_choice(inner: str, options: dict[str, str], kind: str | None) -> tuple[str, str] | None:
@@ -64,9 +64,9 @@ def _picked_letter(answer: str, candidate: Candidate, known: dict[str, str], com
         if found := _mentions(answer, letters):
             return found[0], ""
         return _named_in(answer.split("\n")[0], known), ""
-    if closing := re.findall(r"\(?\$?\b([A-Z])\$?\)? is the (?:\w+ )?(?:answer|option|choice)\b", answer):
-        if closing[-1] in letters:
-            return closing[-1], ""
+    closing = re.findall(r"\(?\$?\b([A-Z])\$?\)? is the (?:\w+ )?(?:answer|option|choice)\b", answer)
+    if closing and closing[-1] in letters:
+        return closing[-1], ""
     opening = re.match(r"([A-Z])(?=\s+(?:answer|option|choice|is\b)|\s*[-–—]\s)", answer)
     if opening and opening[1] in letters:
         return opening[1], ""

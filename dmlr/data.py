@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .config import locate
-from .extract import normalize_text, parse_options, split_choice, unbox
-from .images import ImageError, local_path, open_image, shorten
+from dmlr.config import locate
+from dmlr.extract import normalize_text, parse_options, split_choice, unbox
+from dmlr.images import ImageError, local_path, open_image, shorten
 
 # A literal backslash-n, unless it begins a LaTeX command (\neq, \nu, ...) or follows another backslash.
 _LITERAL_NEWLINE = re.compile(

@@ -8,9 +8,9 @@ import shutil
 import time
 from pathlib import Path
 
-from .metrics import paired, summary
-from .notebooks import read_parameters, root, run, write_index
-from .results import find_runs, read_results
+from dmlr.metrics import paired, summary
+from dmlr.notebooks import read_parameters, root, run, write_index
+from dmlr.results import find_runs, read_results
 
 BENCHMARK_RUN = root() / "reports" / "runs" / "shapes-vl_mathematics+visual+composition"
 WALKTHROUGH_RUN = root() / "reports" / "runs" / "01_walkthrough"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from . import mathcheck
-from .extract import plain
+from dmlr import mathcheck
+from dmlr.extract import plain
 
 LATEX = re.compile(r"\\[A-Za-z]|\$[^$]+\$|\\[(\[]")
 _MACRO = re.compile(r"\\(?:text|mathrm|textrm|mathbf|textbf|mbox|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")

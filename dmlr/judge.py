@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .choice import as_choice, compare_choice, compare_yes_no
-from .expressions import LATEX, equal, is_prose, looks_like_math
-from .extract import Candidate, candidates, normalize_text, parse_options, split_choice, unbox
-from .quantities import Number, find_number, find_numbers, parse_number
+from dmlr.choice import as_choice, compare_choice, compare_yes_no
+from dmlr.expressions import LATEX, equal, is_prose, looks_like_math
+from dmlr.extract import Candidate, candidates, normalize_text, parse_options, split_choice, unbox
+from dmlr.quantities import Number, find_number, find_numbers, parse_number
 
 MAX_CHARACTERS = 20_000  # of a prediction, its end, where answers stand; and of a ground truth
 _SHOWN = 300
@@ -201,23 +201,39 @@ def _compare_text(candidate: Candidate, truth: str):
     return None
 
 
+_USAGE = """\
+usage: judge CASES.json [--llm | --llm-all]
+  CASES.json   a list of {prediction, ground_truth, choices?, kind?, precision?, question?}
+  --llm        an LLM judges what the rules cannot: OPENAI_API_KEY, OPENAI_API_BASE_URL, MODEL_TYPE (or .env)
+  --llm-all    an LLM judges every case; how often the rules agree goes to stderr"""
+
+
 def main_judge(argv: Sequence[str] | None = None) -> int:
-    """`CASES.json` -> one JSON verdict a line. Returns 0, or 2 when the file cannot be used."""
+    """`CASES.json` -> one JSON verdict a line. Returns 0, or 2 when the file or the LLM's settings cannot be used."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if len(argv) != 1 or argv[0].startswith("-"):
-        print(
-            "usage: judge CASES.json   (a list of {prediction, ground_truth, choices?, kind?, precision?, question?})"
-        )
-        return 0 if argv in (["-h"], ["--help"]) else 2
+    flags, paths = {a for a in argv if a.startswith("-")}, [a for a in argv if not a.startswith("-")]
+    if len(paths) != 1 or not flags <= {"--llm", "--llm-all"}:
+        print(_USAGE, file=sys.stdout if flags & {"-h", "--help"} else sys.stderr)
+        return 0 if flags & {"-h", "--help"} else 2
     try:
-        cases = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+        cases = json.loads(Path(paths[0]).read_text(encoding="utf-8"))
         if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
             raise ValueError("expected a list of objects")
     except (OSError, ValueError, RecursionError) as error:
-        print(f"{argv[0]}: {error}", file=sys.stderr)
+        print(f"{paths[0]}: {error}", file=sys.stderr)
         return 2
     optional = ("choices", "kind", "precision", "question")
-    for case in cases:
-        verdict = judge(case.get("prediction"), case.get("ground_truth"), **{k: case.get(k) for k in optional})
+    verdicts = (
+        judge(case.get("prediction"), case.get("ground_truth"), **{k: case.get(k) for k in optional}) for case in cases
+    )
+    if flags:
+        from dmlr.llm_judge import JudgeError, judge_cases  # the client takes a second to import
+
+        try:
+            verdicts = judge_cases(cases, verdicts, always="--llm-all" in flags)
+        except JudgeError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    for verdict in verdicts:
         print(json.dumps(asdict(verdict), ensure_ascii=False), flush=True)
     return 0

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .results import is_right, tally
+from dmlr.results import is_right, tally
 
 Records = Iterable[Mapping[str, Any]]
 PHASES = ("prefill", "optimise", "decode")  # of an example's `seconds`

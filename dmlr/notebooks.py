@@ -32,9 +32,9 @@ from papermill.exceptions import PapermillExecutionError
 from pygments.formatters import HtmlFormatter
 from traitlets import default
 
-from .config import Config, ConfigError, check_names
-from .metrics import summary
-from .results import find_runs, read_results
+from dmlr.config import Config, ConfigError, check_names
+from dmlr.metrics import summary
+from dmlr.results import find_runs, read_results
 
 PATHS = ("model_name_or_path", "dataset", "prompts_file", "image")
 CONFIG_NAMES = tuple(f.name for f in fields(Config))
@@ -148,7 +148,7 @@ def default_output(notebook: Path, values: Mapping[str, Any]) -> Path:
     told = {**cell, **values}
     if not set(CONFIG_NAMES) <= set(told):
         return root() / "reports" / "runs" / notebook.stem / f"{notebook.stem}.ipynb"
-    from .evaluate import name, output_folder  # imports torch; a misspelt parameter does not wait for that
+    from dmlr.evaluate import name, output_folder  # imports torch; a misspelt parameter does not wait for that
 
     config = Config.make(None, **{key: told[key] for key in CONFIG_NAMES})
     several = ("+".join(name(part) for part in text.split(",")) for text in (config.dataset, config.methods))

@@ -7,7 +7,7 @@ import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .extract import plain
+from dmlr.extract import plain
 
 _MAX_CHARACTERS = 400  # of a number: exact arithmetic on longer ones helps nobody
 _VULGAR = "".join(chr(c) for c in (0xBC, 0xBD, 0xBE, *range(0x2150, 0x215F)))
@@ -91,9 +91,9 @@ def parse_number(text: str) -> Number | None:
         return None
     unit = (match["unit"] or "").strip()
     # "2x" and "3 i" are expressions; a unit is known, or a word of two letters at least after a space.
-    if unit and unit not in _UNITS and not re.fullmatch(r"\\?\$|[€£¥₹]|[\u4e00-\u9fff]+", unit):
-        if len(unit) < 2 or not match["space"]:
-            return None
+    unknown = unit and unit not in _UNITS and not re.fullmatch(r"\\?\$|[€£¥₹]|[\u4e00-\u9fff]+", unit)
+    if unknown and (len(unit) < 2 or not match["space"]):
+        return None
     value = _value(match["body"], match["sign"])
     name = _UNITS.get(unit, "")
     return None if value is None else Number(value, name == "%", "" if name == "%" else name)

@@ -7,6 +7,7 @@ log was made under. The module knows nothing about models or judges; it stores w
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -89,7 +90,7 @@ class RunLog:
                 kept = next(p for n in range(1, 10**9) if not (p := self.folder / f"log.{n}.jsonl").exists())
                 path.rename(kept)
         write_json(self.folder / SIDECAR, {"config": self.config, "facts": self.facts or {}})
-        self._file = open(path, "ab", buffering=0)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
         return records
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -109,10 +110,8 @@ class RunLog:
                 view = view[self._file.write(view) :]
             os.fsync(self._file.fileno())
         except OSError as error:
-            try:
+            with contextlib.suppress(OSError):
                 os.ftruncate(self._file.fileno(), start)  # no half line for the next writer to run into
-            except OSError:
-                pass
             raise ResultsError(
                 f"{self.folder / LOG}: cannot be written: {_why(error)}; "
                 f"{len(self._records)} finished records are kept, mend it and start again with resume"

@@ -11,14 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from dmlr.config import Config, locate
 from dmlr.images import open_image
-from dmlr.injection import Patches
 from dmlr.judge import judge
-from dmlr.methods import METHODS, Question, append_latents, decode, prefill_latent
-from dmlr.prompts import Prompts
+from dmlr.methods import METHODS, Question
 from dmlr.shapes_questions import SUITES
 from dmlr.vlm import VLM
 
@@ -30,27 +27,20 @@ def load_suite(folder: str | Path, suite: str, examples: int | None = None) -> l
     return [record | {"image_path": str(folder / record["image_path"])} for record in records]
 
 
-def attended_patches(vlm: VLM, prefix, latents: torch.Tensor, count: int) -> Patches:
-    """The `count` image tokens that each think token attends to most, mean over layers and heads; latents [B, L, D]."""
-    batch, length, _ = latents.shape
-    if count == 0:
-        return Patches.none(batch, length, latents.device)
-    filled = torch.ones(batch, length, dtype=torch.bool, device=latents.device)
-    read = torch.zeros(batch, 1, dtype=torch.long, device=latents.device)
-    with torch.no_grad():
-        _, attention = vlm.extend(prefix, latents, filled, read, probe_rows=slice(0, length))  # [B, L, N]
-    return Patches(attention.topk(count, dim=2).indices, torch.full((batch, length), count, device=latents.device))
-
-
 def answers(vlm: VLM, questions: Sequence[Question], config: Config, think: int = 0, patches: int = 0) -> list[str]:
     """Greedy answers with `think` think tokens, `patches` most attended patches after each; 0: the plain prompt."""
     if not think:
         return [answer.text for answer in METHODS["vanilla"](vlm, questions, config)]
-    config = config.replace(num_thought_tokens=think)
-    prefix, _ = prefill_latent(vlm, questions, config, Prompts())
-    latents = vlm.embed(torch.full((len(questions), think), vlm.think_id))
-    append_latents(vlm, prefix, latents, attended_patches(vlm, prefix, latents, patches))
-    return [decoded.text for decoded in decode(vlm, prefix, config)]
+    config = config.replace(
+        num_thought_tokens=think,
+        max_num_steps=0,
+        disable_best_reward=True,  # decode the start with its patches
+        initial_patch_count=patches,
+        num_selected_patches=patches,
+        max_total_patches=None,
+        patch_increment=0,
+    )
+    return [answer.text for answer in METHODS["dmlr"](vlm, questions, config)]
 
 
 def accuracy(

@@ -186,7 +186,7 @@ def neighbour(scene: Scene, rng: random.Random) -> list[Question]:
     anchor, name, word, target = rng.choice(options)
     what = rng.choice(("colour", "shape"))
     truth, names = (target.colour, list(COLOURS)) if what == "colour" else (target.shape, list(SHAPES))
-    choices = tuple(rng.sample([truth] + rng.sample([n for n in names if n != truth], 3), 4))
+    choices = tuple(rng.sample([truth, *rng.sample([n for n in names if n != truth], 3)], 4))
     of = "Which colour is the shape" if what == "colour" else "Which shape is"
     prompt = f"{of} directly {word} the {name}?\nOptions:\n" + "\n".join(
         f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=True)

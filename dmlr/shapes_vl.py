@@ -182,6 +182,6 @@ def wordings(default: Prompts) -> list[Prompts]:
     found = [default]
     for i in range(24):
         task = (TASKS + default.solver)[i % (len(TASKS) + 3)]
-        system = ((default.system,) + SYSTEMS)[i % (len(SYSTEMS) + 1)]
-        found.append(Prompts(system, (task,) * 3, ((default.latents,) + HINTS)[i % (len(HINTS) + 1)]))
+        system = ((default.system, *SYSTEMS))[i % (len(SYSTEMS) + 1)]
+        found.append(Prompts(system, (task,) * 3, ((default.latents, *HINTS))[i % (len(HINTS) + 1)]))
     return found
