@@ -9,7 +9,12 @@ from importlib import import_module
 from dmlr.config import ConfigError
 
 # Commands that read their own arguments; each module is imported only when its command runs.
-ELSEWHERE = {"check": ("data", "main_check"), "judge": ("judge", "main_judge"), "bench": ("bench", "main")}
+ELSEWHERE = {
+    "check": ("data", "main_check"),
+    "judge": ("judge", "main_judge"),
+    "data": ("benchmarks", "main_data"),
+    "bench": ("bench", "main"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("readme", help="put the demo's table, figure and reports where git keeps them")
     commands.add_parser("check", help="what is wrong with a dataset file", add_help=False)
     commands.add_parser("judge", help="judge cases from a file", add_help=False)
+    commands.add_parser("data", help="prepare a benchmark of the hub", add_help=False)
     commands.add_parser("bench", help="how fast the loop is, beside the released behaviour", add_help=False)
     return parser
 

@@ -31,6 +31,13 @@ from dmlr.results import RunLog, read_results, read_run, write_results, write_re
 from dmlr.vlm import VLM
 
 
+# What metrics and figures group records by, copied from the dataset where it is there.
+GROUPS = (
+    *("suite", "category", "subcategory", "l2_category", "answer_type", "level"),
+    *("pair_id", "figure_group", "question_group", "boxes"),
+)
+
+
 @dataclass(frozen=True)
 class Job:
     """One dataset through one method."""
@@ -196,7 +203,7 @@ def record_of(example: Example, answer: Answer) -> dict[str, Any]:
             "patches": reasoning.patches,
             "patch_grid": list(reasoning.patch_grid),
         }
-    return record | {key: example.meta[key] for key in ("category", "pair_id", "boxes", "suite") if key in example.meta}
+    return record | {key: example.meta[key] for key in GROUPS if key in example.meta}
 
 
 def verdict_of(example: Example, text: str, stop_reason: str) -> dict[str, Any]:
