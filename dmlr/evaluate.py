@@ -30,7 +30,6 @@ from dmlr.metrics import efficiency
 from dmlr.results import RunLog, read_results, read_run, write_results, write_reward_csv
 from dmlr.vlm import VLM
 
-
 # What metrics and figures group records by, copied from the dataset where it is there.
 GROUPS = (
     *("suite", "category", "subcategory", "l2_category", "answer_type", "level"),
