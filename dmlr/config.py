@@ -82,6 +82,8 @@ class Config:
     # records
     resume: bool = _param(False, "keep the finished examples of an earlier run in output_dir")
     verify_only: bool = _param(False, "judge the saved answers in output_dir again, without the model")
+    use_llm_verify: bool = _param(False, "ask an LLM where the rules cannot decide (settings: OPENAI_API_KEY, ...)")
+    llm_verify_all: bool = _param(False, "with use_llm_verify: ask it about every answer, to compare it with the rules")
     save_reward_csv: bool = _param(True, "one CSV per example with reward, sigma and patches per iteration")
     visual_token_viz: bool = _param(False, "draw the kept patches of every example")
     visual_token_viz_dir: str = _param("visual_token_viz", "folder of those drawings, under output_dir")
@@ -101,6 +103,8 @@ class Config:
                 f"num_samples = {self.num_samples}: samples come in antithetic pairs, so 1 or an even number, "
                 "and the exact gradient (use_auto_grad) needs none"
             )
+        if self.llm_verify_all and not self.use_llm_verify:
+            raise ConfigError("llm_verify_all = true asks the LLM about every answer; it needs use_llm_verify = true")
         if self.disable_conf_reward and self.use_auto_grad:
             raise ConfigError("disable_conf_reward = true scores in words, which has no gradient; drop use_auto_grad")
 

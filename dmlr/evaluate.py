@@ -17,18 +17,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
 from dmlr.config import Config, ConfigError, check_names, locate
 from dmlr.data import Example, ImageError, Problem, load_dataset, open_image
-from dmlr.judge import judge
 from dmlr.methods import METHODS, Answer, Question
 from dmlr.metrics import efficiency
 from dmlr.results import RunLog, read_results, read_run, write_results, write_reward_csv
+from dmlr.verdicts import ask_llm, llm_settings, verdict_of
 from dmlr.vlm import VLM
+
+if TYPE_CHECKING:
+    from dmlr.llm_settings import JudgeSettings
 
 # What metrics and figures group records by, copied from the dataset where it is there.
 GROUPS = (
@@ -53,11 +56,14 @@ def run(config: Config, vlm: VLM | None = None) -> dict[tuple[str, str], dict[st
 
     Each job writes `<output_dir>/<dataset>/<method>/`: log.jsonl as it goes, results.json, rewards/<row>.csv. The
     model is loaded when the first example needs it, and not at all with `verify_only`. Raises what makes the whole
-    run pointless (a bad dataset file, a model that does not load, a folder that another process holds).
+    run pointless (a bad dataset file, a model that does not load, a folder that another process holds, an LLM judge
+    without a key).
     """
     jobs = plan(config)
+    llm = llm_settings(config)
     model = VLM.load(config) if vlm is None and not config.verify_only else vlm
     work = partial(verify, config=config) if config.verify_only else partial(run_job, config=config, vlm=model)
+    work = partial(work, llm=llm)
     total = sum(len(job.examples) for job in jobs)
     with tqdm(total=total, unit="ex", disable=config.verbose == 0, smoothing=0.1) as bar:
         return {(name(job.dataset), job.method): work(job, bar=bar) for job in jobs}
@@ -93,12 +99,13 @@ def name(path: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", Path(path.strip().rstrip("/")).name.removesuffix(".json")) or "unnamed"
 
 
-def run_job(job: Job, config: Config, vlm: VLM, bar: tqdm) -> dict[str, Any]:
+def run_job(job: Job, config: Config, vlm: VLM, bar: tqdm, llm: JudgeSettings | None = None) -> dict[str, Any]:
     """Answers what is not finished yet, judges it, and derives results.json; also when interrupted."""
     bar.set_description(f"{name(job.dataset)} {job.method}")
     checksum = hashlib.sha256(Path(locate(job.dataset)).read_bytes()).hexdigest()
     facts = {"method": job.method, "dtype": str(vlm.dtype), "device": vlm.device.type, "dataset": checksum}
     right = judged = 0
+    asked = None
     with RunLog(job.folder, config, resume=config.resume, facts=facts) as log:
         done = log.finished()
         todo = [e for e in job.examples if e.row not in done]
@@ -115,13 +122,18 @@ def run_job(job: Job, config: Config, vlm: VLM, bar: tqdm) -> dict[str, Any]:
                 bar.update()
                 if config.verbose == 2:
                     bar.write(f"{example.idx}: {answer.text!r} ({example.solution})")
+            asked = ask_llm(log, job.examples, llm, every=config.llm_verify_all)
         finally:
-            results = save_results(job, log, config)
+            results = save_results(job, log, config, llm_judge=asked)
     return results
 
 
-def verify(job: Job, config: Config, bar: tqdm) -> dict[str, Any]:
-    """Judges the saved answers again, without the model, under the configuration that made them."""
+def verify(job: Job, config: Config, bar: tqdm, llm: JudgeSettings | None = None) -> dict[str, Any]:
+    """Judges the saved answers again, without the model, under the configuration that made them.
+
+    Whether an LLM is asked is this configuration's choice; what it said before comes from its cache, and only what
+    failed, or is new, costs a request.
+    """
     bar.set_description(f"{name(job.dataset)} {job.method}: judging again")
     saved, before = read_run(job.folder)["config"], read_results(job.folder)
     examples = {e.row: e for e in job.examples}
@@ -130,7 +142,8 @@ def verify(job: Job, config: Config, bar: tqdm) -> dict[str, Any]:
             if old["row"] in examples and old["stop_reason"] != "error":
                 log.append({**old, **verdict_of(examples[old["row"]], old["model_output"], old["stop_reason"])})
                 bar.update()
-        return save_results(job, log, Config.make(None, **saved), before["environment"])
+        asked = ask_llm(log, job.examples, llm, every=config.llm_verify_all)
+        return save_results(job, log, Config.make(None, **saved), before["environment"], llm_judge=asked)
 
 
 def answer_all(vlm: VLM, method: str, examples: Sequence[Example], config: Config) -> Iterator[tuple[Example, Answer]]:
@@ -205,27 +218,6 @@ def record_of(example: Example, answer: Answer) -> dict[str, Any]:
     return record | {key: example.meta[key] for key in GROUPS if key in example.meta}
 
 
-def verdict_of(example: Example, text: str, stop_reason: str) -> dict[str, Any]:
-    """The judge's part of a record; the same judge for every method. None where nothing was to be judged."""
-    if stop_reason in ("error", "skipped_no_ground_truth"):
-        return {
-            "answer": None,
-            "ground_truth_text": example.solution,
-            "is_correct": None,
-            "verdict": None,
-            "rule": None,
-        }
-    meta = {key: example.meta[key] for key in ("choices", "kind", "precision") if key in example.meta}
-    verdict = judge(text, example.solution, question=example.question, **meta)
-    return {
-        "answer": verdict.answer,
-        "ground_truth_text": example.solution,
-        "is_correct": verdict.status == "correct",
-        "verdict": verdict.status,
-        "rule": verdict.rule,
-    }
-
-
 def error_record(row: int | None, idx: int | str | None, message: str) -> dict[str, Any]:
     """A row of the dataset that never became an example."""
     example = Example(-1 if row is None else row, idx, "", "", None, {})
@@ -245,7 +237,9 @@ def save_extras(job: Job, example: Example, answer: Answer, config: Config) -> N
         save_kept_patches(path, open_image(example.image), answer.reasoning.patches, answer.reasoning.patch_grid)
 
 
-def save_results(job: Job, log: RunLog, config: Config, made_with: dict[str, str] | None = None) -> dict[str, Any]:
+def save_results(
+    job: Job, log: RunLog, config: Config, made_with: dict[str, str] | None = None, **more: Any
+) -> dict[str, Any]:
     """results.json from the log; `made_with` is the environment of the answers, this one unless said."""
     return write_results(
         job.folder,
@@ -256,6 +250,7 @@ def save_results(job: Job, log: RunLog, config: Config, made_with: dict[str, str
         method=job.method,
         environment=made_with or environment(),
         efficiency=efficiency(log.records()) | {"peak_memory_bytes": peak_memory()},
+        **more,
     )
 
 

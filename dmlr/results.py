@@ -27,7 +27,7 @@ LOG, SIDECAR, LOCK, RESULTS = "log.jsonl", "run.json", "run.lock", "results.json
 # and each method has its own folder, named by the run's facts.
 FREE_PARAMETERS = frozenset(
     "output_dir batch_size num_workers worker_device_round_robin resume verify_only verbose visual_token_viz "
-    "visual_token_viz_dir save_reward_csv start_data_idx end_data_idx methods use_llm_verify".split()
+    "visual_token_viz_dir save_reward_csv start_data_idx end_data_idx methods use_llm_verify llm_verify_all".split()
 )
 REWARD_COLUMNS = ("step", "reward", "sigma", "is_new_best", "patch_count", "patch_budget")
 

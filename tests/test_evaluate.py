@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from judge_server import JudgeServer, refuses, says
 from PIL import Image
 from tiny import noise_image, tiny_vlm
 
-from dmlr import evaluate
+from dmlr import evaluate, llm_judge
 from dmlr.config import Config, ConfigError
 from dmlr.data import DatasetError
+from dmlr.llm_judge import JudgeError
 from dmlr.results import ResultsError, read_log
 
 FAST = {"max_num_steps": 2, "max_new_tokens": 4, "batch_size": 4, "verbose": 0, "end_data_idx": None}
@@ -215,3 +217,35 @@ def test_verify_only_judges_again_without_a_model(vlm, dataset, tmp_path):
     assert again["entries"][2]["is_correct"] is True
     assert [e["model_output"] for e in again["entries"]] == [e["model_output"] for e in first["dmlr"]["entries"]]
     assert again["environment"] == first["dmlr"]["environment"] and again["total"] == 6
+
+
+def test_an_llm_judge_that_fails_counts_neither_way_and_verify_only_mends_it(vlm, dataset, tmp_path, monkeypatch):
+    rows = json.loads(dataset.read_text())
+    for row in rows[:4]:
+        row["solution"] = "a long story about a dog"  # a tiny model's noise is no such story: the rules cannot tell
+    dataset.write_text(json.dumps(rows))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(llm_judge, "shared_cache", lambda: tmp_path / "cache")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    plain = run(vlm, dataset, tmp_path / "plain", methods="vanilla")["vanilla"]
+    undecided = {e["row"] for e in plain["entries"] if e["verdict"] == "unparsed" and e["model_output"].strip()}
+    assert undecided
+    with_llm = {"methods": "vanilla", "use_llm_verify": True}
+    with pytest.raises(JudgeError, match="OPENAI_API_KEY"):
+        run(None, dataset, tmp_path / "out", **with_llm)  # before the model is needed
+    key = "sk-secret-of-this-test"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with JudgeServer(refuses(400)) as server:
+        monkeypatch.setenv("OPENAI_API_BASE_URL", server.url)
+        failed = run(vlm, dataset, tmp_path / "out", **with_llm)["vanilla"]
+        server.behave = says({"answer": "a dog", "verdict": "correct"})
+        mended = run(None, dataset, tmp_path / "out", **with_llm, verify_only=True)["vanilla"]
+        all_asked = run(None, dataset, tmp_path / "out", **with_llm, verify_only=True, llm_verify_all=True)["vanilla"]
+    assert {e["row"] for e in failed["entries"] if e["verdict"] == "judge_failed"} == undecided
+    assert failed["judge_failed"] == len(undecided) and failed["total"] == 6 - len(undecided)
+    assert failed["llm_judge"]["failed"] == len(undecided)
+    assert {e["row"] for e in mended["entries"] if e["rule"].startswith("llm:") and e["is_correct"]} == undecided
+    assert mended["judge_failed"] == 0 and mended["llm_judge"]["agreement"]["unparsed"]["correct"] >= len(undecided)
+    assert all_asked["llm_judge"]["cached"] == len(undecided)
+    assert sum(sum(row.values()) for row in all_asked["llm_judge"]["agreement"].values()) == 6
+    assert not any(key in path.read_text() for path in tmp_path.rglob("*.json*"))
