@@ -29,6 +29,8 @@ from dmlr.shapes_questions import (
     difference,
     existence,
     neighbour,
+    option,
+    place,
     places,
     relation,
     row_content,
@@ -40,16 +42,19 @@ from dmlr.shapes_vl import CHAT_SUFFIX, ENDOFTEXT, IM_END, IMAGE_PAD, chat_prefi
 IMAGE_TOKENS = GRID * GRID
 KINDS = 1 + len(COLOURS) * len(SHAPES)  # what may lie under a merged token: nothing, or one of these
 NO_LABEL = -100
-# Makers and how often each is asked; those that learn slowest come oftest.
+# Makers and how often each is asked.
 MIX = (
-    (count, 1.2),
-    (total, 1.2),
-    (difference, 1.0),
+    (count, 2.0),
+    (total, 1.0),
+    (difference, 0.6),
     (comparison, 1.0),
-    (colour_of, 1.0),
-    (existence, 1.6),
-    (relation, 2.0),
-    (neighbour, 2.2),
+    (colour_of, 0.8),
+    (existence, 1.4),
+    (relation, 1.2),
+    (neighbour, 1.6),
+    (option, 1.4),
+    (place, 1.2),
+    (places, 0.8),
 )
 # Training only: answers made of what is seen. Without many of them at first the image is hardly looked at.
 DENSE = ((cell_content, 1.5), (row_content, 1.5), (whole_content, 0.6), (places, 1.5))

@@ -188,9 +188,7 @@ def neighbour(scene: Scene, rng: random.Random) -> list[Question]:
     truth, names = (target.colour, list(COLOURS)) if what == "colour" else (target.shape, list(SHAPES))
     choices = tuple(rng.sample([truth, *rng.sample([n for n in names if n != truth], 3)], 4))
     of = "Which colour is the shape" if what == "colour" else "Which shape is"
-    prompt = f"{of} directly {word} the {name}?\nOptions:\n" + "\n".join(
-        f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=True)
-    )
+    prompt = f"{of} directly {word} the {name}?\n{_listed(choices)}"
     rationale = f"{name} at {_place(anchor)}, directly {word} it: {target.name}."
     letter = LETTERS[choices.index(truth)]
     return [Question("composition", f"{what}_of_neighbour", prompt, letter, rationale, (anchor, target), choices)]
@@ -229,6 +227,32 @@ def places(scene: Scene, rng: random.Random) -> list[Question]:
     name, things = _group(rng, scene, present=0.95)
     rationale = ", ".join(_place(t) for t in things) or "nothing"
     return [Question("training", "places", f"Where are the {name}?", str(len(things)), f"{rationale}.", tuple(things))]
+
+
+def option(scene: Scene, rng: random.Random) -> list[Question]:
+    """Training only: which letter stands before a word. Nothing to see, but a skill that multiple choice needs."""
+    choices = tuple(rng.sample(list(COLOURS) if rng.random() < 0.5 else SHAPES, 4))
+    answer = rng.randrange(4)
+    prompt = f"Which option is {choices[answer]}?\n{_listed(choices)}"
+    return [Question("training", "option", prompt, LETTERS[answer], f"it: {choices[answer]}.", (), choices)]
+
+
+def place(scene: Scene, rng: random.Random) -> list[Question]:
+    """Training only: where the one member of a kind is."""
+    thing = rng.choice(scene.things)
+    if rng.random() < 0.6 and len(scene.matching(thing.colour, thing.shape)) == 1:
+        name = thing.name
+    elif len(scene.matching(shape=thing.shape)) == 1:
+        name = thing.shape
+    else:
+        return []
+    prompt, rationale = f"Where is the {name}?", f"{name} at {_place(thing)}."
+    return [Question("training", "place", prompt, thing.colour, rationale, (thing,))]
+
+
+def _listed(choices: tuple[str, ...]) -> str:
+    lines = (f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=True))
+    return "\n".join(("Options:", *lines))
 
 
 SUITES: dict[str, dict[str, Maker]] = {

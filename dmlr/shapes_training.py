@@ -6,8 +6,8 @@ that one). It continues from its last state when started again. No pickles: stat
 
 What fails: questions alone leave the vision tower unused (43 %, a prototype); dense captions added to them do little
 better (49 %); labels of what lies under each merged token first, and still 36 % after 44,000 questions: every answer
-said "row 3 column 3". So the labels also name the token's row, its column and its four neighbours. They come alone
-for the first minutes and stay as a small auxiliary loss.
+said "row 3 column 3". So the labels also name the token's row, its column and its neighbours, dense captions come
+before most questions, and options are also asked for by name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from safetensors.torch import load_file, save_file
 from dmlr.prompts import Prompts
 from dmlr.shapes import GRID, random_scene
 from dmlr.shapes_attention import TREE
-from dmlr.shapes_packing import DENSE, IMAGE_TOKENS, KINDS, MIX, NO_LABEL, Batch, Phase, batches
+from dmlr.shapes_packing import IMAGE_TOKENS, KINDS, NO_LABEL, Batch, Phase, batches
+from dmlr.shapes_questions import SUITES, cell_content, row_content
 from dmlr.shapes_vl import (
     ENDOFTEXT,
     IMAGE_PAD,
@@ -75,9 +76,10 @@ def corpus(scenes: int = 1500) -> list[str]:
         texts += [chat_text(prompts.system, prompts.latent_task("", count)) for count in range(1, 9)]
         texts.append(chat_text(prompts.system, prompts.task("")))
     texts = texts * 4 + [Prompts().self_score] * 4 + list(Prompts().solver) * 40
+    makers = [*(maker for suite in SUITES.values() for maker in suite.values()), cell_content, row_content]
     for _ in range(scenes):
         scene = random_scene(rng, "train")
-        texts += [q.prompt + q.response for maker, _ in MIX + DENSE[:2] for q in maker(scene, rng)]
+        texts += [q.prompt + q.response for maker in makers for q in maker(scene, rng)]
     return texts
 
 
@@ -104,10 +106,11 @@ class Learner:
         flat = torch.cat(self.model.model.get_image_features(batch.pixels, grid).pooler_output)
         return flat.view(count, IMAGE_TOKENS, -1)
 
-    def token_loss(self, features: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, float]:
-        """Cross-entropies of what lies under each merged token and its four neighbours, of its row and its column.
+    def token_loss(self, features: torch.Tensor, batch: Batch, neighbours: bool) -> tuple[torch.Tensor, float]:
+        """Cross-entropies of what lies under each merged token, of its row and column, and of its four neighbours.
 
-        Returns their sum and the share of tokens of which all seven are right.
+        Returns their sum and the share of tokens of which all seven are right. Neighbours count only with
+        `neighbours`: once questions are asked, they would take room in the features from what a search looks for.
         """
         logits = self.head(features).float().flatten(0, 1).split([KINDS] * 5 + [GRID] * 2, dim=-1)
         board = F.pad(batch.kinds.view(-1, GRID, GRID), (1, 1, 1, 1))
@@ -116,7 +119,8 @@ class Learner:
         place = torch.arange(GRID, device=self.device)
         labels += [place[:, None].expand_as(labels[0]), place.expand_as(labels[0])]
         labels = [label.flatten() for label in labels]
-        loss = sum(F.cross_entropy(x, y) for x, y in zip(logits, labels, strict=True))
+        wanted = range(7) if neighbours else (0, 5, 6)
+        loss = sum(F.cross_entropy(logits[i], labels[i]) for i in wanted)
         right = torch.stack([x.argmax(-1) == y for x, y in zip(logits, labels, strict=True)]).all(dim=0)
         return loss, right.float().mean().item()
 
@@ -147,7 +151,7 @@ class Learner:
 
     def _noise(self, embeds: torch.Tensor, batch: Batch, think: torch.Tensor, generator: torch.Generator):
         """Gaussian noise on the think tokens of half of the branches, mostly small, up to `noise` times their RMS."""
-        count, branches = len(embeds), self.recipe.questions + 1
+        count, branches = len(embeds), int(batch.branch.max()) + 1
         draw = partial(torch.rand, count, branches, generator=generator)
         scale = (draw().pow(2) * self.recipe.noise * (draw() < 0.5)).to(self.device)  # [B, branches]
         scale = scale.gather(1, batch.branch.clamp(min=0)) * batch.think * think.pow(2).mean().sqrt()  # [B, S]
@@ -159,7 +163,7 @@ class Learner:
             group["lr"] = lr
         with torch.autocast(self.device.type, torch.bfloat16):
             features = self.features(batch)
-            loss, under = self.token_loss(features, batch)
+            loss, under = self.token_loss(features, batch, neighbours=vision_only)
             told = {"token_accuracy": under}
             if not vision_only:
                 answers, told["answer_token_accuracy"] = self.answer_loss(features, batch, noise)
