@@ -18,6 +18,7 @@ from PIL import Image
 from dmlr import demo, notebooks, plots
 from dmlr.__main__ import main
 from dmlr.config import PRESETS, Config, ConfigError
+from dmlr.judge import judge
 from dmlr.results import find_runs, read_results
 
 ROOT = Path(__file__).parents[1]
@@ -269,7 +270,11 @@ def test_benchmark_end_to_end(benchmark):
         assert [entry["ground_truth"] for entry in result["entries"]] == truths
         assert {entry["stop_reason"] for entry in result["entries"]} <= {"eos_token", "length"}
         assert result["correct"] == sum(entry["is_correct"] for entry in result["entries"])
-        assert result["accuracy"] >= 0.5
+        assert result["accuracy"] == result["correct"] / 24
+        for entry in result["entries"]:  # how good the model is, test_embedded.py says; here: judged as judge.py judges
+            verdict = judge(entry["model_output"], entry["ground_truth"], question=entry["question"])
+            assert entry["is_correct"] == (verdict.status == "correct")
+        assert sum("\\boxed" in entry["model_output"] for entry in result["entries"]) >= 20
         assert result["config"]["max_num_steps"] == 3
     for entry in results["dmlr"]["entries"]:
         assert entry["best_reward"] == pytest.approx(max([entry["initial_reward"], *entry["rewards"]]))
