@@ -8,6 +8,8 @@ import shutil
 import time
 from pathlib import Path
 
+from bs4 import BeautifulSoup
+
 from dmlr.metrics import paired, summary
 from dmlr.notebooks import read_parameters, root, run, write_index
 from dmlr.results import find_runs, read_results
@@ -64,7 +66,8 @@ def write_readme_figure(picture: Path | None = None, report: Path | None = None)
     """The last figure of the walkthrough's report, as the README's picture."""
     picture = picture or root() / "reports" / "figures" / "walkthrough.png"
     report = report or WALKTHROUGH_RUN / "01_walkthrough.html"
-    found = re.findall(r'<figure><img src="data:image/png;base64,([^"]+)"', report.read_text(encoding="utf-8"))
+    page = BeautifulSoup(report.read_text(encoding="utf-8"), "html.parser")
+    found = [image["src"].partition("base64,")[2] for image in page.select("figure > img")]
     if not found:
         raise ValueError(f"{report}: no figure in it")
     picture.parent.mkdir(parents=True, exist_ok=True)
