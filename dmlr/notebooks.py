@@ -222,7 +222,8 @@ def render(executed: str | Path, report: str | Path) -> None:
         "contents": [entry for entry in contents if entry[0] > 1],
     }
     page, _ = exporter.from_notebook_node(notebook, resources=resources)
-    report.write_text(page, encoding="utf-8")
+    # Warnings and tracebacks name files; where the project lies on this machine is nobody's business.
+    report.write_text(page.replace(f"{root()}{os.sep}", ""), encoding="utf-8")
 
 
 def settled(text: str) -> str:

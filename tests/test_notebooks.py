@@ -436,3 +436,16 @@ def test_the_readmes_figure_is_cut_from_a_report(tmp_path):
 def test_the_committed_readme_has_a_place_for_the_table():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(text.count(mark) == 1 for mark in demo.README_MARKS)
+
+
+def test_a_report_does_not_say_where_the_project_lies(tmp_path):
+    path = notebook(tmp_path / "loud.ipynb", "print('a file')")
+    report = tmp_path / "loud.html"
+    executed = nbformat.read(path, as_version=4)
+    executed.cells[-1].outputs = [
+        nbformat.v4.new_output("stream", name="stdout", text=str(ROOT / "dmlr" / "config.py"))
+    ]
+    nbformat.write(executed, path)
+    notebooks.render(path, report)
+    assert "dmlr/config.py" in report.read_text()
+    assert f"{ROOT}/dmlr/config.py</pre>" not in report.read_text() and report.read_text().count(str(ROOT)) == 0
