@@ -63,9 +63,7 @@ def _notebook_command(args: argparse.Namespace) -> int:
         elif args.command == "report":
             print(f"index: {notebooks.write_index()}")
         elif args.command == "readme":
-            demo.write_readme_table()
-            demo.write_readme_figure()
-            demo.keep_examples()
+            demo.publish()
         else:
             demo.demo()
     except (ConfigError, notebooks.RunError) as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from bs4 import BeautifulSoup
 
 from dmlr.metrics import paired, summary
-from dmlr.notebooks import read_parameters, root, run, write_index
+from dmlr.notebooks import RunError, read_parameters, root, run, write_index
 from dmlr.results import find_runs, read_results
 
 BENCHMARK_RUN = root() / "reports" / "runs" / "shapes-vl_mathematics+visual+composition"
@@ -31,6 +31,15 @@ def demo() -> None:
     index = write_index()
     print(f"\n{result_table(benchmark.parent)}\n\nmade in {(time.perf_counter() - began) / 60:.1f} minutes")
     print(f"report:      {benchmark}\nwalkthrough: {walk}\nall runs:    {index}")
+
+
+def publish() -> None:
+    """Table, figure and reports of a finished demo into the files that git keeps. RunError when it did not finish."""
+    if missing := [folder for folder in (BENCHMARK_RUN, WALKTHROUGH_RUN) if not list(folder.glob("*.html"))]:
+        raise RunError(f"no report in {missing[0]}: the demo has not run to its end; `make demo` does")
+    write_readme_table()
+    write_readme_figure()
+    keep_examples()
 
 
 def result_table(run_folder: Path) -> str:
