@@ -96,11 +96,6 @@ class KVCache(Cache):
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
         return twin
 
-    def reserve(self, count: int) -> None:
-        """Make room for `count` more positions at once, so that no forward has to grow the buffers."""
-        for layer in self.layers:
-            layer.reserve(layer.length + count)
-
 
 class AttentionProbe:
     """Collects the attention of some query rows, averaged over all heads and layers of one forward."""
