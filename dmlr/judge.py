@@ -204,7 +204,8 @@ def _compare_text(candidate: Candidate, truth: str):
 _USAGE = """\
 usage: judge CASES.json [--llm | --llm-all]
   CASES.json   a list of {prediction, ground_truth, choices?, kind?, precision?, question?}
-  --llm        an LLM judges what the rules cannot: OPENAI_API_KEY, OPENAI_API_BASE_URL, MODEL_TYPE (or .env)
+  --llm        an LLM judges what the rules cannot: OPENAI_API_KEY, OPENAI_API_BASE_URL, MODEL_TYPE (or .env);
+               what it cost, if MODEL_PRICE says "dollars,dollars" per million prompt and completion tokens
   --llm-all    an LLM judges every case; how often the rules agree goes to stderr"""
 
 

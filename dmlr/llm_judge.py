@@ -31,15 +31,6 @@ from dmlr.results import write_json
 
 STATUSES = ("correct", "wrong", "unparsed", "judge_failed")
 
-# US dollars per million tokens, (prompt, completion): list prices of 2025; the longest matching beginning counts.
-PRICES = {
-    "gpt-4.1": (2.0, 8.0),
-    "gpt-4.1-mini": (0.4, 1.6),
-    "gpt-4.1-nano": (0.1, 0.4),
-    "gpt-4o": (2.5, 10.0),
-    "gpt-4o-mini": (0.15, 0.6),
-}
-
 # Ways to ask, from the one that binds the reply most to the one that every server understands.
 _FORMS: tuple[dict[str, Any], ...] = (
     {"temperature": 0, "response_format": response_format()},
@@ -101,11 +92,10 @@ class LLMJudge:
         return found
 
     def report(self) -> dict[str, Any]:
-        """What the judging cost so far, for the run's report: usage, dollars (None: price unknown), failures."""
-        known = [name for name in PRICES if self.settings.model.startswith(name)]
+        """What the judging cost so far, for the run's report: usage, dollars (None: no price given), failures."""
         cost = None
-        if known:
-            prompt, completion = PRICES[max(known, key=len)]
+        if self.settings.price is not None:
+            prompt, completion = self.settings.price
             cost = (prompt * self.usage["prompt_tokens"] + completion * self.usage["completion_tokens"]) / 1e6
         return {"model": self.settings.model, **self.usage, "cost_usd": cost, "failures": dict(self.failures)}
 

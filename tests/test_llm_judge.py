@@ -46,7 +46,7 @@ PARIS = {"prediction": "I believe that it is the city of Paris", "ground_truth":
 def only_loopback(monkeypatch, tmp_path):
     """No proxy, no settings of the machine, and a working folder without `.env`."""
     for name in list(os.environ):
-        if name.lower().endswith("_proxy") or name.startswith("OPENAI_") or name == "MODEL_TYPE":
+        if name.lower().endswith("_proxy") or name.startswith(("OPENAI_", "MODEL_")):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
 
@@ -57,9 +57,9 @@ def server():
         yield server
 
 
-def new_judge(server, folder="cache", model="gpt-4.1-test", **options):
+def new_judge(server, folder="cache", model="gpt-4.1-test", price=None, **options):
     options = {"timeout": 5.0, "max_retries": 0} | options
-    return LLMJudge(JudgeSettings(server.url, model, KEY), folder, **options)
+    return LLMJudge(JudgeSettings(server.url, model, KEY, price), folder, **options)
 
 
 def cases(count):
@@ -124,7 +124,7 @@ def test_it_works_where_an_event_loop_already_runs_as_in_a_notebook(server):
 
 
 def test_tokens_and_dollars_are_counted(server):
-    llm = new_judge(server)
+    llm = new_judge(server, price=(2.0, 8.0))
     llm.judge_many([*cases(3), cases(3)[0]])
     report = llm.report()
     assert {k: report[k] for k in llm.usage} == {
@@ -135,9 +135,16 @@ def test_tokens_and_dollars_are_counted(server):
         "failed": 0,
     }
     assert report["cost_usd"] == pytest.approx((300 * 2 + 30 * 8) / 1e6)
-    assert new_judge(server, model="my-own").report()["cost_usd"] is None
-    assert new_judge(server, model="gpt-4.1-mini-2025-04-14").judge_many([PARIS])
     assert json.dumps(report)
+
+
+@pytest.mark.parametrize("model", ["gpt-4.1-2025-04-14", "my-own"])
+def test_without_a_price_there_is_no_cost_whatever_the_model_and_tokens_are_counted(server, model):
+    llm = new_judge(server, model=model)
+    llm.judge_many(cases(2))
+    assert llm.report()["cost_usd"] is None and llm.report()["prompt_tokens"] == 200
+    free = new_judge(server, model=model, price=(0.0, 0.0))
+    assert free.report()["cost_usd"] == 0
 
 
 # ------------------------------------------------------------------------------------------ the cache
@@ -352,6 +359,8 @@ def test_the_key_in_a_reply_is_not_written_down(server):
 
 # ------------------------------------------------------------------------------------------- settings
 
+BAD_PRICES = ("2", "2,8,1", "two,eight", "-1,8", "nan,8", "2,inf", ",")
+
 
 def test_settings_come_from_the_environment_then_env_file_then_defaults(monkeypatch):
     Path(".env").write_text(f"OPENAI_API_KEY={KEY}\nMODEL_TYPE='from file'\n")
@@ -370,6 +379,11 @@ def test_settings_come_from_the_environment_then_env_file_then_defaults(monkeypa
     monkeypatch.delenv("MODEL_TYPE")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     assert JudgeSettings.from_environment().model == "gpt-4.1-2025-04-14"
+    assert JudgeSettings.from_environment().price is None
+    Path(".env").write_text("MODEL_PRICE=0.4, 1.6\n")
+    assert JudgeSettings.from_environment().price == (0.4, 1.6)
+    monkeypatch.setenv("MODEL_PRICE", "0,0")
+    assert JudgeSettings.from_environment().price == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -382,6 +396,7 @@ def test_settings_come_from_the_environment_then_env_file_then_defaults(monkeypa
         ({"OPENAI_API_KEY": KEY, "OPENAI_API_BASE_URL": "localhost:8000/v1"}, "OPENAI_API_BASE_URL"),
         ({"OPENAI_API_KEY": KEY, "OPENAI_API_BASE_URL": "http://[::1"}, "OPENAI_API_BASE_URL"),
         ({"OPENAI_API_KEY": KEY, "OPENAI_API_BASE_URL": "http://host:port"}, "OPENAI_API_BASE_URL"),
+        *(({"OPENAI_API_KEY": KEY, "MODEL_PRICE": price}, "MODEL_PRICE") for price in BAD_PRICES),
     ],
 )
 def test_settings_that_cannot_work_are_one_error_without_the_key(monkeypatch, values, named):
