@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from dmlr.expressions import equal, is_prose, looks_like_math
+from dmlr.expressions import equal, is_prose, latex_key, looks_like_math
 from dmlr.extract import Candidate, normalize_text, plain, split_choice
 from dmlr.quantities import parse_number
 
@@ -63,6 +63,8 @@ def _picked_letter(answer: str, candidate: Candidate, known: dict[str, str], com
     if candidate.explicit:
         if found := _mentions(answer, letters):
             return found[0], ""
+        if looks_like_math(answer) and not is_prose(answer):
+            return None, ""  # "2 + 3" names neither of the options 2 and 3: what it is worth decides
         return _named_in(answer.split("\n")[0], known), ""
     closing = re.findall(r"\(?\$?\b([A-Z])\$?\)? is the (?:\w+ )?(?:answer|option|choice)\b", answer)
     if closing and closing[-1] in letters:
@@ -136,7 +138,17 @@ _NEGATION = re.compile(r"(?i)\b(?:not|no|never|neither|nor|cannot|without|except
 
 
 def _words(text: str) -> str:
-    return normalize_text(re.sub(r"[^\w.%°/-]+", " ", text))
+    """Words between single spaces; of a formula in dollars what follows its last equals sign, as one word.
+
+    So the 2 in a fraction is no word, and no option's text.
+    """
+    text = _FORMULA.sub(lambda match: f" {latex_key(match[0]).rpartition('=')[2]} ", text)
+    text = re.sub(r"\\[dt]frac", r"\\frac", re.sub(r"\^?\{?\\circ\}?|°|\\(?![A-Za-z])", "", text))
+    text = re.sub(r"(?<!\s)\s+(?=[{}])|(?<=\{)\s+", "", text)
+    return normalize_text(re.sub(r"[^\w.%/\\{}^-]+", " ", text))
+
+
+_FORMULA = re.compile(r"\$[^$\n]+\$|\\\((?:[^\\]|\\[^()])+\\\)")
 
 
 def _named_in(sentence: str, known: dict[str, str]) -> str | None:
