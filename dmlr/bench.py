@@ -21,11 +21,12 @@ import psutil
 import torch
 from transformers import AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from dmlr.answers import Question
 from dmlr.config import Config, ConfigError, locate
 from dmlr.encode import Encoded
 from dmlr.evaluate import environment
 from dmlr.kv_cache import ATTENTION
-from dmlr.methods import Question, append_latents, question_noise
+from dmlr.latent import append_latents, question_noise
 from dmlr.optimize import initial_latents, optimize
 from dmlr.reference import Reference, eager
 from dmlr.results import write_json

@@ -79,6 +79,22 @@ class Config:
     visual_insert_stride: int = _param(1, "inject after every N-th think token", low=1)
     visual_injection_start_step: int = _param(0, "first iteration that injects", low=0)
     visual_injection_interval: int = _param(1, "look for new patches every N iterations", low=1)
+    # the other methods
+    rationale_tokens: int = _param(512, "multimodal-cot: most tokens of the rationale", low=1)
+    rationale_answer_tokens: int = _param(64, "multimodal-cot: most tokens of the answer after it", low=1)
+    scene_graph_tokens: int = _param(256, "ccot: most tokens of the scene graph", low=1)
+    icot_newlines: int = _param(2, "icot: insert patches at every N-th newline", low=1)
+    icot_patches: int = _param(16, "icot: patches of an insertion", low=1)
+    icot_insertions: int = _param(3, "icot: most insertions in an answer", low=0)
+    ltpo_thought_tokens: int = _param(10, "ltpo: think tokens", low=1, high=256)
+    ltpo_steps: int = _param(10, "ltpo: iterations", low=0)
+    ltpo_lr: float = _param(0.03, "ltpo: learning rate", low=0)
+    ltpo_sigma: float = _param(0.1, "ltpo: noise scale, absolute in embedding units", low=0)
+    ltpo_sigma_decay: float = _param(0.99, "ltpo: factor on its noise scale after each iteration", low=0, high=1)
+    consistency_samples: int | None = _param(
+        None, "self-consistency: sampled answers; none: what dmlr costs, 3 to 40", low=1
+    )
+    consistency_temperature: float = _param(0.7, "self-consistency: temperature of the samples", low=0.01)
     # records
     resume: bool = _param(False, "keep the finished examples of an earlier run in output_dir")
     verify_only: bool = _param(False, "judge the saved answers in output_dir again, without the model")
@@ -98,6 +114,8 @@ class Config:
             raise ConfigError(f"end_data_idx = {self.end_data_idx} is before start_data_idx = {self.start_data_idx}")
         if self.sigma == 0 and self.max_num_steps > 0 and not self.use_auto_grad:
             raise ConfigError("sigma = 0 gives REINFORCE nothing to learn from; use sigma > 0 or use_auto_grad = true")
+        if self.ltpo_sigma == 0 and self.ltpo_steps > 0 and not self.use_auto_grad:
+            raise ConfigError("ltpo_sigma = 0 gives LTPO nothing to learn from; use ltpo_sigma > 0")
         if self.num_samples > 1 and (self.num_samples % 2 or self.use_auto_grad):
             raise ConfigError(
                 f"num_samples = {self.num_samples}: samples come in antithetic pairs, so 1 or an even number, "

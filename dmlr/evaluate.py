@@ -215,6 +215,8 @@ def record_of(example: Example, answer: Answer) -> dict[str, Any]:
             "patches": reasoning.patches,
             "patch_grid": list(reasoning.patch_grid),
         }
+    if answer.details:
+        record["details"] = answer.details
     return record | {key: example.meta[key] for key in GROUPS if key in example.meta}
 
 

@@ -92,6 +92,15 @@ def choose_patches(
     return Patches(index, count)
 
 
+def in_image_order(patches: Patches) -> Patches:
+    """The same patches, row-major as they lie in the image instead of by attention."""
+    slot = torch.arange(patches.index.shape[2], device=patches.index.device)
+    valid = slot < patches.count[..., None]
+    last = torch.iinfo(torch.long).max  # empty slots stay behind the filled ones
+    index = patches.index.masked_fill(~valid, last).sort(dim=2).values
+    return Patches(index.masked_fill(~valid, 0), patches.count)
+
+
 def interleave(latents: torch.Tensor, images: torch.Tensor, patches: Patches) -> tuple[torch.Tensor, torch.Tensor]:
     """Groups of think token and patches as one sequence of slots.
 

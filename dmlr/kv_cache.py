@@ -96,6 +96,15 @@ class KVCache(Cache):
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
         return twin
 
+    def take(self, columns: torch.Tensor) -> KVCache:
+        """A cache of these columns [B, T] of each row, in this order."""
+        twin = self.branch()
+        for layer in twin.layers:
+            index = columns[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
+            layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
+            layer.length = columns.shape[1]
+        return twin
+
 
 class AttentionProbe:
     """Collects the attention of some query rows, averaged over all heads and layers of one forward."""

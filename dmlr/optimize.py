@@ -59,6 +59,12 @@ class Trace:
     steps: list[Step] = field(default_factory=list)
 
 
+def example_generator(seed: int, idx: int | str, purpose: str = "") -> torch.Generator:
+    """Randomness of one example, on the CPU; each purpose has its own stream."""
+    digest = hashlib.sha256(f"{seed}:{idx}{':' if purpose else ''}{purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
 def example_noise(
     seed: int, idx: int | str, steps: int, samples: int, num_thought_tokens: int, dim: int
 ) -> torch.Tensor:
@@ -66,8 +72,7 @@ def example_noise(
 
     Several samples are antithetic pairs: every odd one is the negative of the one before it.
     """
-    digest = hashlib.sha256(f"{seed}:{idx}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    generator = example_generator(seed, idx)
     draws = [torch.randn(max(samples // 2, 1), num_thought_tokens, dim, generator=generator) for _ in range(steps)]
     noise = torch.stack(draws) if draws else torch.zeros(0, max(samples // 2, 1), num_thought_tokens, dim)
     return noise if samples == 1 else torch.stack([noise, -noise], dim=2).flatten(1, 2)

@@ -7,6 +7,7 @@ that published wording, or yours, runs through the same code.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -35,21 +36,51 @@ _SELF_SCORE = (
     "\n\nDo not answer the question. Rate from 0 to 1 how well the inner space above leads to the right answer. "
     "Reply with the number only."
 )
+_HELPER = "You are a careful visual assistant."
+_RATIONALE = (
+    "Look at the image and work out, step by step, what is needed to answer the question below. Write down this "
+    "reasoning only; the answer itself will be asked for next.\n\n{question}"
+)
+_RATIONALE_ANSWER = "{task}\n\nReasoning that was worked out before:\n{rationale}"
+_SCENE_GRAPH = (
+    "Describe the image as a scene graph in JSON, as far as it matters for the question below: the objects, their "
+    "attributes, and the relations between them. Write the JSON only and do not answer the question.\n\n{question}"
+)
+_SCENE_GRAPH_ANSWER = (
+    "Scene graph of the image:\n{scene_graph}\n\nUse both the image and this scene graph as context.\n\n{task}"
+)
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+# What each replaceable template must hold, exactly once.
+_REQUIRED = {
+    "rationale": ("question",),
+    "rationale_answer": ("task", "rationale"),
+    "scene_graph": ("question",),
+    "scene_graph_answer": ("task", "scene_graph"),
+}
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Templates; `{question}` and `{count}` are the only placeholders, other braces are literal.
+    """Templates; `{question}`, `{count}`, `{task}`, `{rationale}` and `{scene_graph}` are the only placeholders, other
+    braces are literal.
 
     `solver` is indexed by `solver_prompt_idx`: 0 step by step, 1 detailed steps, 2 answer only.
     `latents` follows the question when think tokens follow it (DMLR); `self_score` follows the think tokens
     when the model is asked to rate them itself (`disable_conf_reward`).
+    `rationale` and `rationale_answer` are the two calls of Multimodal-CoT, `scene_graph` and `scene_graph_answer` those
+    of CCoT; `{task}` in a second call is a solver text with its question. `helper` is the system turn of calls that do
+    not ask for tags: both of Multimodal-CoT, the first of CCoT.
     """
 
     system: str = _SYSTEM
     solver: tuple[str, ...] = (_STEP_BY_STEP, _DETAILED, _ANSWER_ONLY)
     latents: str = _LATENTS
     self_score: str = _SELF_SCORE
+    helper: str = _HELPER
+    rationale: str = _RATIONALE
+    rationale_answer: str = _RATIONALE_ANSWER
+    scene_graph: str = _SCENE_GRAPH
+    scene_graph_answer: str = _SCENE_GRAPH_ANSWER
 
     def task(self, question: str, solver_prompt_idx: int = 0) -> str:
         """The user turn's text without think tokens."""
@@ -59,6 +90,27 @@ class Prompts:
         """The user turn's text up to the first think token."""
         hint = self.latents.replace("{count}", str(num_thought_tokens))
         return self.task(question, solver_prompt_idx) + hint
+
+    def ask_rationale(self, question: str) -> str:
+        """Multimodal-CoT, first call."""
+        return _filled(self.rationale, question=question)
+
+    def answer_from_rationale(self, question: str, rationale: str) -> str:
+        """Multimodal-CoT, second call: the answer alone is asked for."""
+        return _filled(self.rationale_answer, task=self.task(question, 2), rationale=rationale)
+
+    def ask_scene_graph(self, question: str) -> str:
+        """CCoT, first call."""
+        return _filled(self.scene_graph, question=question)
+
+    def answer_from_scene_graph(self, question: str, scene_graph: str, solver_prompt_idx: int = 0) -> str:
+        """CCoT, second call."""
+        return _filled(self.scene_graph_answer, task=self.task(question, solver_prompt_idx), scene_graph=scene_graph)
+
+
+def _filled(template: str, **values: str) -> str:
+    """Placeholders replaced in one pass: braces in what a model or a dataset says stay as they are."""
+    return _PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
 
 
 def load_prompts(path: str | Path | None) -> Prompts:
@@ -76,7 +128,13 @@ def load_prompts(path: str | Path | None) -> Prompts:
     prompts = Prompts(**values)
     if len(prompts.solver) != 3:
         raise ValueError(f"{path}: solver needs three templates (or one text for all), found {len(prompts.solver)}")
-    for template in prompts.solver:
-        if template.count("{question}") != 1:
-            raise ValueError(f"{path}: a solver template must contain {{question}} exactly once: {template[:60]!r}")
+    required = [("solver", template, "question") for template in prompts.solver]
+    required += [
+        (name, getattr(prompts, name), placeholder) for name, all_ in _REQUIRED.items() for placeholder in all_
+    ]
+    for name, template, placeholder in required:
+        if template.count(f"{{{placeholder}}}") != 1:
+            raise ValueError(
+                f"{path}: a {name} template must contain {{{placeholder}}} exactly once: {template[:60]!r}"
+            )
     return prompts

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -50,14 +51,46 @@ class Prefix:
         """A continuation that can be appended to and decoded, and leaves this prefix as it is."""
         return replace(self, cache=self.cache.branch())
 
+    def compact(self) -> Prefix:
+        """The same in as few columns as the longest row needs: empty ones leave, real ones close up to the right.
+
+        Keys carry their positions with them, so attention over them is what it was.
+        """
+        width = int(self.mask.sum(dim=1).max())
+        order = self.mask.long().argsort(dim=1, stable=True)  # [B, committed], real columns last, in their order
+        columns, dropped = order[:, -width:], order.shape[1] - width
+        ranks = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        moved = torch.empty_like(order).scatter_(1, order, ranks) - dropped  # where each column is now
+        return replace(
+            self,
+            cache=self.cache.take(columns),
+            mask=self.mask.gather(1, columns),
+            image_columns=moved.gather(1, self.image_columns).clamp(min=0),
+        )
+
 
 @dataclass(frozen=True)
 class Decoded:
-    """Text of one answer and why it ended: `eos_token` or `length`."""
+    """Text of one answer, its tokens (the one that ended it included) and why it ended: `eos_token` or `length`."""
 
     text: str
     stop_reason: str
-    num_tokens: int
+    ids: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids)
+
+
+# logits [B, V], which rows of the batch they are, how many tokens came before -> next tokens [B]
+Pick = Callable[[torch.Tensor, list[int], int], torch.Tensor]
+# prefix, a token [B] for each row, which rows of the batch they are -> the prefix with them
+Feed = Callable[["Prefix", torch.Tensor, list[int]], "Prefix"]
+
+
+def greedy(logits: torch.Tensor, rows: list[int], step: int) -> torch.Tensor:
+    """The most probable token."""
+    return logits.argmax(dim=-1)
 
 
 class VLM:
@@ -133,6 +166,12 @@ class VLM:
         name = "<|endoftext|>"
         known = self.tokenizer.convert_tokens_to_ids(name)
         return known if known not in (None, self.tokenizer.unk_token_id) else self.tokenizer.eos_token_id
+
+    @cached_property
+    def vision_marks(self) -> torch.Tensor:
+        """[2]: the tokens between which an image stands."""
+        config = self.model.config
+        return torch.tensor([config.vision_start_token_id, config.vision_end_token_id], device=self.device)
 
     def fitting_batch(self, positions: int) -> int:
         """Examples of so many positions that go through together: by half of the GPU's free memory, at most 64; 16 on
@@ -245,24 +284,41 @@ class VLM:
         last = torch.where(filled, torch.arange(filled.shape[1], device=filled.device), 0).amax(dim=1, keepdim=True)
         prefix.logits = self.extend(prefix, embeds, filled, last, commit=True)[0][:, 0]
 
-    @torch.no_grad()
-    def decode(self, prefix: Prefix, max_new_tokens: int, banned: tuple[str, ...] = ()) -> list[Decoded]:
-        """Greedy decoding from `prefix.logits` until end of turn, `max_new_tokens` or the end of the context.
+    def feed(self, prefix: Prefix, token: torch.Tensor, rows: list[int]) -> Prefix:
+        """The prefix followed by one token [B] in each row."""
+        self.append(prefix, self.embed(token[:, None]), torch.ones(len(rows), 1, dtype=torch.bool, device=self.device))
+        return prefix
 
-        The checkpoint's own sampling settings (temperature, repetition penalty) are not applied. The prefix is used up.
+    @torch.no_grad()
+    def decode(
+        self,
+        prefix: Prefix,
+        max_new_tokens: int,
+        banned: tuple[str, ...] = (),
+        pick: Pick = greedy,
+        feed: Feed | None = None,
+        reserve: int = 0,
+    ) -> list[Decoded]:
+        """Decoding from `prefix.logits` until end of turn, `max_new_tokens` or the end of the context.
+
+        `pick` chooses each next token, `feed` gives it to the model (and may insert more behind it, for which
+        `reserve` positions of the context are left free); both are told which rows of the batch they see, since
+        finished rows leave it. The checkpoint's own sampling settings (temperature, repetition penalty) are not
+        applied. The prefix is used up.
         """
-        ban = self._ban(banned)
+        ban, feed = self._ban(banned), feed or self.feed
         eos = torch.tensor(self.eos_ids, device=self.device)
-        limit = (self.context_length - prefix.mask.sum(dim=1)).clamp(1, max_new_tokens)  # [B], each row's own
+        room = self.context_length - reserve - prefix.mask.sum(dim=1)
+        limit = room.clamp(1, max_new_tokens)  # [B], each row's own
         tokens = torch.zeros(len(limit), 0, dtype=torch.long, device=self.device)
         finished = torch.zeros_like(limit, dtype=torch.bool)
         rows, limits, said = list(range(len(limit))), limit.tolist(), {}  # rows still in the batch; what others said
         last = max(limits)
         for step in range(1, last + 1):
             if step > 1:
-                self.append(prefix, self.embed(tokens[:, -1:]), torch.ones_like(finished)[:, None])
+                prefix = feed(prefix, tokens[:, -1], rows)
             logits = ban(tokens, prefix.logits) if ban else prefix.logits
-            token = logits.argmax(dim=-1)
+            token = pick(logits, rows, step - 1)
             tokens = torch.cat([tokens, token[:, None]], dim=1)
             finished = finished | torch.isin(token, eos) | (limit == step)
             if step % LOOK_EVERY[self.device.type] and step < last:
@@ -309,4 +365,4 @@ class VLM:
     def _decoded(self, ids: list[int]) -> Decoded:
         end = next((i for i, token in enumerate(ids) if token in self.eos_ids), None)
         text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
-        return Decoded(text, "length" if end is None else "eos_token", len(ids) if end is None else end + 1)
+        return Decoded(text, "length" if end is None else "eos_token", ids if end is None else ids[: end + 1])

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from dmlr import bench
+from dmlr.answers import Question
 from dmlr.config import Config, ConfigError, locate
-from dmlr.methods import Question, question_noise
+from dmlr.latent import question_noise
 from dmlr.optimize import initial_latents, optimize
 from dmlr.reference import Reference, eager
 

@@ -10,7 +10,8 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGe
 from dmlr.config import Config, locate
 from dmlr.data import load_dataset, open_image
 from dmlr.judge import judge
-from dmlr.methods import METHODS, Question, append_latents, prefill_latent, question_noise
+from dmlr.latent import append_latents, prefill_latent, question_noise
+from dmlr.methods import METHODS, Question
 from dmlr.optimize import initial_latents, optimize
 from dmlr.prompts import Prompts
 from dmlr.reference import Reference, eager

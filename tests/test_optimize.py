@@ -109,13 +109,15 @@ def questions(count):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_answer_does_not_depend_on_its_neighbours(vlm, method):
-    config = Config(max_num_steps=4, lr=0.02, sigma=0.05, max_new_tokens=8)
+    budgets = {"rationale_tokens": 9, "rationale_answer_tokens": 7, "scene_graph_tokens": 9, "consistency_samples": 3}
+    config = Config(max_num_steps=4, lr=0.02, sigma=0.05, max_new_tokens=8, icot_newlines=1, ltpo_steps=3, **budgets)
     asked = questions(6)
     together = METHODS[method](vlm, asked, config)
     backwards = METHODS[method](vlm, asked[::-1], config)[::-1]
     alone = [METHODS[method](vlm, [q], config)[0] for q in asked]
     for a, b, c in zip(together, backwards, alone, strict=True):
         assert a.text == b.text == c.text and a.prompt == b.prompt == c.prompt
+        assert a.details == b.details == c.details and a.num_new_tokens == b.num_new_tokens == c.num_new_tokens
         if a.reasoning:
             assert a.reasoning.patches == b.reasoning.patches == c.reasoning.patches
             for x, y in zip(a.reasoning.steps, c.reasoning.steps, strict=True):
@@ -156,8 +158,8 @@ def test_self_score_is_used_and_leaves_the_prefix_alone(vlm):
     assert all(0 <= step["reward"] <= 1 for a in plain for step in a.reasoning.steps)
     decode, replies = vlm.decode, iter([".1", "0.2", "0.5", "1", "0.9", "2.0", "0.3", "nothing", "0.7", "0.4"])
 
-    def scored(prefix, max_new_tokens, banned=()):
-        said = decode(prefix, max_new_tokens, banned)
+    def scored(prefix, max_new_tokens, *how):
+        said = decode(prefix, max_new_tokens, *how)
         return [dataclasses.replace(d, text=next(replies)) for d in said] if max_new_tokens == 8 else said
 
     vlm.decode = scored

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLF
 from dmlr import notebooks
 from dmlr.config import Config, locate
 from dmlr.injection import Patches
-from dmlr.methods import append_latents
+from dmlr.latent import append_latents
 from dmlr.prompts import Prompts
 from dmlr.shapes import random_scene, render
 from dmlr.shapes_attention import TREE, tree_attention
