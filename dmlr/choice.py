@@ -88,7 +88,7 @@ def _picked_by_meaning(candidate: Candidate, known: dict[str, str]) -> str | Non
         outcome = compare_yes_no(candidate, next(iter(words)))
         return None if outcome is None else words[outcome[1]]
     if candidate.explicit and not is_prose(candidate.text) and looks_like_math(candidate.text):
-        same = [letter for letter, text in known.items() if text and equal(text, candidate.text, None)]
+        same = [letter for letter, text in known.items() if text and equal(text, candidate.text)]
         return same[0] if len(same) == 1 else None
     return None
 

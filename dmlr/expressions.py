@@ -6,6 +6,7 @@ import re
 
 from dmlr import mathcheck
 from dmlr.extract import plain
+from dmlr.quantities import EXACT, Tolerance
 
 LATEX = re.compile(r"\\[A-Za-z]|\$[^$]+\$|\\[(\[]")
 _MACRO = re.compile(r"\\(?:text|mathrm|textrm|mathbf|textbf|mbox|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
@@ -43,15 +44,16 @@ def latex_key(text: str) -> str:
     return re.sub(r"\s+(?!\w)|(?<!\w)\s+", "", re.sub(r"\s+", " ", text.strip().rstrip(".").strip()))
 
 
-def equal(truth: str, answer: str, precision: int | None) -> bool | None:
-    """Equality as mathematics, numbers to `precision` decimals (6 by default); None when that cannot be told."""
+def equal(truth: str, answer: str, tolerance: Tolerance = EXACT) -> bool | None:
+    """Equality as mathematics, numbers within `tolerance` (6 decimals unless said); None when that cannot be told."""
     keys = latex_key(truth), latex_key(answer)
     if keys[0] == keys[1]:
         return True
     if all(re.fullmatch(r"[A-Za-z ]{3,}", key) for key in keys):
         # Words: an algebra system takes them for products of letters, in which their order does not count.
         return keys[0].casefold() == keys[1].casefold()
-    return mathcheck.equal(as_latex(truth), as_latex(answer), 6 if precision is None else precision)
+    decimals = 6 if tolerance.decimals is None else tolerance.decimals
+    return mathcheck.equal(as_latex(truth), as_latex(answer), decimals, tolerance.relative)
 
 
 def as_latex(text: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from dmlr.choice import as_choice, compare_choice, compare_yes_no
 from dmlr.expressions import LATEX, equal, is_prose, looks_like_math
 from dmlr.extract import Candidate, candidates, normalize_text, parse_options, split_choice, unbox
-from dmlr.quantities import Number, find_number, find_numbers, parse_number
+from dmlr.quantities import Number, Tolerance, find_number, find_numbers, parse_number
 
 MAX_CHARACTERS = 20_000  # of a prediction, its end, where answers stand; and of a ground truth
 _SHOWN = 300
@@ -51,12 +51,14 @@ def judge(
     choices: Sequence[Any] | Mapping[str, Any] | None = None,
     kind: str | None = None,
     precision: float | None = None,
+    relative_tolerance: float | None = None,
     question: str | None = None,
 ) -> Verdict:
     """Compare a model's output with the ground truth. Raises nothing; any text is answered within seconds.
 
     `choices` are the option texts in order (else they are read from `question`); `kind` is a hint (_KINDS), needed
-    only where the ground truth's form is not enough; `precision` is the number of decimals that count. The most
+    only where the ground truth's form is not enough; `precision` is the number of decimals that count; a number
+    within `relative_tolerance` (a share of the truth) counts as equal, where a benchmark says so. The most
     explicit part of the prediction that can be read as this kind of answer decides, the others are not looked at.
     """
     truth = _tidy(_text(ground_truth))
@@ -66,7 +68,7 @@ def judge(
     if not found:
         return Verdict("unparsed", "no_answer", "")
     options = _options(choices, question)
-    compare, rule = _comparison(truth, options, kind, _decimals(precision))
+    compare, rule = _comparison(truth, options, kind, Tolerance(_decimals(precision), _share(relative_tolerance)))
     decided = ((candidate, outcome) for candidate in found if (outcome := compare(candidate)) is not None)
     if rule == "text":  # "The answer is 42" may be all of the truth, or 42 may: any part that equals it will do
         decided = sorted(decided, key=lambda pair: not pair[1][0])
@@ -91,6 +93,10 @@ def _decimals(precision: Any) -> int | None:
         return None
 
 
+def _share(tolerance: Any) -> float:
+    return float(tolerance) if isinstance(tolerance, int | float) and 0 < tolerance < 1 else 0.0
+
+
 def _clip(text: str) -> str:
     text = text.strip()
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
@@ -109,7 +115,7 @@ def _options(choices: Sequence[Any] | Mapping[str, Any] | None, question: str | 
     return parse_options(question if isinstance(question, str) else None)
 
 
-def _comparison(truth: str, options: dict[str, str], kind: str | None, precision: int | None):
+def _comparison(truth: str, options: dict[str, str], kind: str | None, tolerance: Tolerance):
     """(compare, name of the rule) for the kind of this ground truth; compare(candidate) -> (right, answer) | None."""
     kind = _KIND.get(_text(kind).strip().lower())
     inner = unbox(truth)
@@ -119,12 +125,12 @@ def _comparison(truth: str, options: dict[str, str], kind: str | None, precision
     if normalize_text(inner) in _YES_NO and kind != "math":
         return (lambda c: compare_yes_no(c, normalize_text(inner))), "yesno"
     if kind == "list" or (kind != "math" and _as_list(inner) is not None):
-        return (lambda c: _compare_list(c, inner, precision)), "list"
+        return (lambda c: _compare_list(c, inner, tolerance)), "list"
     number = parse_number(inner)
     if kind != "text" and number is not None:
-        return (lambda c: _compare_number(c, number, inner, precision)), "number"
+        return (lambda c: _compare_number(c, number, inner, tolerance)), "number"
     if kind in ("math", "number") or (kind is None and looks_like_math(inner)):
-        return (lambda c: _compare_math(c, inner, precision)), "math"
+        return (lambda c: _compare_math(c, inner, tolerance)), "math"
     return (lambda c: _compare_text(c, inner)), "text"
 
 
@@ -138,7 +144,7 @@ def _as_list(text: str) -> list | None:
     return value if isinstance(value, list) and value else None
 
 
-def _compare_list(candidate: Candidate, truth: str, precision: int | None):
+def _compare_list(candidate: Candidate, truth: str, tolerance: Tolerance):
     expected = _as_list(truth)
     if expected is None:
         expected = [part for part in re.split(r"\s*[,;]\s*|\s+and\s+", truth.strip("[](){} ")) if part]
@@ -154,38 +160,45 @@ def _compare_list(candidate: Candidate, truth: str, precision: int | None):
     if not answer:
         return None
     right = len(answer) == len(expected) and all(
-        _same_item(a, e, precision) for a, e in zip(answer, expected, strict=True)
+        _same_item(a, e, tolerance) for a, e in zip(answer, expected, strict=True)
     )
     return right, candidate.text
 
 
-def _same_item(answer: Any, expected: Any, precision: int | None) -> bool:
+def _same_item(answer: Any, expected: Any, tolerance: Tolerance) -> bool:
     a = answer if isinstance(answer, Number) else parse_number(str(answer))
     b = parse_number(str(expected))
     if a is not None and b is not None:
-        return a.matches(b, precision)
+        return a.matches(b, tolerance)
     return normalize_text(str(answer)) == normalize_text(str(expected))
 
 
-def _compare_number(candidate: Candidate, truth: Number, shown: str, precision: int | None):
+def _compare_number(candidate: Candidate, truth: Number, shown: str, tolerance: Tolerance):
     answer = parse_number(candidate.text)
     if answer is not None:
-        return answer.matches(truth, precision), candidate.text
+        return answer.matches(truth, tolerance), candidate.text
     prose = is_prose(candidate.text)
     if LATEX.search(candidate.text) or not prose:
         value = shown if truth.percent or truth.unit else str(truth.value)
-        if (right := equal(value, candidate.text, precision)) is not None:
+        if (right := equal(value, candidate.text, tolerance)) is not None:
             return right, candidate.text
     if not prose or candidate.rule == "boxed":
         return None
     # "The answer is 12 because ..." gives its number first, a derivation or a worked text gives it last.
     answer = find_number(candidate.text, last=not candidate.explicit or "=" in candidate.text)
-    return None if answer is None else (answer.matches(truth, precision), candidate.text)
+    return None if answer is None else (answer.matches(truth, tolerance), candidate.text)
 
 
-def _compare_math(candidate: Candidate, truth: str, precision: int | None):
-    right = equal(truth, candidate.text, precision)
+def _compare_math(candidate: Candidate, truth: str, tolerance: Tolerance):
+    right = equal(truth, candidate.text, tolerance)
+    if not right and tolerance.relative:  # several answers, each within the tolerance, in order
+        parts = [_TOP_COMMA.split(text) for text in (truth, candidate.text[: len(truth) + _SHOWN])]
+        if len(parts[0]) == len(parts[1]) > 1 and all(equal(*pair, tolerance) for pair in zip(*parts, strict=True)):
+            right = True
     return None if right is None else (right, candidate.text)
+
+
+_TOP_COMMA = re.compile(r",(?!\d{3}(?!\d))\s*(?![^{}()\[\]]*[})\]])")
 
 
 def _compare_text(candidate: Candidate, truth: str):
@@ -203,7 +216,7 @@ def _compare_text(candidate: Candidate, truth: str):
 
 _USAGE = """\
 usage: judge CASES.json [--llm | --llm-all]
-  CASES.json   a list of {prediction, ground_truth, choices?, kind?, precision?, question?}
+  CASES.json   a list of {prediction, ground_truth, choices?, kind?, precision?, relative_tolerance?, question?}
   --llm        an LLM judges what the rules cannot: OPENAI_API_KEY, OPENAI_API_BASE_URL, MODEL_TYPE (or .env);
                what it cost, if MODEL_PRICE says "dollars,dollars" per million prompt and completion tokens
   --llm-all    an LLM judges every case; how often the rules agree goes to stderr"""
@@ -223,7 +236,7 @@ def main_judge(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, RecursionError) as error:
         print(f"{paths[0]}: {error}", file=sys.stderr)
         return 2
-    optional = ("choices", "kind", "precision", "question")
+    optional = ("choices", "kind", "precision", "relative_tolerance", "question")
     verdicts = (
         judge(case.get("prediction"), case.get("ground_truth"), **{k: case.get(k) for k in optional}) for case in cases
     )

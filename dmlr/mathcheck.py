@@ -72,8 +72,9 @@ _child: _Child | None = None
 
 
 @lru_cache(maxsize=4096)
-def equal(truth: str, answer: str, decimals: int = 6) -> bool | None:
-    """Whether two expressions are equal (numbers to `decimals` places); None when that cannot be told.
+def equal(truth: str, answer: str, decimals: int = 6, relative: float = 0.0) -> bool | None:
+    """Whether two expressions are equal (numbers to `decimals` places, or within the share `relative` of the truth);
+    None when that cannot be told.
 
     None stands for: one side is no expression, is longer than MAX_CHARACTERS, or it took more than CPU_S.
     Expressions may be LaTeX with or without dollars, plain, or prose that ends in one.
@@ -85,7 +86,9 @@ def equal(truth: str, answer: str, decimals: int = 6) -> bool | None:
         try:
             if _child is None:
                 _child = _Child()
-            return _child.ask({"truth": truth, "answer": answer, "decimals": decimals}, TIMEOUT_S)["equal"]
+            return _child.ask(
+                {"truth": truth, "answer": answer, "decimals": decimals, "relative": relative}, TIMEOUT_S
+            )["equal"]
         except (TimeoutError, ConnectionError):
             if _child is not None:
                 _child.stop()
@@ -124,7 +127,7 @@ def _serve() -> None:
         pass  # no such limit on this system: the time limit remains
     from math_verify import parse, verify
 
-    _equal(parse, verify, "$x=1/2$", "$\\frac{2}{4}$", 6)  # loads what both load lazily
+    _equal(parse, verify, "$x=1/2$", "$\\frac{2}{4}$", 6, 0.0)  # loads what both load lazily
     output = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever the library prints must not become an answer
     output.write(b'{"ready": true}\n')
@@ -147,11 +150,20 @@ def _limit_cpu(seconds: float) -> None:
         signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF's default action ends the process
 
 
-def _equal(parse, verify, truth: str, answer: str, decimals: int) -> bool | None:
+def _equal(parse, verify, truth: str, answer: str, decimals: int, relative: float) -> bool | None:
     gold, pred = _understood(parse, truth), _understood(parse, answer)
     if not gold or not pred:
         return None
-    return bool(verify(gold, pred, float_rounding=decimals, timeout_seconds=None))
+    if verify(gold, pred, float_rounding=decimals, timeout_seconds=None):
+        return True
+    values = [_value(parsed) for parsed in (gold, pred)] if relative else [None]
+    return None not in values and abs(values[1] - values[0]) <= relative * abs(values[0])
+
+
+def _value(parsed: list) -> float | None:
+    """What an expression is worth, of an equation its right side; None when it is no real number."""
+    expression = getattr(parsed[0], "rhs", parsed[0])
+    return float(expression) if getattr(expression, "is_real", False) and expression.is_number else None
 
 
 def _understood(parse, text: str) -> list:

@@ -53,6 +53,17 @@ _UNITS = {
 
 
 @dataclass(frozen=True)
+class Tolerance:
+    """How far equal numbers may lie apart: rounded to `decimals` places, or by the share `relative` of the truth."""
+
+    decimals: int | None = None
+    relative: float = 0.0
+
+
+EXACT = Tolerance()
+
+
+@dataclass(frozen=True)
 class Number:
     """An exact value; `percent` when a % followed it; `unit` the canonical name of a known unit, else ""."""
 
@@ -60,20 +71,23 @@ class Number:
     percent: bool = False
     unit: str = ""
 
-    def matches(self, other: Number, decimals: int | None = None) -> bool:
-        """Same number: exactly, or when both are rounded to `decimals` places (half away from zero, and half to even).
+    def matches(self, truth: Number, tolerance: Tolerance = EXACT) -> bool:
+        """Same number: exactly, when both are rounded (half away from zero, and half to even), or near enough.
 
         10 and 10 % are taken as the same, and so are 0.335 and 33.5 %; 5 cm and 5 m are not.
         """
-        if self.unit and other.unit and self.unit != other.unit:
+        if self.unit and truth.unit and self.unit != truth.unit:
             return False
-        pairs = [(self.value, other.value)]
-        if self.percent != other.percent:
-            pairs += [(n.value / 100 if n.percent else n.value for n in (self, other))]
-        return any(_same(a, b, decimals) for a, b in pairs)
+        pairs = [(self.value, truth.value)]
+        if self.percent != truth.percent:
+            pairs += [(n.value / 100 if n.percent else n.value for n in (self, truth))]
+        return any(_same(a, b, tolerance) for a, b in pairs)
 
 
-def _same(a: Fraction, b: Fraction, decimals: int | None) -> bool:
+def _same(a: Fraction, b: Fraction, tolerance: Tolerance) -> bool:
+    if abs(a - b) <= Fraction(tolerance.relative) * abs(b):
+        return True
+    decimals = tolerance.decimals
     if decimals is None:
         return a == b
     # A value halfway between two roundings is rounded either way by honest programs: both are accepted.

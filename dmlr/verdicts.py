@@ -31,8 +31,8 @@ def verdict_of(example: Example, text: str, stop_reason: str) -> dict[str, Any]:
 
 def hints(example: Example) -> dict[str, Any]:
     """What a judge is told beside prediction and ground truth."""
-    meta = {key: example.meta[key] for key in ("choices", "kind", "precision") if key in example.meta}
-    return {"question": example.question} | meta
+    names = ("choices", "kind", "precision", "relative_tolerance")
+    return {"question": example.question} | {key: example.meta[key] for key in names if key in example.meta}
 
 
 def fields_of(verdict: Verdict) -> dict[str, Any]:

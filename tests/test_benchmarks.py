@@ -29,6 +29,7 @@ from dmlr.images import open_image
 from dmlr.judge import judge
 from dmlr.manifest import ManifestError, ManifestFolder
 from dmlr.metrics import category_mean, group_accuracy, pair_accuracy
+from dmlr.verdicts import hints
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 TEXTS = pa.list_(pa.string())
@@ -276,10 +277,9 @@ def test_the_judge_accepts_every_solution_and_the_forms_a_model_gives_it(prepare
     examples, _ = load_dataset(prepared[name][1].path)
     others = 0
     for example in examples:
-        meta = {key: example.meta[key] for key in ("choices", "kind", "precision") if key in example.meta}
 
-        def status(answer, example=example, meta=meta):
-            return judge(answer, example.solution, question=example.question, **meta).status
+        def status(answer, example=example):
+            return judge(answer, example.solution, **hints(example)).status
 
         assert status(example.solution) == "correct", example
         if "letter" in example.meta:
@@ -364,6 +364,9 @@ def test_mm_math_takes_the_boxed_answers_in_order(prepared):
     both = {"kind": rows[2]["kind"], "question": rows[2]["prompt"]}
     assert judge("\\boxed{3, 1200}", "['3', '1200']", **both).status == "correct"
     assert judge("\\boxed{1200, 3}", rows[2]["solution"], **both).status == "wrong"
+    examples, _ = load_dataset(prepared["mmmath"][1].path)
+    near = [judge(answer, examples[0].solution, **hints(examples[0])).status for answer in ("5.04", "5.06")]
+    assert near == ["correct", "wrong"]
 
 
 def test_hallusionbench_has_its_groups_and_its_questions_without_image(prepared):

@@ -74,6 +74,27 @@ def test_a_choice_needs_no_list_of_options_when_the_truth_names_both(truth, pred
         ("10²", "102", {}, "wrong"),
         ("33.5\\%", "0.335", {}, "correct"),
         ("I do not know", "42", {}, "unparsed"),
+        # a tolerance in shares of the truth, for numbers alone
+        ("3.17", "3.14159", {"relative_tolerance": 0.01}, "correct"),
+        ("3.18", "3.14159", {"relative_tolerance": 0.01}, "wrong"),
+        ("3.17", "3.14159", {}, "wrong"),
+        ("99", "100", {"relative_tolerance": 0.01}, "correct"),  # of the truth: exactly a hundredth
+        ("100", "99", {"relative_tolerance": 0.01}, "wrong"),  # and a little more than that
+        ("0", "0.001", {"relative_tolerance": 0.01}, "wrong"),
+        ("-100", "100", {"relative_tolerance": 0.01}, "wrong"),
+        (r"\boxed{1.73}", r"\boxed{\sqrt{3}}", {"relative_tolerance": 0.01}, "correct"),
+        (r"\boxed{1.7}", r"\boxed{\sqrt{3}}", {"relative_tolerance": 0.01}, "wrong"),
+        (r"\boxed{1.73}", r"\boxed{\sqrt{3}}", {}, "wrong"),
+        (r"\boxed{\sqrt{3}}", "1.73", {"relative_tolerance": 0.01}, "correct"),
+        (r"\boxed{x+1.001}", r"\boxed{x+1}", {"relative_tolerance": 0.01}, "wrong"),
+        (r"\boxed{3.01, 7}", "[3, 7]", {"relative_tolerance": 0.01}, "correct"),
+        (r"\boxed{7, 3.01}", "[3, 7]", {"relative_tolerance": 0.01}, "wrong"),
+        (r"\boxed{30, 7.79}", r"\boxed{30^{\circ}, \frac{9\sqrt{3}}{2}}", {"relative_tolerance": 0.01}, "correct"),
+        (r"\boxed{7.79, 30}", r"\boxed{30^{\circ}, \frac{9\sqrt{3}}{2}}", {"relative_tolerance": 0.01}, "wrong"),
+        (r"\boxed{30, 7}", r"\boxed{30^{\circ}, \frac{9\sqrt{3}}{2}}", {"relative_tolerance": 0.01}, "wrong"),
+        ("B", "A. 100", {"choices": ["100", "100.5"], "relative_tolerance": 0.01}, "wrong"),
+        ("100.5", "A. 100", {"choices": ["100", "100.5"], "relative_tolerance": 0.01}, "wrong"),
+        ("3.17", "3.14159", {"relative_tolerance": "wide"}, "wrong"),
         # LaTeX
         ("\\boxed{\\frac{3}{4}}", "\\boxed{0.75}", {}, "correct"),
         ("(x+2)(x-2)", "x^2-4", {}, "correct"),
