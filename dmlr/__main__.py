@@ -10,7 +10,7 @@ from dmlr.config import ConfigError
 
 # Commands that read their own arguments; each module is imported only when its command runs.
 ELSEWHERE = {
-    "check": ("data", "main_check"),
+    "check": ("check", "main_check"),
     "judge": ("judge", "main_judge"),
     "data": ("benchmarks", "main_data"),
     "bench": ("bench", "main"),

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from dmlr.benchmark_rows import BENCHMARKS, Benchmark
+from dmlr.check import check_dataset, report
 from dmlr.config import ConfigError, check_names
-from dmlr.data import check_dataset, report
 from dmlr.hub import MissingSplitError, Repository, SourceError, jsonl_rows, open_folder, open_hub, parquet_rows
 from dmlr.images import ImageError
 from dmlr.manifest import ManifestError, ManifestFolder, as_json

@@ -1,24 +1,24 @@
-"""Dataset file -> checked examples, and a table of what is wrong with a file.
+"""Dataset file -> usable examples, and the problems of the rows on the way.
 
 A dataset file is a JSON list of objects with `prompt`, `solution`, `image_path` and `idx`; every other key is
 kept as `meta`. A row that cannot be used becomes a fatal `Problem` and the other rows go on. The module knows
-nothing about models: images are opened by `open_image`, one at a time, when the run needs them.
+nothing about models: images are opened by `open_image`, one at a time, when the run needs them; `check.py` looks
+closer.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import sys
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dmlr.config import locate
-from dmlr.extract import normalize_text, parse_options, split_choice, unbox
 from dmlr.images import ImageError, local_path, open_image, shorten
+
+__all__ = ["DatasetError", "Example", "ImageError", "Notes", "Problem", "load_dataset", "open_image", "read_rows"]
 
 # A literal backslash-n, unless it begins a LaTeX command (\neq, \nu, ...) or follows another backslash.
 _LITERAL_NEWLINE = re.compile(
@@ -63,18 +63,21 @@ def load_dataset(path: str | Path) -> tuple[list[Example], list[Problem]]:
     working folder. A null or absent `image_path` is a text-only question, unless it is absent in this row
     and present in others: that row has lost its image.
     """
-    rows = list(_rows(path))
+    rows = list(read_rows(path))
     problems = [problem for _, notes in rows for problem in notes.problems]
     return [example for example, notes in rows if example and not notes.fatal], problems
 
 
-def _rows(path: str | Path) -> Iterator[tuple[Example | None, _Notes]]:
-    """Each row with its problems, as an Example also when it is unusable for the lack of its image alone."""
+def read_rows(path: str | Path) -> Iterator[tuple[Example | None, Notes]]:
+    """Each row with its problems, as an Example also when it is unusable for the lack of its image alone.
+
+    Raises DatasetError as load_dataset does.
+    """
     path, rows = _read(path)
     has_images = any(isinstance(row, dict) and row.get("image_path") for row in rows)
     seen: dict[str, int] = {}
     for number, row in enumerate(rows):
-        notes = _Notes(number)
+        notes = Notes(number)
         if not isinstance(row, dict):
             notes.add("not_an_object", f"expected an object with prompt and solution, found {type(row).__name__}", True)
             yield None, notes
@@ -88,7 +91,7 @@ def _rows(path: str | Path) -> Iterator[tuple[Example | None, _Notes]]:
         yield (Example(number, idx, question, solution, image, meta) if usable else None), notes
 
 
-class _Notes:
+class Notes:
     """Collects the problems of one row."""
 
     def __init__(self, row: int, idx: int | str | None = None) -> None:
@@ -125,12 +128,12 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON value")
 
 
-def _checked_idx(row: dict, seen: dict[str, int], notes: _Notes) -> int | str:
+def _checked_idx(row: dict, seen: dict[str, int], notes: Notes) -> int | str:
     number, idx = notes.row, row.get("idx")
     if isinstance(idx, float) and idx.is_integer():
         idx = int(idx)
     if idx is None:
-        notes.add("idx_missing", f"no idx: its position {number} is used")
+        notes.add("idx_missing", "no idx: its position is used")
         idx = number
     elif isinstance(idx, bool) or not isinstance(idx, int | str) or idx == "":
         notes.add("idx_invalid", f"idx must be an integer or a string, found {idx!r}", True)
@@ -142,7 +145,7 @@ def _checked_idx(row: dict, seen: dict[str, int], notes: _Notes) -> int | str:
     return idx
 
 
-def _checked_prompt(row: dict, notes: _Notes) -> str:
+def _checked_prompt(row: dict, notes: Notes) -> str:
     prompt = row.get("prompt")
     if prompt is None:
         notes.add("prompt_missing", "no prompt", True)
@@ -158,7 +161,7 @@ def _checked_prompt(row: dict, notes: _Notes) -> str:
     return text
 
 
-def _checked_solution(row: dict, notes: _Notes) -> str:
+def _checked_solution(row: dict, notes: Notes) -> str:
     solution = row.get("solution")
     if solution is None:
         notes.add("solution_missing", "no solution: the row cannot be judged")
@@ -172,7 +175,7 @@ def _checked_solution(row: dict, notes: _Notes) -> str:
     return text
 
 
-def _checked_image(row: dict, folder: Path, has_images: bool, notes: _Notes) -> str | None:
+def _checked_image(row: dict, folder: Path, has_images: bool, notes: Notes) -> str | None:
     source = row.get("image_path")
     if source is None and ("image_path" in row or not has_images):
         return None
@@ -193,125 +196,3 @@ def _checked_image(row: dict, folder: Path, has_images: bool, notes: _Notes) -> 
             break
     notes.add("image_missing", f"image file {shorten(source)!r} is neither in {folder} nor in the working folder", True)
     return source
-
-
-# ------------------------------------------------------------------------------------- checking a file
-
-
-def check_dataset(path: str | Path) -> list[Problem]:
-    """Everything that is wrong with a dataset file, images opened and solutions held against the options.
-
-    Raises DatasetError as load_dataset does. The order is that of the rows.
-    """
-    problems: list[Problem] = []
-    first: dict[tuple, Example] = {}
-    for example, notes in _rows(path):
-        if example is not None:
-            _check_image(example, notes)
-            _check_solution(example, notes)
-            _check_twin(example, first.setdefault((example.question, example.image), example), notes)
-        problems += sorted(notes.problems, key=lambda problem: not problem.fatal)
-    return problems
-
-
-def _check_twin(example: Example, twin: Example, notes: _Notes) -> None:
-    if twin is example:
-        return
-    if normalize_text(twin.solution) == normalize_text(example.solution):
-        notes.add("row_doubled", f"the same question and image as row {twin.row}")
-    else:
-        notes.add("rows_contradict", f"the question and image of row {twin.row} with another solution")
-
-
-def _check_image(example: Example, notes: _Notes) -> None:
-    if example.image is None or notes.fatal or example.image.lower().startswith(("http://", "https://")):
-        return  # a check stays on this machine
-    try:
-        open_image(example.image)
-    except ImageError as error:
-        notes.add("image_unreadable", str(error), True)
-
-
-def _check_solution(example: Example, notes: _Notes) -> None:
-    answer = unbox(example.solution)
-    if not answer:
-        if example.solution.strip():
-            notes.add("solution_unparsable", f"nothing in the solution {shorten(example.solution)!r} is an answer")
-        return
-    if answer.count("{") != answer.count("}"):
-        notes.add("solution_unparsable", f"braces do not match in the solution {shorten(answer)!r}")
-    choices = example.meta.get("choices")
-    if isinstance(choices, list) and choices:
-        options = {chr(65 + i): str(choice) for i, choice in enumerate(choices[:26])}
-    else:
-        options = parse_options(example.question)
-    if not options:
-        return
-    texts = {letter: normalize_text(text) for letter, text in options.items()}
-    doubled = sorted({text for text in texts.values() if list(texts.values()).count(text) > 1})
-    if doubled:
-        notes.add("options_doubled", f"options with the same text: {shorten(', '.join(doubled))!r}")
-    if any(not text for text in texts.values()):
-        notes.add("options_empty", "an option has no text")
-    _check_choice(answer, options, texts, notes)
-
-
-def _check_choice(answer: str, options: dict[str, str], texts: dict[str, str], notes: _Notes) -> None:
-    part, whole = split_choice(answer), normalize_text(answer) in texts.values()
-    shown = shorten(answer)
-    by_accident = re.match(r"([A-H])[.):]?\s", answer)
-    if whole and by_accident and texts.get(by_accident[1]) != normalize_text(answer):
-        notes.add(
-            "option_like_letter", f"the solution {shown!r} is an option's text that begins like a letter by accident"
-        )
-    elif part and part[0] not in options:
-        notes.add(
-            "letter_not_an_option", f"the solution {shown!r} names a letter that is not among {', '.join(options)}"
-        )
-    elif part and part[1] and normalize_text(part[1]) != texts[part[0]]:
-        notes.add(
-            "option_text_differs", f"option {part[0]} reads {shorten(options[part[0]])!r}, the solution {shown!r}"
-        )
-    elif not part and len(answer) == 1 and answer.isalpha() and not whole and answer.upper() not in options:
-        notes.add("letter_not_an_option", f"the solution {shown!r} is not among {', '.join(options)}")
-    elif not part and not whole and not (len(answer) == 1 and answer.upper() in options):
-        notes.add("solution_not_an_option", f"the solution {shown!r} is neither a letter nor the text of an option")
-
-
-def report(problems: list[Problem], examples_each: int = 3) -> str:
-    """Problems by kind, most frequent first, fatal kinds on top: count, then the first few rows."""
-    if not problems:
-        return "no problems found"
-    kinds = defaultdict(list)
-    for problem in problems:
-        kinds[(not problem.fatal, problem.kind)].append(problem)
-    lines = []
-    for (harmless, kind), found in sorted(kinds.items(), key=lambda item: (item[0][0], -len(item[1]), item[0][1])):
-        lines.append(f"{len(found):6d}  {kind}{'' if harmless else '  (row unusable)'}")
-        for problem in found[:examples_each]:
-            where = "file" if problem.row is None else f"row {problem.row}"
-            seed = "" if problem.idx is None or problem.idx == problem.row else f" (idx {problem.idx})"
-            lines.append(f"          {where}{seed}: {problem.message}")
-        if len(found) > examples_each:
-            lines.append(f"          and {len(found) - examples_each} more")
-    return "\n".join(lines)
-
-
-def main_check(argv: Sequence[str] | None = None) -> int:
-    """`FILE...` -> a report each. Returns 0 without problems, 1 with some, 2 when a file cannot be used at all."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or any(argument.startswith("-") for argument in argv):
-        print("usage: check FILE...   (dataset files: JSON lists of {prompt, solution, image_path, idx})")
-        return 0 if argv in (["-h"], ["--help"]) else 2
-    status = 0
-    for path in argv:
-        try:
-            problems = check_dataset(path)
-        except DatasetError as error:
-            print(error, file=sys.stderr)
-            status = 2
-            continue
-        unusable = len({problem.row for problem in problems if problem.fatal})
-        print(f"{path}: {len(problems)} problems, {unusable} unusable rows\n{report(problems)}")
-        status = max(status, 1 if problems else 0)
-    return status

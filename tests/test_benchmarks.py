@@ -22,8 +22,9 @@ from PIL import Image
 
 from dmlr.benchmark_rows import BENCHMARKS, choice_fields, inline_options
 from dmlr.benchmarks import BenchmarkError, main_data, prepare, sample_rows
+from dmlr.check import check_dataset
 from dmlr.config import ConfigError
-from dmlr.data import check_dataset, load_dataset
+from dmlr.data import load_dataset
 from dmlr.hub import SourceError, leaves_folder, open_folder, shards
 from dmlr.images import open_image
 from dmlr.judge import judge

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from dmlr import images
-from dmlr.data import DatasetError, check_dataset, load_dataset, main_check, report
+from dmlr.check import check_dataset, main_check, report
+from dmlr.data import DatasetError, load_dataset
 from dmlr.images import ImageError, open_image
 
 OFFICIAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "official"
@@ -166,7 +167,8 @@ OPTIONS = "Which?\nA. cat\nB. dog\nC. C. elegans"
         ({"prompt": OPTIONS, "solution": "cow"}, "solution_not_an_option"),
         ({"prompt": "Which?\nA. C. elegans\nB. dog\nC. cat", "solution": "C. elegans"}, "option_like_letter"),
         ({"prompt": "Which?\nA. B cells\nB. T cells", "solution": "B cells"}, "option_like_letter"),
-        ({"prompt": "Which?\nA. cat\nB. Cat", "solution": "A"}, "options_doubled"),
+        ({"prompt": "Which?\nA. cat\nB. cat", "solution": "A"}, "options_doubled"),
+        ({"prompt": "Which?\nA. cat\nB. Cat!", "solution": "A"}, "options_alike"),
         ({"prompt": "Which?\nA. cat\nB.", "solution": "A"}, "options_empty"),
         ({"solution": "4", "choices": ["3", "5"]}, "solution_not_an_option"),
         ({"solution": "\\boxed{3"}, "solution_unparsable"),
@@ -204,11 +206,37 @@ def test_check_opens_images_and_looks_at_solutions_of_rows_without_them(write, t
     assert text.index("image_unreadable") < text.index("letter_not_an_option") and "row 2" in text
 
 
+def test_a_first_option_that_is_never_right_is_suspicious(write):
+    rows = [row(idx=i, prompt=f"{i}? {OPTIONS}", solution="B" if i < 20 else "") for i in range(23)]
+    (problem,) = [p for p in check_dataset(write(rows)) if p.row is None]
+    assert problem.kind == "first_option_never" and "none of 20" in problem.message and "3 are empty" in problem.message
+    for changed in ({"solution": "A"}, {"solution": "(a)"}, {"solution": "no option at all"}):
+        some = [rows[0] | changed, *rows[1:]]  # once right, or one fewer than can be told from chance
+        assert [p for p in check_dataset(write(some)) if p.row is None] == []
+
+
+def test_images_that_lie_elsewhere_are_said_once(write):
+    lost = [row(idx=i, image_path=f"none{i}.png", prompt=f"{i}?") for i in range(3)]
+    assert [p.kind for p in check_dataset(write(lost))] == ["images_elsewhere", *["image_missing"] * 3]
+    assert kinds(check_dataset(write([*lost, row(idx=3)]))) == ["image_missing"] * 3
+
+
+def test_what_is_wrong_with_many_rows_alike_is_said_once(write):
+    problems = check_dataset(write([row(idx=i, prompt=f"{i}?", solution="") for i in range(12)]))
+    lines = report(problems).splitlines()
+    assert len(lines) == 2 and lines[0].split() == ["12", "solution_empty"]
+    assert "rows 0, 1, 2, 3, 4, 5, 6, 7 and 4 more: the solution is empty" in lines[1]
+    problems = check_dataset(write([row(idx=f"q{i}", prompt=f"{i}?", image_path=f"none{i}.png") for i in range(5)]))
+    told = report([problem for problem in problems if problem.row is not None])
+    assert "row 0 (idx q0): image file 'none0.png'" in told and "and 2 more" in told and "none3" not in told
+
+
 def test_the_check_command_and_its_exit_status(write, tmp_path, capsys):
     assert main_check([str(write([row()]))]) == 0
     assert "no problems" in capsys.readouterr().out
     assert main_check([str(write([row(solution="")]))]) == 1
-    assert "solution_empty" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "solution_empty" in out and "1 rows: 0 unusable, 1 without a solution; 1 problems" in out
     assert main_check([str(tmp_path / "none.json")]) == 2
     assert "No such file" in capsys.readouterr().err
     assert main_check([]) == 2
@@ -217,9 +245,9 @@ def test_the_check_command_and_its_exit_status(write, tmp_path, capsys):
 @pytest.mark.skipif(not OFFICIAL.exists(), reason="the released data files are not part of the repository")
 def test_what_the_check_finds_in_released_files():
     science = Counter(kinds(check_dataset(OFFICIAL / "scienceqa.json"), fatal=False))
-    assert science == {"solution_empty": 713}
+    assert science == {"solution_empty": 713, "first_option_never": 1, "images_elsewhere": 1}
     mmvp = Counter(kinds(check_dataset(OFFICIAL / "mmvp.json"), fatal=False))
-    assert mmvp == {"idx_missing": 300, "literal_newline": 300, "options_doubled": 2}
+    assert mmvp == {"idx_missing": 300, "literal_newline": 300, "options_alike": 2, "images_elsewhere": 1}
 
 
 # ----------------------------------------------------------------------------------------- images
