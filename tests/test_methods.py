@@ -1,10 +1,13 @@
 """Every method against a literal description of its procedure: one question at a time, the whole sequence from pixels
 at every step, transformers' own eager attention and `generate`. Same prompts, same insert positions, same tokens."""
 
+import json
+
 import pytest
 import torch
 from tiny import noise_image, tiny_vlm
 
+from dmlr import evaluate
 from dmlr.answers import NO_IMAGE
 from dmlr.config import Config, ConfigError
 from dmlr.latent import prefill_latent, question_noise
@@ -350,6 +353,46 @@ def test_random_patches_are_not_the_attended_ones(vlm):
 
 
 # what all methods share
+
+
+def test_all_methods_in_one_run(vlm, tmp_path):
+    """By name, beside each other; what one call cannot take costs that record; place and batch change none."""
+    short = vlm.encode(PROMPTS.system, PROMPTS.task(""), []).input_ids
+    long = "?" * (2048 - len(short) - 175)  # room for the hint of the latents, not for a whole scene graph
+    rows = [{"prompt": q.text, "solution": "4", "image_path": None, "idx": str(q.idx)} for q in QUESTIONS]
+    rows.append({"prompt": long, "solution": "4", "image_path": None, "idx": "long"})
+    for row in rows[::3]:
+        row["image_path"] = f"{row['idx']}.png"
+        noise_image(7).save(tmp_path / row["image_path"])
+
+    def results(name, rows, batch_size):
+        (tmp_path / name).write_text(json.dumps(rows))
+        config = Config(
+            **BASE | {"scene_graph_tokens": 120, "max_num_steps": 2, "ltpo_steps": 2},
+            methods=",".join(METHODS),
+            dataset=str(tmp_path / name),
+            output_dir=str(tmp_path / "out"),
+            batch_size=batch_size,
+            consistency_samples=2,
+            verbose=0,
+        )
+        found = evaluate.run(config, vlm)
+        kept = ("data_idx", "prompt", "model_output", "stop_reason", "error", "num_new_tokens", "details", "patches")
+        return {
+            (method, entry["data_idx"]): {key: entry.get(key) for key in kept}
+            for (_, method), content in found.items()
+            for entry in content["entries"]
+        }
+
+    records = results("all.json", rows, 3)
+    assert len(records) == 5 * len(METHODS)
+    assert records == results("reversed.json", rows[::-1], 5)
+    failed = {key: record["error"] for key, record in records.items() if record["error"]}
+    assert failed.keys() == {("ccot", "long")} and "the model's context is 2048" in failed["ccot", "long"]
+    assert records["dmlr", "2"]["details"] == NO_IMAGE and records["dmlr", "0"]["details"] is None
+    assert {"rationale", "rationale_prompt"} <= records["multimodal-cot", "2"]["details"].keys()
+    with pytest.raises(ConfigError, match="unknown method 'icott' .did you mean 'icot'"):
+        evaluate.run(Config(methods="icott"), vlm)
 
 
 @pytest.mark.parametrize("method", METHODS)
