@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import sys
 import warnings
@@ -262,8 +263,8 @@ def judge_cases(cases: Sequence[Mapping[str, Any]], by_rules: Iterable[Verdict],
 
 
 def shared_cache() -> Path:
-    """The cache that all runs of a checkout share, beside their folders."""
-    return Path(locate("reports")) / "runs" / "judge_cache"
+    """The cache that runs share: the folder JUDGE_CACHE of the environment, else one beside this checkout's runs."""
+    return Path(os.environ.get("JUDGE_CACHE") or Path(locate("reports")) / "runs" / "judge_cache")
 
 
 def _without_asking(case: Mapping[str, Any]) -> Verdict | None:

@@ -7,7 +7,7 @@ out and counted beside. Nothing here is random except the bootstrap, which takes
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -50,6 +50,20 @@ class Paired:
     lost: list  # right in A and wrong in B
     p_value: float
     only_one: int  # examples judged in one run only: left out
+
+
+@dataclass(frozen=True)
+class Auroc:
+    """Chance that of a right and a wrong answer the right one has the higher score; NaN when one kind is absent."""
+
+    value: float
+    low: float
+    high: float
+    right: int
+    wrong: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
 def wilson(correct: int, total: int, level: float = 0.95) -> Accuracy:
@@ -144,8 +158,10 @@ def group_accuracy(records: Records, key: str, level: float = 0.95) -> Accuracy:
 
 
 def pair_accuracy(records: Records, level: float = 0.95) -> Accuracy:
-    """Share of pairs (records with the same pair_id) of which every question is answered correctly."""
-    return group_accuracy(records, "pair_id", level)
+    """Share of pairs (two records with the same pair_id) with both right; half a pair, as a sample leaves, is none."""
+    records = list(records)
+    size = Counter(record.get("pair_id") for record in records)
+    return group_accuracy((record for record in records if size[record.get("pair_id")] == 2), "pair_id", level)
 
 
 def by_category(records: Records, key: str = "category", level: float = 0.95) -> pd.DataFrame:
@@ -170,15 +186,71 @@ def above_chance(value: float, chance: float) -> float:
     return (value - chance) / (1 - chance)
 
 
-def auroc(records: Records, score: str = "best_reward") -> float:
-    """Probability that a right answer has a higher `score` than a wrong one (ties count half); NaN if one is absent."""
+def auroc(records: Records, score: str = "best_reward", level: float = 0.95) -> Auroc:
+    """How well `score` tells right answers from wrong ones: 0.5 not at all, 1 perfectly; ties count half.
+
+    The interval is Newcombe's for the Mann-Whitney statistic (Statistics in Medicine 2006, method 5): like Wilson's it
+    stays inside [0, 1] and has a width also when every pair is in order.
+    """
+    scores, right = _scored(records, score)
+    m, n = int(right.sum()), int((~right).sum())
+    if not m or not n:
+        return Auroc(math.nan, math.nan, math.nan, m, n)
+    wrong = np.sort(scores[~right])
+    below = np.searchsorted(wrong, scores[right], "left") + np.searchsorted(wrong, scores[right], "right")
+    value = float(below.sum()) / (2 * m * n)
+    z = NormalDist().inv_cdf((1 + level) / 2)
+
+    def deviation(t: float) -> float:
+        spread = 1 + ((m + n) / 2 - 1) * ((1 - t) / (2 - t) + t / (1 + t))
+        return math.sqrt(t * (1 - t) * spread / (m * n))
+
+    def end(bound: float) -> float:
+        """The value nearest to `bound` from which the observed one is z standard deviations away."""
+        inside, outside = value, bound
+        for _ in range(60):
+            middle = (inside + outside) / 2
+            near = abs(value - middle) <= z * deviation(middle)
+            inside, outside = (middle, outside) if near else (inside, middle)
+        return outside
+
+    return Auroc(value, end(0.0), end(1.0), m, n)
+
+
+def auroc_in_words(found: Auroc) -> str:
+    """What an AUROC of the reward says, in a sentence."""
+    if math.isnan(found.value):
+        return f"{found.right} right and {found.wrong} wrong answers with a reward: there is nothing to compare."
+    told = f"AUROC {found} from {found.right} right and {found.wrong} wrong answers: "
+    if found.low > 0.5:
+        return told + "a higher reward is more often right."
+    if found.high < 0.5:
+        return told + "a higher reward is more often wrong."
+    return told + "the interval includes 0.5, so this run cannot tell whether a higher reward is more often right."
+
+
+def reliability(records: Records, score: str = "best_reward", bins: int = 5, level: float = 0.95) -> pd.DataFrame:
+    """Accuracy with Wilson interval per bin of `score`; the bins are quantiles, so they hold about as many answers.
+
+    A row per bin: score (mean), score_low, score_high, correct, total, value, low, high. Equal scores share a bin, so
+    there may be fewer bins; none without judged answers that have a score.
+    """
+    scores, right = _scored(records, score)
+    rows = []
+    if len(scores):
+        edges = np.unique(np.quantile(scores, np.linspace(0, 1, bins + 1)[1:-1]))
+        where = np.searchsorted(edges, scores, "right")
+        for number in np.unique(where):
+            inside = scores[where == number]
+            ends = {"score": inside.mean(), "score_low": inside.min(), "score_high": inside.max()}
+            rows.append(ends | vars(wilson(int(right[where == number].sum()), len(inside), level)))
+    return pd.DataFrame(rows, columns=["score", "score_low", "score_high", "correct", "total", "value", "low", "high"])
+
+
+def _scored(records: Records, score: str) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and outcomes of the judged records that have a score."""
     judged = [(r[score], is_right(r)) for r in records if r.get(score) is not None and is_right(r) is not None]
-    right = np.array([s for s, ok in judged if ok], dtype=float)
-    wrong = np.sort(np.array([s for s, ok in judged if not ok], dtype=float))
-    if not len(right) or not len(wrong):
-        return math.nan
-    below = np.searchsorted(wrong, right, "left") + np.searchsorted(wrong, right, "right")
-    return float(below.sum() / (2 * len(right) * len(wrong)))
+    return np.array([s for s, _ in judged], dtype=float), np.array([ok for _, ok in judged], dtype=bool)
 
 
 def summary(runs: Iterable[Mapping[str, Any]], level: float = 0.95) -> pd.DataFrame:

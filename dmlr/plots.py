@@ -207,6 +207,25 @@ def reward_by_outcome(table: pd.DataFrame) -> Figure:
 
 
 @styled
+def reliability_curve(curves: Mapping[str, pd.DataFrame]) -> Figure:
+    """Accuracy over the best reward: a point per bin at its mean reward, with its interval.
+
+    curves: by name, as metrics.reliability gives them; the dotted line is the accuracy over all bins.
+    """
+    fig, axes = figure(1, 1, (6.4, 3.3))
+    axis = axes[0, 0]
+    for position, (name, table) in enumerate(curves.items()):
+        shade = colour(name.rpartition(" ")[2], position)
+        value, low, high = (100 * table[column] for column in ("value", "low", "high"))
+        style = {"color": shade, "marker": "o", "markersize": 5, "linewidth": 1.4, "capsize": 3}
+        axis.errorbar(table["score"], value, [value - low, high - value], label=name, **style)
+        axis.axhline(100 * table["correct"].sum() / table["total"].sum(), color=shade, linewidth=0.9, linestyle=":")
+    axis.set(xlabel="best reward (mean of the bin)", ylabel="accuracy (%)", ylim=(-2, 102), yticks=range(0, 101, 20))
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
+    return fig
+
+
+@styled
 def kept_patches(image: Image.Image, patches: Sequence[Sequence[int]], grid: Grid) -> Figure:
     """The image with its token grid; the cells that each think token kept are outlined in its colour."""
     width, height = image.size

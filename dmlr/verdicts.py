@@ -80,4 +80,4 @@ def ask_llm(
         if (changed := record | fields_of(verdict)) != record:
             log.append(changed)
     table = agreement([record["rule_verdict"] for record in records], [verdict.status for verdict in verdicts])
-    return llm.report() | {"agreement": table}
+    return llm.report() | {"every": every, "agreement": table}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -98,6 +99,8 @@ def test_pairs_count_when_both_are_right():
     run = records([True, True, True, False, True, None, True], pair_id=[0, 0, 1, 1, 2, 2, None])
     value = metrics.pair_accuracy(run)
     assert (value.correct, value.total) == (1, 2)  # the third pair was not judged in full
+    half = metrics.pair_accuracy([*run, *records([True], pair_id=[3])])
+    assert (half.correct, half.total) == (1, 2)  # a pair cut by a sample says nothing about pairs
 
 
 def test_categories():
@@ -120,10 +123,70 @@ def test_auroc_counts_ordered_pairs(rows):
     run = [{"best_reward": float(s), "is_correct": ok} for s, ok in rows]
     right, wrong = ([s for s, ok in rows if ok is which] for which in (True, False))
     pairs = [(r > w) + 0.5 * (r == w) for r in right for w in wrong]
+    found = metrics.auroc(run)
+    assert (found.right, found.wrong) == (len(right), len(wrong))
     if pairs:
-        assert metrics.auroc(run) == pytest.approx(sum(pairs) / len(pairs))
+        assert found.value == pytest.approx(sum(pairs) / len(pairs))
+        assert 0 <= found.low <= found.value <= found.high <= 1 and found.low < found.high
     else:
-        assert math.isnan(metrics.auroc(run))
+        assert math.isnan(found.value) and math.isnan(found.low)
+
+
+def test_aurocs_interval_mirrors_narrows_and_covers():
+    rng = np.random.default_rng(1)
+
+    def scored(shift, m, n):
+        scores = [*rng.normal(shift, 1, m), *rng.normal(0, 1, n)]
+        return [{"best_reward": s, "is_correct": i < m} for i, s in enumerate(scores)]
+
+    run = scored(0.8, 40, 25)
+    found = metrics.auroc(run)
+    mirrored = metrics.auroc([{**record, "best_reward": -record["best_reward"]} for record in run])
+    assert (found.low, found.high) == pytest.approx((1 - mirrored.high, 1 - mirrored.low))
+    many = metrics.auroc(run * 9)
+    assert many.value == pytest.approx(found.value) and many.high - many.low < 0.5 * (found.high - found.low)
+    for shift in (0.0, 0.8, 2.0):
+        truth = NormalDist().cdf(shift / math.sqrt(2))
+        intervals = [metrics.auroc(scored(shift, 30, 20)) for _ in range(500)]
+        covered = sum(i.low <= truth <= i.high for i in intervals) / 500
+        assert 0.925 <= covered <= 0.985, (shift, covered)
+    apart = metrics.auroc(scored(100, 10, 10))
+    assert (apart.value, apart.high) == (1, pytest.approx(1)) and 0.6 < apart.low < 0.9
+
+
+def test_auroc_in_words_follows_the_numbers():
+    def words(right, wrong):
+        run = [{"best_reward": s, "is_correct": ok} for ok, scores in ((True, right), (False, wrong)) for s in scores]
+        return metrics.auroc_in_words(metrics.auroc(run))
+
+    low, high = np.arange(50), np.arange(40, 90)
+    assert words(high, low).endswith("a higher reward is more often right.")
+    assert words(low, high).endswith("a higher reward is more often wrong.")
+    assert "cannot tell" in words(low, low) and words(low, low).startswith(
+        "AUROC 0.50 [0.39, 0.61] from 50 right and 50"
+    )
+    assert words(low, []).startswith("50 right and 0 wrong")
+
+
+def test_reliability_bins_by_quantile_and_counts_every_answer_once():
+    scores = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+    run = records([False, False, False, True, None, True, True, True], best_reward=scores)
+    table = metrics.reliability([*run, {"is_correct": True}], bins=2)
+    assert list(table["total"]) == [3, 4] and list(table["correct"]) == [0, 4]  # one is not judged, one has no reward
+    assert list(table["score_low"]) == [0.1, 0.4] and table["score"][0] == pytest.approx(0.2)
+    expected = metrics.wilson(4, 4)
+    assert tuple(table.loc[1, ["value", "low", "high"]]) == (expected.value, expected.low, expected.high)
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), max_size=60), st.integers(1, 8))
+@settings(max_examples=60, deadline=None)
+def test_reliability_keeps_ties_together(rows, bins):
+    run = [{"best_reward": float(s), "is_correct": ok} for s, ok in rows]
+    table = metrics.reliability(run, bins=bins)
+    assert table["total"].sum() == len(rows) and table["correct"].sum() == sum(ok for _, ok in rows)
+    assert len(table) <= bins
+    for before, after in itertools.pairwise(table.itertuples()):
+        assert before.score_high < after.score_low
 
 
 def test_summary_has_a_row_per_run():

@@ -290,6 +290,8 @@ def test_benchmark_end_to_end(benchmark):
         for before, after in zip(results["vanilla"]["entries"], results["dmlr"]["entries"], strict=True)
     )
     assert f"{gained} gained with dmlr" in text
+    assert "Rules against LLM" not in text  # nobody asked one
+    assert re.search(r"mathematics, dmlr: (AUROC \d|\d+ right and \d+ wrong answers with a reward)", text)
     assert external_requests(page) == []
     images = BeautifulSoup(page, "html.parser").find_all("img")
     assert len(images) >= 3

@@ -125,3 +125,18 @@ def test_tables_escape_and_set_numbers_flush_right():
 def test_saved_drawing_is_a_picture(tmp_path, scene):
     plots.save_kept_patches(tmp_path / "new" / "0.png", scene, [[1]], (2, 4))
     assert Image.open(tmp_path / "new" / "0.png").size[0] > 300
+
+
+def test_reliability_has_a_point_and_an_interval_per_bin():
+    table = pd.DataFrame(
+        {"score": [0.2, 0.6], "value": [0.25, 0.75], "low": [0.1, 0.5], "high": [0.5, 0.9]}
+        | {"correct": [1, 3], "total": [4, 4]}
+    )
+    axis = plots.reliability_curve({"visual dmlr": table}).axes[0]
+    (container,) = axis.containers
+    points, _, (bars,) = container.lines
+    assert points.get_xydata().tolist() == [[0.2, 25], [0.6, 75]]
+    assert np.allclose([[y for _, y in bar] for bar in bars.get_segments()], [[10, 50], [50, 90]])
+    assert [line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == ":"] == [50]
+    assert to_hex(points.get_color()) == plots.METHOD_COLOURS["dmlr"]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["visual dmlr"]

@@ -1,0 +1,102 @@
+"""What a report says about the LLM judge: through a real run of the benchmark notebook, with a server on loopback."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from bs4 import BeautifulSoup
+from judge_server import JudgeServer, says
+
+from dmlr import llm_report, notebooks
+from dmlr.config import Config
+from dmlr.evaluate import run
+from dmlr.results import find_runs, read_results
+
+BENCHMARK = Path(__file__).parents[1] / "notebooks" / "03_benchmark.ipynb"
+SMALL = {"end_data_idx": 4, "max_num_steps": 1, "batch_size": 4, "max_new_tokens": 48}
+ATTACK = "<script>alert('judge')</script>"
+COLUMNS = ("correct", "wrong", "unparsed", "judge_failed")
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy") or name.startswith(("OPENAI_", "MODEL_")):
+            monkeypatch.delenv(name)
+    with JudgeServer() as server:
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret-0123456789")
+        monkeypatch.setenv("OPENAI_API_BASE_URL", server.url)
+        monkeypatch.setenv("MODEL_TYPE", f"judge {ATTACK}")
+        monkeypatch.setenv("JUDGE_CACHE", str(tmp_path / "cache"))
+        yield server
+
+
+def shown(page):
+    """Of the LLM's section: rows of its first and its last table, the sentence between them; and the page's text."""
+    soup = BeautifulSoup(page, "html.parser")
+    assert not soup.find_all("script")
+    first = soup.find("h3", string="The LLM judge")
+    rows = [[cell.get_text() for cell in row.find_all("td")] for row in first.find_next("table").find("tbody")("tr")]
+    second = soup.find("h3", string="Rules against LLM")
+    table = [[cell.get_text() for cell in row("td")] for row in second.find_next("table").find("tbody")("tr")]
+    return rows, second.find_next("p").get_text(), table, soup.get_text()
+
+
+def test_the_report_shows_what_the_judge_did_and_cost_and_where_the_rules_disagree(server, monkeypatch, tmp_path):
+    def behave(handler, body):
+        text = body["messages"][1]["content"]
+        first_seen.append(text.split("\n")[1])
+        if text.split("\n")[1] == first_seen[0]:
+            handler.reply(403, {"error": {"message": f"no capacity {ATTACK}"}})
+        else:
+            says({"answer": "x", "verdict": "wrong" if len(first_seen) % 2 else "correct"})(handler, body)
+
+    first_seen = []
+    server.behave = behave
+    monkeypatch.setenv("MODEL_PRICE", "2000,8000")
+    given = {**SMALL, "output_dir": str(tmp_path / "run"), "use_llm_verify": True, "llm_verify_all": True}
+    report = notebooks.run(BENCHMARK, given)
+    results = {path.name: read_results(path) for path in find_runs(tmp_path / "run")}
+    rows, sentence, table, text = shown(report.read_text(encoding="utf-8"))
+    assert [row[:4] for row in rows] == [["mathematics", m, f"judge {ATTACK}", "4"] for m in ("vanilla", "dmlr")]
+    for row in rows:
+        answers, cached, requests, failed, prompt, completion = map(int, row[3:9])
+        answered = requests - failed
+        assert cached + requests == answers == 4 and failed == 1
+        assert (prompt, completion) == (100 * answered, 10 * answered)
+        assert row[9] == f"${(100 * answered * 2000 + 10 * answered * 8000) / 1e6:.4f}"
+    assert sum(int(row[5]) for row in rows) == len(server.requests)
+    counts = Counter((e["rule_verdict"], e["verdict"]) for result in results.values() for e in result["entries"])
+    assert counts.total() == 8 and sum(n for (_, llm), n in counts.items() if llm == "judge_failed") == 2
+    expected = [[str(counts[rules, llm]) for llm in COLUMNS] for rules in ("correct", "wrong", "unparsed")]
+    assert [row[1:] for row in table] == expected
+    same = sum(n for (rules, llm), n in counts.items() if rules == llm)
+    assert sentence.startswith(f"Rules and LLM give the same verdict on {same} of 6 answers: ")
+    assert f"no capacity {ATTACK}" in text and "http_403" in text and "sk-very-secret" not in text
+
+    # judging again: what was answered comes from the cache, what failed is asked; nobody says a price
+    server.behave = says({"answer": "x", "verdict": "correct"})
+    monkeypatch.delenv("MODEL_PRICE")
+    before = len(server.requests)
+    saved = results["vanilla"]["config"]
+    again = run(Config.make(None, **{**saved, "output_dir": str(tmp_path / "run"), "verify_only": True, "verbose": 0}))
+    rows, _, table, text = shown(llm_report.llm_report(again))
+    assert [row[9] for row in rows] == ["price not given"] * 2
+    vanilla, dmlr = ([int(cell) for cell in row[3:7]] for row in rows)
+    assert vanilla == [4, 3, 1, 0] and dmlr[0] == dmlr[1] + dmlr[2] and dmlr[3] == 0
+    assert len(server.requests) - before == vanilla[2] + dmlr[2]
+    assert all(row[-1] == "0" for row in table) and "http_403" not in text
+
+
+def test_a_run_without_an_llm_says_nothing_of_one():
+    assert llm_report.llm_report({("d", "vanilla"): {"llm_judge": None}, ("d", "dmlr"): {}}) == ""
+
+
+def test_where_only_the_undecided_is_asked_the_sentence_says_so():
+    counts = {("unparsed", "correct"): 3, ("unparsed", "wrong"): 2, ("unparsed", "unparsed"): 1}
+    told = llm_report.agreement_in_words({**counts, ("unparsed", "judge_failed"): 4, ("correct", "correct"): 0})
+    assert "found 3 of 6 answers correct, 2 wrong, and no answer in 1" in told
+    assert llm_report.agreement_in_words({("unparsed", "judge_failed"): 4}) == "No answer has a verdict of both."
