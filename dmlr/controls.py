@@ -21,8 +21,9 @@ from dmlr.vlm import VLM, Prefix
 def unoptimised(vlm: VLM, questions: Sequence[Question], config: Config) -> list[Answer]:
     """The think tokens as they are, each with its initial patches as attention ranks them; no iteration.
 
-    The initial patches are decoded whether or not they raise the reward: nothing is selected here. With
-    `visual_injection_start_step` > 0 there are none, as in DMLR before that step.
+    The initial patches are decoded whether or not they raise the reward: nothing is selected here. The reward in the
+    record is that of the think tokens without them. With `visual_injection_start_step` > 0 there are none, as in DMLR
+    before that step.
     """
     still = config.replace(max_num_steps=0, disable_best_reward=True)
     return with_notes(reasoned(vlm, questions, still, optimize), questions)
