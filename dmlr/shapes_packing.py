@@ -33,6 +33,7 @@ from dmlr.shapes_questions import (
     place,
     places,
     relation,
+    repeat,
     row_content,
     total,
     whole_content,
@@ -52,12 +53,12 @@ MIX = (
     (existence, 1.4),
     (relation, 1.2),
     (neighbour, 1.6),
-    (option, 1.4),
-    (place, 1.2),
+    (option, 1.0),
+    (place, 1.0),
     (places, 0.8),
 )
 # Training only: answers made of what is seen. Without many of them at first the image is hardly looked at.
-DENSE = ((cell_content, 1.5), (row_content, 1.5), (whole_content, 0.6), (places, 1.5))
+DENSE = ((cell_content, 1.5), (row_content, 1.5), (whole_content, 0.6), (places, 2.0), (option, 1.0), (repeat, 1.5))
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # of Qwen2-VL's image processor
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
@@ -71,6 +72,7 @@ class Packed:
     ids: list[int]  # [S]
     branch: list[int]  # [S], 0 for the prefix
     labels: list[int]  # [S], token that position j must predict, NO_LABEL outside answers
+    guesses: list[int]  # [S], at think tokens and at the last of their patches: the first token of the final answer
     patch: list[int]  # [S], image token copied here (interleaved patch), else -1
     think: list[bool]  # [S]
     positions: np.ndarray  # [3, S], M-RoPE
@@ -92,6 +94,7 @@ class Batch:
     ids: torch.Tensor  # [B, S]
     branch: torch.Tensor  # [B, S], -1 for padding
     labels: torch.Tensor  # [B, S]
+    guesses: torch.Tensor  # [B, S]
     patch: torch.Tensor  # [B, S]
     think: torch.Tensor  # [B, S]
     positions: torch.Tensor  # [3, B, S]
@@ -167,27 +170,33 @@ def pack(
             task = prompts.latent_task(question.prompt, len(think), solver) + "<|endoftext|>" * len(think)
         heads.append(tokenizer.encode(before + task + CHAT_SUFFIX, add_special_tokens=False))
     answers = [[*tokenizer.encode(q.response, add_special_tokens=False), IM_END] for q in asked]
-    return _lay_out(scene, heads, answers, groups)
+    firsts = [tokenizer.encode(q.answer, add_special_tokens=False)[0] for q in asked]
+    return _lay_out(scene, heads, answers, groups, firsts)
 
 
-def _lay_out(scene: Scene, heads: list[list[int]], answers: list[list[int]], groups: list[list[list[int]]]) -> Packed:
+def _lay_out(
+    scene: Scene, heads: list[list[int]], answers: list[list[int]], groups: list[list[list[int]]], firsts: list[int]
+) -> Packed:
     shared = _common_prefix(heads)
-    ids, labels = heads[0][:shared], [NO_LABEL] * shared
+    ids, labels, guesses = heads[0][:shared], [NO_LABEL] * shared, [NO_LABEL] * shared
     branch, patch, think = [0] * shared, [-1] * shared, [False] * shared
     prefix_positions, end = _positions(ids)
     positions = [prefix_positions]
-    for number, (head, answer, after) in enumerate(zip(heads, answers, groups, strict=True), 1):
-        tokens, copies, thinks, remaining = [], [], [], iter(after)
+    for number, (head, answer, after, first) in enumerate(zip(heads, answers, groups, firsts, strict=True), 1):
+        tokens, copies, thinks, guessed, remaining = [], [], [], [], iter(after)
         for token in head[shared:]:
             group = next(remaining) if token == ENDOFTEXT else []
             tokens += [token, *[IMAGE_PAD] * len(group)]
             copies += [-1, *group]
             thinks += [token == ENDOFTEXT, *[False] * len(group)]
+            guessed += [first if token == ENDOFTEXT else NO_LABEL, *[NO_LABEL] * len(group)]
+            guessed[-1] = first if group else guessed[-1]
         target = [NO_LABEL] * (len(tokens) - 1) + answer  # position j predicts token j + 1
         tokens += answer[:-1]
         rest = len(tokens) - len(copies)
         ids += tokens
         labels += target
+        guesses += guessed + [NO_LABEL] * rest
         patch += copies + [-1] * rest
         think += thinks + [False] * rest
         branch += [number] * len(tokens)
@@ -195,7 +204,7 @@ def _lay_out(scene: Scene, heads: list[list[int]], answers: list[list[int]], gro
     kinds = [0] * IMAGE_TOKENS
     for thing in scene.things:
         kinds[thing.cell] = 1 + list(COLOURS).index(thing.colour) * len(SHAPES) + SHAPES.index(thing.shape)
-    return Packed(render(scene), kinds, ids, branch, labels, patch, think, np.concatenate(positions, axis=1))
+    return Packed(render(scene), kinds, ids, branch, labels, guesses, patch, think, np.concatenate(positions, axis=1))
 
 
 def _common_prefix(heads: list[list[int]]) -> int:
@@ -243,7 +252,8 @@ def batches(
         while len(packed) < scenes:
             now = phase()
             made = pack(rng, wordings, tokenizer, now.questions, now.latent, now.dense)
-            if len(made.ids) <= length and sum(label != NO_LABEL for label in made.labels) <= targets:
+            told = sum(label != NO_LABEL for label in made.labels + made.guesses)
+            if len(made.ids) <= length and told <= targets:
                 packed.append(made)
         yield collate(packed, length)
 
@@ -259,6 +269,7 @@ def collate(packed: Sequence[Packed], length: int) -> Batch:
         ids=padded([p.ids for p in packed], ENDOFTEXT),
         branch=padded([p.branch for p in packed], -1),
         labels=padded([p.labels for p in packed], NO_LABEL),
+        guesses=padded([p.guesses for p in packed], NO_LABEL),
         patch=padded([p.patch for p in packed], -1),
         think=padded([p.think for p in packed], 0).bool(),
         positions=torch.from_numpy(np.stack(positions, axis=1)),

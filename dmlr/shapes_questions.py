@@ -50,6 +50,11 @@ def _place(thing: Thing) -> str:
     return f"row {thing.row + 1} column {thing.col + 1}"
 
 
+def _listed_places(name: str, things: list[Thing]) -> str:
+    """'circles at row 1 column 2, row 3 column 4: 2'. Counts were never learned without the things counted."""
+    return f"{name} at {', '.join(map(_place, things))}: {len(things)}" if things else f"{name}: 0"
+
+
 def _a(name: str) -> str:
     return ("an " if name[0] in "aeiou" else "a ") + name
 
@@ -84,8 +89,7 @@ def _two_of(present: list[str], all_names: tuple[str, ...], rng: random.Random) 
 
 def count(scene: Scene, rng: random.Random) -> list[Question]:
     name, things = _group(rng, scene, present=0.85)
-    rationale = f"{name}: {len(things)}."
-    prompt = f"How many {name} are there?"
+    prompt, rationale = f"How many {name} are there?", f"{_listed_places(name, things)}."
     return [Question("mathematics", "count", prompt, str(len(things)), rationale, tuple(things))]
 
 
@@ -93,7 +97,7 @@ def total(scene: Scene, rng: random.Random) -> list[Question]:
     (a, xs), (b, ys) = _two_groups(rng, scene)
     n, m = len(xs), len(ys)
     prompt = f"How many {a} and {b} are there in total?"
-    rationale = f"{a}: {n}, {b}: {m}, {n} + {m} = {n + m}."
+    rationale = f"{_listed_places(a, xs)}, {_listed_places(b, ys)}, {n} + {m} = {n + m}."
     return [Question("mathematics", "sum", prompt, str(n + m), rationale, tuple(xs + ys))]
 
 
@@ -103,7 +107,7 @@ def difference(scene: Scene, rng: random.Random) -> list[Question]:
     if n == m:
         return []
     prompt = f"How many more {a} than {b} are there?"
-    rationale = f"{a}: {n}, {b}: {m}, {n} - {m} = {n - m}."
+    rationale = f"{_listed_places(a, xs)}, {_listed_places(b, ys)}, {n} - {m} = {n - m}."
     return [Question("mathematics", "difference", prompt, str(n - m), rationale, tuple(xs + ys))]
 
 
@@ -113,7 +117,9 @@ def comparison(scene: Scene, rng: random.Random) -> list[Question]:
     if n == m:
         return []
     prompt, answer = f"Are there more {a} than {b}?", "Yes" if n > m else "No"
-    return [Question("mathematics", "comparison", prompt, answer, f"{a}: {n}, {b}: {m}.", tuple(xs + ys))]
+    sign = "<" if n < m else ">"
+    rationale = f"{_listed_places(a, xs)}, {_listed_places(b, ys)}, {n} {sign} {m}."
+    return [Question("mathematics", "comparison", prompt, answer, rationale, tuple(xs + ys))]
 
 
 def colour_of(scene: Scene, rng: random.Random) -> list[Question]:
@@ -159,7 +165,8 @@ def relation(scene: Scene, rng: random.Random) -> list[Question]:
         axis, p, q = ("column", x.col, y.col) if horizontal else ("row", x.row, y.row)
         answer = "Yes" if (p < q) == (word in ("left of", "above")) else "No"
         phrase = f"to the {word}" if horizontal else word
-        rationale = f"{x.name}: {axis} {p + 1}, {y.name}: {axis} {q + 1}."
+        sign = "<" if p < q else ">"
+        rationale = f"{x.name}: {axis} {p + 1}, {y.name}: {axis} {q + 1}, {p + 1} {sign} {q + 1}."
         category = "left_right" if horizontal else "above_below"
         return Question("visual", category, f"Is the {x.name} {phrase} the {y.name}?", answer, rationale, (x, y))
 
@@ -189,8 +196,9 @@ def neighbour(scene: Scene, rng: random.Random) -> list[Question]:
     choices = tuple(rng.sample([truth, *rng.sample([n for n in names if n != truth], 3)], 4))
     of = "Which colour is the shape" if what == "colour" else "Which shape is"
     prompt = f"{of} directly {word} the {name}?\n{_listed(choices)}"
-    rationale = f"{name} at {_place(anchor)}, directly {word} it: {target.name}."
     letter = LETTERS[choices.index(truth)]
+    read = _read_out(choices, LETTERS.index(letter))
+    rationale = f"{name} at {_place(anchor)}, directly {word} it: {target.name}. {read}."
     return [Question("composition", f"{what}_of_neighbour", prompt, letter, rationale, (anchor, target), choices)]
 
 
@@ -225,16 +233,22 @@ def whole_content(scene: Scene, rng: random.Random) -> list[Question]:
 def places(scene: Scene, rng: random.Random) -> list[Question]:
     """Training only: where the members of a kind are, in reading order."""
     name, things = _group(rng, scene, present=0.95)
-    rationale = ", ".join(_place(t) for t in things) or "nothing"
-    return [Question("training", "places", f"Where are the {name}?", str(len(things)), f"{rationale}.", tuple(things))]
+    prompt, rationale = f"Where are the {name}?", f"{_listed_places(name, things)}."
+    return [Question("training", "places", prompt, str(len(things)), rationale, tuple(things))]
 
 
 def option(scene: Scene, rng: random.Random) -> list[Question]:
     """Training only: which letter stands before a word. Nothing to see, but a skill that multiple choice needs."""
     choices = tuple(rng.sample(list(COLOURS) if rng.random() < 0.5 else SHAPES, 4))
     answer = rng.randrange(4)
-    prompt = f"Which option is {choices[answer]}?\n{_listed(choices)}"
-    return [Question("training", "option", prompt, LETTERS[answer], f"it: {choices[answer]}.", (), choices)]
+    prompt, letter = f"Which option is {choices[answer]}?\n{_listed(choices)}", LETTERS[answer]
+    return [Question("training", "option", prompt, letter, f"{_read_out(choices, answer)}.", (), choices)]
+
+
+def repeat(scene: Scene, rng: random.Random) -> list[Question]:
+    """Training only: words copied. Every token of the answer teaches to look up what followed the token before."""
+    words = rng.sample([*COLOURS, *SHAPES], rng.randint(6, 12))
+    return [Question("training", "repeat", f"Say it again: {' '.join(words)}.", words[-1], f"{' '.join(words)}.")]
 
 
 def place(scene: Scene, rng: random.Random) -> list[Question]:
@@ -248,6 +262,11 @@ def place(scene: Scene, rng: random.Random) -> list[Question]:
         return []
     prompt, rationale = f"Where is the {name}?", f"{name} at {_place(thing)}."
     return [Question("training", "place", prompt, thing.colour, rationale, (thing,))]
+
+
+def _read_out(choices: tuple[str, ...], until: int) -> str:
+    """'A red, B green: B'. From letter to word is learned in minutes; from word to letter was not in half an hour."""
+    return ", ".join(f"{LETTERS[n]} {choices[n]}" for n in range(until + 1)) + f": {LETTERS[until]}"
 
 
 def _listed(choices: tuple[str, ...]) -> str:

@@ -4,10 +4,9 @@ Training runs for a given time with a cosine schedule over it, on a GPU or on se
 that average their gradients (one thread each wastes nothing on barriers, and another program on a core slows only
 that one). It continues from its last state when started again. No pickles: states are safetensors.
 
-What fails: questions alone leave the vision tower unused (43 %, a prototype); dense captions added to them do little
-better (49 %); labels of what lies under each merged token first, and still 36 % after 44,000 questions: every answer
-said "row 3 column 3". So the labels also name the token's row, its column and its neighbours, dense captions come
-before most questions, and options are also asked for by name.
+What failed is in dev/LOG.md, what each ingredient is for in notebook 00. The order matters: labels of what lies under
+each merged token and where; dense answers (captions, copying) in more than half of the questions; then questions. Many
+images with few questions each, and Muon for the matrices, learn in minutes what took an hour without.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ from safetensors.torch import load_file, save_file
 from dmlr.prompts import Prompts
 from dmlr.shapes import GRID, random_scene
 from dmlr.shapes_attention import TREE
-from dmlr.shapes_packing import IMAGE_TOKENS, KINDS, NO_LABEL, Batch, Phase, batches
-from dmlr.shapes_questions import SUITES, cell_content, row_content
+from dmlr.shapes_packing import DENSE, IMAGE_TOKENS, KINDS, MIX, NO_LABEL, Batch, Phase, batches
 from dmlr.shapes_vl import (
     ENDOFTEXT,
     IMAGE_PAD,
@@ -46,26 +44,26 @@ from dmlr.shapes_vl import (
 class Recipe:
     """Everything that decides the weights, but for the number of steps that fit into `minutes`."""
 
-    minutes: float = 80.0
-    vision_minutes: float = 2.5  # labels per merged token only
+    minutes: float = 58.0
+    vision_minutes: float = 1.5  # labels per merged token only
     hidden: int = 192
     layers: int = 6
-    scenes: int = 3  # per step and process
-    questions: int = 10  # per scene, while few have think tokens
+    scenes: int = 6  # per step and process; many images with few questions each learn faster than the reverse
+    questions: int = 5  # per scene
     latent: float = 0.2  # share of questions with think tokens, at first
-    late: float = 0.6  # share of the time after which think tokens are trained in earnest
-    late_questions: int = 8
+    late: float = 0.5  # share of the time after which think tokens are trained in earnest
     late_latent: float = 0.55
-    dense: float = 0.5  # share of dense captions once questions begin ...
-    dense_minutes: float = 8.0  # ... falling to late_dense in these minutes
+    dense: float = 0.6  # share of dense answers once questions begin ...
+    dense_minutes: float = 15.0  # ... falling to late_dense in these minutes
     late_dense: float = 0.1
     processes: int = 2
-    lr: float = 1.5e-3
+    lr: float = 2.5e-3
     weight_decay: float = 0.03
     auxiliary: float = 0.1  # weight of the labels per merged token beside the answers
+    guess: float = 0.05  # weight of the final answer as what think tokens predict: their confidence then means something
     noise: float = 3.0  # largest noise on think tokens, in units of their embedding's RMS
-    length: int = 640  # tokens of a packed scene
-    targets: int = 320  # labels of a packed scene
+    length: int = 480  # tokens of a packed scene
+    targets: int = 256  # labels of a packed scene
     seed: int = 0
 
 
@@ -76,10 +74,9 @@ def corpus(scenes: int = 1500) -> list[str]:
         texts += [chat_text(prompts.system, prompts.latent_task("", count)) for count in range(1, 9)]
         texts.append(chat_text(prompts.system, prompts.task("")))
     texts = texts * 4 + [Prompts().self_score] * 4 + list(Prompts().solver) * 40
-    makers = [*(maker for suite in SUITES.values() for maker in suite.values()), cell_content, row_content]
     for _ in range(scenes):
         scene = random_scene(rng, "train")
-        texts += [q.prompt + q.response for maker in makers for q in maker(scene, rng)]
+        texts += [q.prompt + q.response for maker, _ in (*MIX, *DENSE) for q in maker(scene, rng)]
     return texts
 
 
@@ -90,13 +87,13 @@ class Learner:
         self.recipe, self.device = recipe, device
         self.model = build_model(vocab_size, recipe.seed, hidden=recipe.hidden, layers=recipe.layers).to(device).train()
         self.model.set_attn_implementation({"text_config": TREE, "vision_config": "sdpa"})
-        self.head = torch.nn.Linear(recipe.hidden, 5 * KINDS + 2 * GRID).to(device)
+        self.head = torch.nn.Linear(recipe.hidden, KINDS + 2 * GRID).to(device)
         self.parameters = [*self.model.parameters(), *self.head.parameters()]
-        groups = [[p for p in self.parameters if p.dim() > 1], [p for p in self.parameters if p.dim() <= 1]]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": groups[0], "weight_decay": recipe.weight_decay}, {"params": groups[1], "weight_decay": 0.0}],
-            lr=recipe.lr,
-            betas=(0.9, 0.97),
+        matrices = [p for name, p in self.model.named_parameters() if p.dim() == 2 and "embed_tokens" not in name]
+        others = [p for p in self.parameters if all(p is not q for q in matrices)]
+        self.optimizers = (
+            torch.optim.Muon(matrices, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, weight_decay=0.0, betas=(0.9, 0.97)),
         )
 
     def features(self, batch: Batch) -> torch.Tensor:
@@ -106,26 +103,20 @@ class Learner:
         flat = torch.cat(self.model.model.get_image_features(batch.pixels, grid).pooler_output)
         return flat.view(count, IMAGE_TOKENS, -1)
 
-    def token_loss(self, features: torch.Tensor, batch: Batch, neighbours: bool) -> tuple[torch.Tensor, float]:
-        """Cross-entropies of what lies under each merged token, of its row and column, and of its four neighbours.
+    def token_loss(self, features: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, float]:
+        """Cross-entropies of what lies under each merged token, of its row and of its column.
 
-        Returns their sum and the share of tokens of which all seven are right. Neighbours count only with
-        `neighbours`: once questions are asked, they would take room in the features from what a search looks for.
+        Returns their sum and the share of tokens of which all three are right.
         """
-        logits = self.head(features).float().flatten(0, 1).split([KINDS] * 5 + [GRID] * 2, dim=-1)
-        board = F.pad(batch.kinds.view(-1, GRID, GRID), (1, 1, 1, 1))
-        shifts = ((0, 0), (0, -1), (0, 1), (-1, 0), (1, 0))
-        labels = [board[:, 1 + r : 1 + r + GRID, 1 + c : 1 + c + GRID] for r, c in shifts]
-        place = torch.arange(GRID, device=self.device)
-        labels += [place[:, None].expand_as(labels[0]), place.expand_as(labels[0])]
-        labels = [label.flatten() for label in labels]
-        wanted = range(7) if neighbours else (0, 5, 6)
-        loss = sum(F.cross_entropy(logits[i], labels[i]) for i in wanted)
+        logits = self.head(features).float().flatten(0, 1).split([KINDS, GRID, GRID], dim=-1)
+        place = torch.arange(GRID, device=self.device).expand(len(features), GRID, GRID)
+        labels = (batch.kinds.flatten(), place.mT.flatten(), place.flatten())
+        loss = sum(F.cross_entropy(x, y) for x, y in zip(logits, labels, strict=True))
         right = torch.stack([x.argmax(-1) == y for x, y in zip(logits, labels, strict=True)]).all(dim=0)
         return loss, right.float().mean().item()
 
-    def answer_loss(self, features: torch.Tensor, batch: Batch, noise: torch.Generator) -> tuple[torch.Tensor, float]:
-        """Cross-entropy of the answers' tokens, and their accuracy."""
+    def answer_loss(self, features: torch.Tensor, batch: Batch, noise: torch.Generator) -> tuple:
+        """Cross-entropies of the answers' tokens and of the guesses at think tokens, and the accuracy of the former."""
         embedding = self.model.get_input_embeddings()
         embeds = embedding(batch.ids).clone()  # [B, S, D]
         features = features.to(embeds.dtype)
@@ -140,14 +131,17 @@ class Learner:
             use_cache=False,
             tree=batch.tree(),
         ).last_hidden_state
+        answered = batch.labels != NO_LABEL
+        labels = torch.where(answered, batch.labels, batch.guesses)
         # The same number of positions in every step: one compiled kernel instead of one per batch.
-        where = (batch.labels != NO_LABEL).float().topk(self.recipe.targets, dim=1).indices  # [B, targets]
-        labels = batch.labels.gather(1, where).flatten()
+        where = (labels != NO_LABEL).float().topk(self.recipe.targets, dim=1).indices  # [B, targets]
+        labels, answered = labels.gather(1, where).flatten(), answered.gather(1, where).flatten()
         hidden = hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[2]))
         logits = self.model.lm_head(hidden).float().flatten(0, 1)
-        real = labels != NO_LABEL
-        right = (logits.argmax(-1) == labels)[real].float().mean().item()
-        return F.cross_entropy(logits, labels, ignore_index=NO_LABEL), right
+        losses = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="none")
+        right = (logits.argmax(-1) == labels)[answered].float().mean().item()
+        guesses = losses[~answered].sum() / (~answered & (labels != NO_LABEL)).sum().clamp(min=1)
+        return losses[answered].mean(), guesses, right
 
     def _noise(self, embeds: torch.Tensor, batch: Batch, think: torch.Tensor, generator: torch.Generator):
         """Gaussian noise on the think tokens of half of the branches, mostly small, up to `noise` times their RMS."""
@@ -159,21 +153,22 @@ class Learner:
 
     def step(self, batch: Batch, lr: float, vision_only: bool, noise: torch.Generator) -> dict[str, float]:
         """One update on the mean gradient of all processes."""
-        for group in self.optimizer.param_groups:
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = lr
         with torch.autocast(self.device.type, torch.bfloat16):
             features = self.features(batch)
-            loss, under = self.token_loss(features, batch, neighbours=vision_only)
+            loss, under = self.token_loss(features, batch)
             told = {"token_accuracy": under}
             if not vision_only:
-                answers, told["answer_token_accuracy"] = self.answer_loss(features, batch, noise)
-                told["loss"] = answers.item()
-                loss = answers + self.recipe.auxiliary * loss
+                answers, guesses, told["answer_token_accuracy"] = self.answer_loss(features, batch, noise)
+                told |= {"loss": answers.item(), "guess_loss": guesses.item()}
+                loss = answers + self.recipe.guess * guesses + self.recipe.auxiliary * loss
         loss.backward()
         _average_gradients(self.parameters)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return told
 
     def save_state(self, folder: Path, progress: dict) -> None:
@@ -181,7 +176,7 @@ class Learner:
         tensors = {f"model.{name}": value.contiguous() for name, value in _unshared(self.model).items()}
         tensors |= {f"head.{name}": value for name, value in self.head.state_dict().items()}
         for i, parameter in enumerate(self.parameters):
-            for name, value in self.optimizer.state.get(parameter, {}).items():
+            for name, value in self._optimizer_of(parameter).state.get(parameter, {}).items():
                 tensors[f"optimizer.{i}.{name}"] = value
         save_file(tensors, folder / "state.tmp", {"progress": json.dumps(progress)})
         (folder / "state.tmp").replace(folder / "state.safetensors")
@@ -193,8 +188,13 @@ class Learner:
         self.head.load_state_dict(_part(tensors, "head."))
         for i, parameter in enumerate(self.parameters):
             if state := _part(tensors, f"optimizer.{i}."):
-                state["step"] = state["step"].cpu()
-                self.optimizer.state[parameter] = state
+                if "step" in state:
+                    state["step"] = state["step"].cpu()
+                self._optimizer_of(parameter).state[parameter] = state
+
+    def _optimizer_of(self, parameter: torch.nn.Parameter) -> torch.optim.Optimizer:
+        groups = ((optimizer, group) for optimizer in self.optimizers for group in optimizer.param_groups)
+        return next(optimizer for optimizer, group in groups if any(p is parameter for p in group["params"]))
 
 
 def learning_rate(recipe: Recipe, step: int, share: float) -> float:
@@ -207,9 +207,7 @@ def phase(recipe: Recipe, seconds: float) -> Phase:
     late = seconds >= recipe.late * 60 * recipe.minutes
     fallen = min(max(seconds / 60 - recipe.vision_minutes, 0) / recipe.dense_minutes, 1)
     dense = recipe.dense + (recipe.late_dense - recipe.dense) * fallen
-    if late:
-        return Phase(recipe.late_questions, recipe.late_latent, dense)
-    return Phase(recipe.questions, recipe.latent, dense)
+    return Phase(recipe.questions, recipe.late_latent if late else recipe.latent, dense)
 
 
 def train(folder: str | Path, recipe: Recipe, state_folder: str | Path) -> None:

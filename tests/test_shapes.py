@@ -108,5 +108,5 @@ def test_training_questions_cover_every_kind():
     rng = random.Random(2)
     seen = Counter(q.category for _ in range(200) for q in ask(random_scene(rng, "train"), rng, 8, dense=0.5))
     wanted = {row["category"] for suite in SUITES for row in records(suite)}
-    wanted |= {"cell", "caption", "describe", "places", "place", "option"}
+    wanted |= {"cell", "caption", "describe", "places", "place", "option", "repeat"}
     assert set(seen) == wanted and min(seen.values()) > 10

@@ -103,6 +103,17 @@ def test_packed_branches_equal_separate_conversations(processor, monkeypatch):
             vlm.append(prefix, vlm.embed(torch.tensor([[token]])), torch.ones(1, 1, dtype=torch.bool))
 
 
+def test_think_tokens_guess_the_final_answer(processor):
+    """At each think token, and at the last patch after it, the first token of the boxed answer; nowhere else."""
+    packed = pack(random.Random(8), [PROMPTS], processor.tokenizer, 6)
+    scene = random_scene(rng := random.Random(8), "train")
+    firsts = [processor.tokenizer.encode(q.answer)[0] for q in ask(scene, rng, 6)]
+    for j, guess in enumerate(packed.guesses):
+        last_patch = packed.patch[j] >= 0 and packed.patch[j + 1] < 0
+        assert guess == (firsts[packed.branch[j] - 1] if packed.think[j] or last_patch else NO_LABEL)
+    assert sum(packed.think) >= 4 and max(packed.patch) >= 0
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_tree_attention_equals_dense_attention(processor, seed):
     """Outputs of all real slots, and the gradients that reach queries, keys and values through them."""
@@ -155,7 +166,7 @@ def test_checkpoint_folder_is_an_ordinary_one(processor, tmp_path):
 
 def test_training_runs_and_continues(tmp_path):
     """A few seconds; a second call has nothing left to do, one with more time goes on, another recipe is refused."""
-    recipe = Recipe(minutes=0.1, vision_minutes=0.03, hidden=64, layers=1, scenes=1, questions=4, processes=1)
+    recipe = Recipe(minutes=0.1, vision_minutes=0.03, hidden=64, layers=1, scenes=1, questions=3, processes=1)
 
     def steps():
         return json.loads((tmp_path / "model/training.json").read_text())["steps"]
