@@ -312,11 +312,31 @@ def test_compare_end_to_end(benchmark, tmp_path):
     folder, _ = benchmark
     report = notebooks.run(COMPARE, {"runs_folder": str(folder.parent)}, tmp_path / "compare.ipynb")
     soup = BeautifulSoup(report.read_text(encoding="utf-8"), "html.parser")
-    rows = [[cell.get_text() for cell in row.find_all("td")] for row in soup.find("table").find_all("tr")[1:]]
-    assert [row[:3] for row in rows] == [["small", "mathematics", "vanilla"], ["small", "mathematics", "dmlr"]]
     accuracies = {path.name: read_results(path)["accuracy"] for path in find_runs(folder)}
-    assert [row[3] for row in rows] == [f"{accuracies[name]:.1%}" for name in ("vanilla", "dmlr")]
-    assert rows[1][6] == f"{100 * (accuracies['dmlr'] - accuracies['vanilla']):+.1f}"
+
+    def rows(section):
+        head, *rest = soup.find(id=section).find_next("table").find_all("tr")
+        names = [cell.get_text() for cell in head.find_all("th")]
+        return [dict(zip(names, (cell.get_text() for cell in row.find_all("td")), strict=True)) for row in rest]
+
+    table = rows("Accuracy,-in-the-form-of-Table-1")
+    assert [(row["model"], row["method"]) for row in table] == [("shapes-vl", "vanilla"), ("shapes-vl", "dmlr")]
+    assert [row["mathematics"].split(" [")[0] for row in table] == [
+        f"{100 * accuracies[method]:.1f}" for method in ("vanilla", "dmlr")
+    ]
+    assert "paper" not in soup.find("table").get_text().lower()  # it never measured this model
+    (paired,) = rows("The-difference,-paired")
+    assert (paired["run"], paired["dataset"], paired["method"]) == ("small", "mathematics", "dmlr")
+    assert paired["difference"] == f"{100 * (accuracies['dmlr'] - accuracies['vanilla']):+.1f} points"
+    runs = rows("Every-run")
+    assert [row["accuracy"] for row in runs] == [f"{accuracies[method]:.1%}" for method in ("vanilla", "dmlr")]
+    assert [(row["n"], row["errors"], row["judge failed"]) for row in runs] == [("24", "0", "0")] * 2
+    (setting,) = rows("Settings")
+    assert (setting["setting"], setting["judge"], setting["T"]) == ("A", "rules", "3")
+    text = soup.get_text()
+    assert "No two runs differ in nothing but the seed." in text
+    assert "No run has records with such groups." in text
+    assert len(soup.find(id="The-figure").find_all_next("img")) == 1
     assert external_requests(str(soup)) == []
 
 

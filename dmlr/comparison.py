@@ -1,0 +1,324 @@
+"""All runs in the form of the paper's Table 1: model × method × benchmark, with what a reader needs to doubt a number.
+
+Runs -> data frames of text, ready to be shown. A run is one results.json. Two runs that differ in nothing but the seed
+(same model, method, parameters, judge and questions) are one line with mean and spread; everything else that differs
+is a setting of its own, named by a letter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pandas as pd
+
+from dmlr import metrics, published
+from dmlr.benchmark_rows import BENCHMARKS
+from dmlr.config import Config
+from dmlr.results import FREE_PARAMETERS, find_runs, read_results
+
+# The parameters that make a setting; not among them: what stands in a column of its own, and what changes no record.
+_BESIDE = FREE_PARAMETERS | {"dataset", "model_name_or_path", "device", "seed"}
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Config) if field.name not in _BESIDE}
+_ALWAYS = {"judge": "judge", "L": "num_thought_tokens", "T": "max_num_steps", "η": "lr", "σ": "sigma"}
+_METHODS = tuple(dict.fromkeys(method for _, method, _ in published.TABLE_1))
+_KEPT = ("data_idx", "ground_truth", "is_correct", "verdict", "stop_reason", "best_reward", "seconds")
+_GROUPS = ("category", "l2_category", "pair_id", "figure_group", "question_group")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method on one dataset. `label` names the run's folder; `beside` is the baseline of the same run, if any."""
+
+    label: str
+    model: str
+    dataset: str
+    method: str
+    config: Mapping[str, Any]
+    entries: Sequence[Mapping[str, Any]]
+    judge: str = "rules"
+    beside: Run | None = None
+
+    @property
+    def seed(self) -> Any:
+        return self.config.get("seed")
+
+    @cached_property
+    def setting(self) -> dict[str, Any]:
+        """Judge, and parameters that decide the answers; what the run's version did not have is at its default."""
+        return {"judge": self.judge} | {name: self.config.get(name, default) for name, default in _DEFAULTS.items()}
+
+    @cached_property
+    def summary(self) -> pd.Series:
+        return metrics.summary([{"entries": self.entries}]).iloc[0]
+
+    @cached_property
+    def paired(self) -> metrics.Paired | None:
+        return metrics.paired(self.beside.entries, self.entries) if self.beside else None
+
+    @property
+    def names(self) -> dict[str, str]:
+        return {"run": self.label, "dataset": _title(self.dataset), "method": self.method}
+
+    @cached_property
+    def all_but_the_seed(self) -> tuple:
+        questions = tuple((entry["data_idx"], entry.get("ground_truth")) for entry in self.entries)
+        return self.model, self.dataset, self.method, repr(self.setting), questions
+
+
+def load(root: str | Path, baseline: str) -> list[Run]:
+    """Every run under a folder, by model, dataset and run, the baseline first; of the entries what tables need.
+
+    Raises ResultsError for a results.json that cannot be read.
+    """
+    root, found = Path(root), {}
+    for path in sorted(find_runs(root), key=lambda path: (path.name != baseline, path)):
+        content = read_results(path)
+        entries = [{key: entry[key] for key in (*_KEPT, *_GROUPS) if key in entry} for entry in content["entries"]]
+        told = [str(content.get(name)) for name in ("model", "dataset", "method")]
+        judge, beside = _judge(content.get("llm_judge")), found.get(path.parent / baseline)
+        found[path] = Run(_label(path, root), *told, content.get("config") or {}, entries, judge, beside)
+    return sorted(
+        found.values(),
+        key=lambda run: (run.model, _column(run), run.label, run.method != baseline, _rank(run.method), run.method),
+    )
+
+
+def _label(path: Path, root: Path) -> str:
+    """A run's folder, which holds <dataset>/<method>."""
+    folder = path.parents[1]
+    return folder.relative_to(root).as_posix() if root in folder.parents else root.name
+
+
+def _judge(asked: Mapping[str, Any] | None) -> str:
+    if not asked:
+        return "rules"
+    return f"{asked['model']}, every answer" if asked.get("every") else f"rules, then {asked['model']}"
+
+
+def _rank(method: str) -> int:
+    """The paper's order of methods, then all others."""
+    return _METHODS.index(method) if method in _METHODS else len(_METHODS)
+
+
+def settings(runs: Sequence[Run]) -> dict[str, str]:
+    """A letter for each distinct setting, by its repr, in order of appearance."""
+    return {text: _letter(i) for i, text in enumerate(dict.fromkeys(repr(run.setting) for run in runs))}
+
+
+def settings_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """A row per setting: the parameters that everybody asks for, and all in which the settings differ."""
+    letters = settings(runs)
+    each = {letters[repr(run.setting)]: run.setting for run in runs}
+    differing = [name for name in _DEFAULTS if len({repr(chosen[name]) for chosen in each.values()}) > 1]
+    columns = {**_ALWAYS, **{name: name for name in differing if name not in _ALWAYS.values()}}
+    rows = [
+        {"setting": letter, **{shown: _plain(chosen[name]) for shown, name in columns.items()}}
+        for letter, chosen in each.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def same_but_for_the_seed(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs in groups that differ in nothing but the seed; a seed that comes again begins another group."""
+    groups: dict[tuple, list[list[Run]]] = defaultdict(list)
+    for run in runs:
+        same = groups[run.all_but_the_seed]
+        place = next((group for group in same if run.seed not in [member.seed for member in group]), None)
+        if place is None:
+            same.append([run])
+        else:
+            place.append(run)
+    return [group for same in groups.values() for group in same]
+
+
+def table_1(runs: Sequence[Run]) -> pd.DataFrame:
+    """Rows model × setting × method, a column per dataset: accuracy in per cent with its Wilson interval.
+
+    Several seeds: mean ± standard deviation. The paper's number follows where it has one. What stands twice in a cell
+    differs in the questions, or was run twice; the table of runs says which.
+    """
+    letters = settings(runs)
+    cells: dict[tuple, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for group in same_but_for_the_seed(runs):
+        run = group[0]
+        row = (Path(run.model).name, letters[repr(run.setting)], run.method)
+        cells[row][_title(run.dataset)].append(_cell(group))
+    columns = list(dict.fromkeys(_title(run.dataset) for run in sorted(runs, key=_column)))
+    rows = [
+        {"model": model, "setting": letter, "method": method} | {c: " / ".join(by.get(c, [])) for c in columns}
+        for (model, letter, method), by in sorted(cells.items(), key=lambda item: item[0][:2])
+    ]
+    table = pd.DataFrame(rows, columns=["model", "setting", "method", *columns])
+    return table if len(letters) > 1 else table.drop(columns="setting")
+
+
+def cites_the_paper(runs: Sequence[Run]) -> bool:
+    """Whether the paper has a number for one of these runs."""
+    return any(published.accuracy(run.model, run.method, run.dataset) is not None for run in runs)
+
+
+def runs_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """A row per run: accuracy, interval, and everything that is no plain right or wrong."""
+    letters = settings(runs)
+    rows = []
+    for run in runs:
+        s = run.summary
+        paper = published.accuracy(run.model, run.method, run.dataset)
+        rows.append(
+            {
+                **run.names,
+                "model": Path(run.model).name,
+                "setting": letters[repr(run.setting)],
+                "seed": _plain(run.seed),
+                "accuracy": _percent(s["accuracy"]),
+                "95 % interval": f"{_percent(s['low'])} – {_percent(s['high'])}",
+                "paper": "" if paper is None else f"{paper:.1f}%",
+                "n": s["total"],
+                "unparsed": s["unparsed"],
+                "judge failed": s["judge_failed"],
+                "errors": s["errors"],
+                "skipped": s["skipped"],
+                "s / example": "–" if math.isnan(s["seconds"]) else f"{s['seconds']:.2f}",
+            }
+        )
+    table = pd.DataFrame(rows)
+    return table if cites_the_paper(runs) else table.drop(columns="paper", errors="ignore")
+
+
+def paired_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """A row per run that has a baseline beside it: the difference in points, its bootstrap interval, McNemar's p."""
+    rows = [
+        {
+            **run.names,
+            "seed": _plain(run.seed),
+            "difference": f"{100 * pair.difference:+.1f} points",
+            "95 % interval": f"{100 * pair.low:+.1f} to {100 * pair.high:+.1f}",
+            "gained": len(pair.gained),
+            "lost": len(pair.lost),
+            "n": pair.n,
+            "p": f"{pair.p_value:.2g}",
+        }
+        for run in runs
+        if (pair := run.paired) is not None
+    ]
+    return pd.DataFrame(rows)
+
+
+def seeds_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """A row per group of several seeds: mean and standard deviation of accuracy and of the paired difference."""
+    letters = settings(runs)
+    rows = []
+    for group in same_but_for_the_seed(runs):
+        if len(group) < 2:
+            continue
+        run, values = group[0], [100 * member.summary["accuracy"] for member in group]
+        gains = [100 * member.paired.difference for member in group if member.paired]
+        rows.append(
+            {
+                "model": Path(run.model).name,
+                "dataset": _title(run.dataset),
+                "setting": letters[repr(run.setting)],
+                "method": run.method,
+                "seeds": ", ".join(str(member.seed) for member in group),
+                "accuracy, mean ± s.d.": f"{mean(values):.1f} ± {stdev(values):.1f}",
+                "lowest – highest": f"{min(values):.1f} – {max(values):.1f}",
+                "difference, mean ± s.d.": f"{mean(gains):+.1f} ± {stdev(gains):.1f}" if len(gains) > 1 else "",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def group_metrics(entries: Sequence[Mapping[str, Any]]) -> dict[str, metrics.Accuracy | float]:
+    """The metrics that some benchmarks define on groups of questions, where the records have the groups.
+
+    HallusionBench: aAcc, fAcc, qAcc; MMVP: pair accuracy; MMStar: the mean over l2 categories, and each category.
+    """
+    has = {key for key in _GROUPS if any(entry.get(key) is not None for entry in entries)}
+    found: dict[str, metrics.Accuracy | float] = {}
+    if {"figure_group", "question_group"} <= has:
+        found["aAcc (questions)"] = metrics.accuracy(entries)
+        found["fAcc (figures)"] = metrics.group_accuracy(entries, "figure_group")
+        found["qAcc (question groups)"] = metrics.group_accuracy(entries, "question_group")
+    if "pair_id" in has:
+        found["pairs"] = metrics.pair_accuracy(entries)
+    if "l2_category" in has:
+        found["mean over l2 categories"] = metrics.category_mean(entries, "l2_category")
+        for row in metrics.by_category(entries).itertuples():
+            found[f"category {row.category}"] = metrics.wilson(row.correct, row.total)
+    return found
+
+
+def groups_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """A row per run and group metric; a mean over categories has no interval here."""
+    rows = []
+    for run in runs:
+        for metric, value in group_metrics(run.entries).items():
+            whole = isinstance(value, metrics.Accuracy)
+            rows.append(
+                {
+                    **run.names,
+                    "metric": metric,
+                    "accuracy": _percent(value.value if whole else value),
+                    "95 % interval": f"{_percent(value.low)} – {_percent(value.high)}" if whole else "",
+                    "n": value.total if whole else "",
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def calibration_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """A row per run with rewards: the AUROC of the best reward, and what its interval says."""
+    rows = []
+    for run in runs:
+        found = metrics.auroc(run.entries)
+        if not math.isnan(found.value):
+            says = "more often right" if found.low > 0.5 else "more often wrong" if found.high < 0.5 else "cannot tell"
+            numbers = {"AUROC": f"{found.value:.2f}", "95 % interval": f"{found.low:.2f} – {found.high:.2f}"}
+            rows.append({**run.names, **numbers, "n": found.right + found.wrong, "a higher reward is": says})
+    return pd.DataFrame(rows)
+
+
+def _cell(group: Sequence[Run]) -> str:
+    run, values = group[0], [100 * member.summary["accuracy"] for member in group]
+    if len(group) > 1:
+        text = f"{mean(values):.1f} ± {stdev(values):.1f} ({len(group)} seeds)"
+    elif math.isnan(values[0]):
+        text = "–"
+    else:
+        text = f"{values[0]:.1f} [{100 * run.summary['low']:.1f}, {100 * run.summary['high']:.1f}]"
+    paper = published.accuracy(run.model, run.method, run.dataset)
+    return text if paper is None else f"{text}, paper {paper:.1f}"
+
+
+def _column(run: Run) -> tuple:
+    """The paper's order, then the others by name."""
+    benchmark = published.benchmark_of(run.dataset)
+    return (published.BENCHMARKS.index(benchmark) if benchmark else len(published.BENCHMARKS)), _title(run.dataset)
+
+
+def _title(dataset: str) -> str:
+    """Name of a dataset in a table: the paper's for its benchmarks, else that of the file."""
+    stem = Path(dataset).name.removesuffix(".json")
+    return BENCHMARKS[stem].title if stem in BENCHMARKS else stem
+
+
+def _letter(position: int) -> str:
+    return chr(65 + position) if position < 26 else f"{_letter(position // 26 - 1)}{_letter(position % 26)}"
+
+
+def _percent(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.1%}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value) or "–"

@@ -1,0 +1,202 @@
+"""Tables over many runs: what stands beside what, and which runs are the same but for the seed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dmlr import comparison, metrics, published
+from dmlr.results import write_results
+
+SPEC = Path(__file__).resolve().parents[2] / "shared" / "spec" / "method.md"
+
+
+def write_run(root, label, method, outcomes, dataset="data/mmvp/mmvp.json", model="data/models/shapes-vl", **more):
+    """A results.json; an outcome is True, False or a verdict, `fields` are per-record lists."""
+    folder = root / label / Path(dataset).stem / method
+    folder.mkdir(parents=True)
+    fields, config = more.pop("fields", {}), {"seed": 42, **more.pop("config", {})}
+    entries = []
+    for i, outcome in enumerate(outcomes):
+        verdict = outcome if isinstance(outcome, str) else "correct" if outcome else "wrong"
+        entry = {"row": i, "data_idx": i, "ground_truth": "x", "stop_reason": "eos_token", "seconds": {"decode": 0.5}}
+        entry |= {"verdict": verdict, "is_correct": None if verdict == "judge_failed" else verdict == "correct"}
+        if verdict == "error":
+            entry |= {"stop_reason": "error", "is_correct": None, "verdict": None}
+        entries.append(entry | {key: values[i] for key, values in fields.items()})
+    write_results(folder, entries, model=model, dataset=dataset, config=config, method=method, **more)
+
+
+def table(root, make, baseline="vanilla"):
+    return make(comparison.load(root, baseline)).to_dict("records")
+
+
+def test_runs_stand_in_order_with_everything_that_is_no_plain_right_or_wrong(tmp_path):
+    write_run(tmp_path, "a", "dmlr", [True, True, "unparsed", "judge_failed", "error", False])
+    write_run(tmp_path, "a", "vanilla", [True, False, True, True, True, True])
+    first, second = table(tmp_path, comparison.runs_table)
+    assert [first["method"], second["method"]] == ["vanilla", "dmlr"]
+    assert (second["run"], second["dataset"], second["model"], second["seed"]) == ("a", "MMVP", "shapes-vl", "42")
+    assert {key: second[key] for key in ("accuracy", "n", "unparsed", "judge failed", "errors", "skipped")} == {
+        "accuracy": "50.0%", "n": 4, "unparsed": 1, "judge failed": 1, "errors": 1, "skipped": 0,
+    }  # fmt: skip
+    expected = metrics.wilson(2, 4)
+    assert second["95 % interval"] == f"{expected.low:.1%} – {expected.high:.1%}"
+    assert second["s / example"] == "0.50" and "paper" not in second
+
+
+def test_a_difference_is_paired_with_the_baseline_of_the_same_run(tmp_path):
+    write_run(tmp_path, "a", "vanilla", [True] + [False] * 9)
+    write_run(tmp_path, "a", "dmlr", [False] + [True] * 9)
+    write_run(tmp_path, "b", "dmlr", [True] * 10)
+    (row,) = table(tmp_path, comparison.paired_table)
+    assert (row["run"], row["difference"], row["gained"], row["lost"], row["n"]) == ("a", "+80.0 points", 9, 1, 10)
+    assert row["p"] == f"{metrics.mcnemar_exact(9, 1):.2g}"
+    low, high = map(float, row["95 % interval"].split(" to "))
+    assert low < 80 < high
+    (row,) = table(tmp_path, comparison.paired_table, baseline="dmlr")
+    assert (row["method"], row["difference"]) == ("vanilla", "-80.0 points")
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_cell_with_mean_and_spread(tmp_path):
+    for seed, right in ((1, 5), (2, 6), (3, 7)):
+        write_run(tmp_path, f"s{seed}", "vanilla", [True] * 5 + [False] * 5, config={"seed": seed, "output_dir": "x"})
+        outcomes = [True] * right + [False] * (10 - right)
+        write_run(tmp_path, f"s{seed}", "dmlr", outcomes, config={"seed": seed, "output_dir": f"y{seed}"})
+    vanilla, dmlr = table(tmp_path, comparison.seeds_table)
+    assert (dmlr["method"], dmlr["seeds"]) == ("dmlr", "1, 2, 3")
+    assert dmlr["accuracy, mean ± s.d."] == "60.0 ± 10.0" and dmlr["lowest – highest"] == "50.0 – 70.0"
+    assert dmlr["difference, mean ± s.d."] == "+10.0 ± 10.0"
+    assert vanilla["accuracy, mean ± s.d."] == "50.0 ± 0.0" and vanilla["difference, mean ± s.d."] == ""
+    rows = table(tmp_path, comparison.table_1)
+    assert [row["MMVP"] for row in rows] == ["50.0 ± 0.0 (3 seeds)", "60.0 ± 10.0 (3 seeds)"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"config": {"seed": 2, "sigma": 0.3}},
+        {"config": {"seed": 1}},  # the same seed again is no second draw
+        {"config": {"seed": 2}, "fields": {"ground_truth": ["x", "x", "y"]}},  # other questions
+        {"config": {"seed": 2}, "outcomes": [True, True]},  # fewer questions
+        {"config": {"seed": 2}, "llm_judge": {"model": "m"}},
+        {"config": {"seed": 2}, "model": "other"},
+    ],
+)
+def test_whatever_else_differs_is_no_spread(tmp_path, change):
+    write_run(tmp_path, "a", "dmlr", [True, True, False], config={"seed": 1})
+    write_run(tmp_path, "b", "dmlr", change.pop("outcomes", [True, False, False]), **change)
+    assert table(tmp_path, comparison.seeds_table) == []
+    assert "seeds" not in str(table(tmp_path, comparison.table_1))
+
+
+def test_settings_get_letters_and_say_in_what_they_differ(tmp_path):
+    write_run(tmp_path, "a", "dmlr", [True, False], config={"sigma": 0.1})
+    write_run(tmp_path, "b", "dmlr", [True, True], config={"sigma": 0.3, "top_k": 5, "batch_size": 7})
+    write_run(tmp_path, "c", "dmlr", [False, False], llm_judge={"model": "m", "every": True})
+    rows = table(tmp_path, comparison.settings_table)
+    assert [(row["setting"], row["σ"], row["top_k"], row["judge"]) for row in rows] == [
+        ("A", "0.1", "10", "rules"),
+        ("B", "0.3", "5", "rules"),
+        ("C", "0.1", "10", "m, every answer"),
+    ]
+    assert "batch_size" not in rows[0] and "lr" not in rows[0]
+    assert [row["setting"] for row in table(tmp_path, comparison.table_1)] == ["A", "B", "C"]
+
+
+def test_table_1_has_a_column_per_benchmark_in_the_papers_order_and_the_papers_numbers(tmp_path):
+    qwen = "Qwen/Qwen2.5-VL-7B-Instruct"
+    datasets = ["data/scienceqa/scienceqa.json", "mine.json", "data/mathvista/mathvista-500-seed0.json"]
+    for dataset in datasets:
+        write_run(tmp_path, "q", "vanilla", [True, True, False, False], dataset, qwen)
+        write_run(tmp_path, "q", "dmlr", [True, True, True, False], dataset, qwen)
+    write_run(tmp_path, "s", "dmlr", [True, False], datasets[0])
+    rows = table(tmp_path, comparison.table_1)
+    assert list(rows[0]) == ["model", "method", "mathvista-500-seed0", "ScienceQA", "mine"]
+    assert [(row["model"], row["method"]) for row in rows] == [
+        ("Qwen2.5-VL-7B-Instruct", "vanilla"), ("Qwen2.5-VL-7B-Instruct", "dmlr"), ("shapes-vl", "dmlr"),
+    ]  # fmt: skip
+    interval = metrics.wilson(3, 4)
+    ours = f"75.0 [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+    assert rows[1]["ScienceQA"] == f"{ours}, paper 51.3" and rows[1]["mine"] == ours
+    assert rows[1]["mathvista-500-seed0"] == f"{ours}, paper 59.1"
+    assert "paper" not in str(rows[2]) and rows[2]["mine"] == ""
+    assert [row["paper"] for row in table(tmp_path, comparison.runs_table)][:2] == ["58.7%", "59.1%"]
+
+
+def test_groups_are_shown_where_the_records_have_them(tmp_path):
+    hallusion = {"figure_group": ["f", "f", "g", None], "question_group": ["p", "q", "p", "q"]}
+    write_run(tmp_path, "a", "vanilla", [True, True, False, True], "hallusionbench.json", fields=hallusion)
+    pairs = {"pair_id": [0, 0, 1, 1, 2]}
+    write_run(tmp_path, "a", "vanilla", [True, True, True, False, True], "mmvp.json", fields=pairs)
+    star = {"category": ["x", "x", "y", "y"], "l2_category": ["p", "p", "q", "r"]}
+    write_run(tmp_path, "a", "vanilla", [True, False, True, True], "mmstar.json", fields=star)
+    write_run(tmp_path, "a", "vanilla", [True], "plain.json", fields={"category": ["x"]})
+    found = {
+        (row["dataset"], row["metric"]): (row["accuracy"], row["n"]) for row in table(tmp_path, comparison.groups_table)
+    }
+    assert found == {
+        ("HallusionBench", "aAcc (questions)"): ("75.0%", 4),
+        ("HallusionBench", "fAcc (figures)"): ("50.0%", 2),
+        ("HallusionBench", "qAcc (question groups)"): ("50.0%", 2),
+        ("MMVP", "pairs"): ("50.0%", 2),
+        ("MMStar", "mean over l2 categories"): ("83.3%", ""),
+        ("MMStar", "category x"): ("50.0%", 2),
+        ("MMStar", "category y"): ("100.0%", 2),
+    }
+
+
+def test_calibration_says_what_the_interval_says(tmp_path):
+    rewards = {"best_reward": [i / 60 for i in range(60)]}
+    for label, outcomes in {"up": [False] * 30 + [True] * 30, "down": [True] * 30 + [False] * 30}.items():
+        write_run(tmp_path, label, "dmlr", outcomes, fields=rewards)
+    write_run(tmp_path, "none", "dmlr", [True, False] * 30, fields=rewards)
+    write_run(tmp_path, "none", "vanilla", [True, False] * 30)
+    rows = table(tmp_path, comparison.calibration_table)
+    said = {row["run"]: row["a higher reward is"] for row in rows}
+    assert said == {"up": "more often right", "down": "more often wrong", "none": "cannot tell"}
+    assert {row["run"]: row["AUROC"] for row in rows}["up"] == "1.00"
+
+
+def test_a_run_without_a_judged_answer_has_no_number(tmp_path):
+    write_run(tmp_path, "a", "vanilla", ["error", "judge_failed"])
+    (row,) = table(tmp_path, comparison.runs_table)
+    assert (row["accuracy"], row["n"], row["errors"], row["judge failed"]) == ("–", 0, 1, 1)
+    assert table(tmp_path, comparison.table_1)[0]["MMVP"] == "–"
+
+
+def test_where_a_run_lies_is_its_name(tmp_path):
+    write_run(tmp_path / "deep", "a", "vanilla", [True])
+    assert [run.label for run in comparison.load(tmp_path, "vanilla")] == ["deep/a"]
+    assert [run.label for run in comparison.load(tmp_path / "deep" / "a", "vanilla")] == ["a"]
+
+
+# the paper's numbers
+
+
+def test_only_the_papers_models_methods_and_benchmarks_have_its_numbers():
+    assert published.accuracy("Qwen/Qwen2.5-VL-7B-Instruct", "icot", "data/mmmath/mmmath.json") == 37.0
+    assert published.accuracy("models/Qwen3-VL-4B-Instruct/", "dmlr", "mmvp-100-seed0.json") == 72.3
+    for model, method, dataset in [
+        ("Qwen/Qwen2.5-VL-72B-Instruct", "vanilla", "mmvp.json"),
+        ("someone/Qwen2.5-VL-7B-Instruct-tuned", "vanilla", "mmvp.json"),
+        ("UCSC/VLAA-Thinker-Qwen2.5-VL-7B", "vanilla", "mmvp.json"),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", "ltpo", "mmvp.json"),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", "icot", "mmvp.json"),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", "vanilla", "data/shapes/visual.json"),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", "vanilla", "my-mmvp.json"),
+    ]:
+        assert published.accuracy(model, method, dataset) is None
+
+
+@pytest.mark.skipif(not SPEC.exists(), reason="the shared specification is not part of the repository")
+def test_the_papers_numbers_are_those_of_the_specification():
+    rows = re.findall(r"^\| (.*?) ?\| (\S+) ((?:\| [\d.]+ ){7})\|$", SPEC.read_text(encoding="utf-8"), re.MULTILINE)
+    expected, model = {}, ""
+    for name, method, values in rows:
+        model = name or model
+        for benchmark, value in zip(published.BENCHMARKS, re.findall(r"[\d.]+", values), strict=True):
+            expected[model.lower(), method.lower(), benchmark] = float(value)
+    assert len(expected) == 15 * 7 and expected == published.TABLE_1
