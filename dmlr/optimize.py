@@ -214,6 +214,9 @@ def score(
         if config.reward_position == "think_next":
             after = vlm.embed(prefix.suffix_ids[:1]).to(embeds.dtype).expand(batch, samples, 1, -1)
             embeds, filled = torch.cat([embeds, after], dim=2), F.pad(filled, (0, 1), value=True)
+        if config.reward_position == "think":  # nothing that is read can see the patches of the last group
+            used = 1 + (length - 1) * (1 + patches.index.shape[2])
+            embeds, filled = embeds[:, :, :used], filled[:, :used]
         starts = embeds.shape[2] * torch.arange(samples, device=embeds.device)[:, None]  # [M, 1], first slots
         read = reward_slots(patches, config.reward_position)  # [B, R]
         think = torch.arange(length, device=embeds.device) * (1 + patches.index.shape[2])  # [L]

@@ -60,7 +60,7 @@ class Recipe:
     lr: float = 2.5e-3
     weight_decay: float = 0.03
     auxiliary: float = 0.1  # weight of the labels per merged token beside the answers
-    guess: float = 0.05  # weight of the final answer as what think tokens predict: their confidence then means something
+    guess: float = 0.05  # weight of the final answer as what think tokens predict: so their confidence means something
     noise: float = 3.0  # largest noise on think tokens, in units of their embedding's RMS
     length: int = 480  # tokens of a packed scene
     targets: int = 256  # labels of a packed scene
