@@ -207,6 +207,24 @@ def test_icot(breaking, every, patches, most):
         assert ids == run(vlm, "vanilla", QUESTIONS, config)[1]
 
 
+def test_a_finished_row_gets_no_more_insertions(breaking, monkeypatch):
+    """A row that said its last token may wait in the batch; what happens to it there is no part of its answer."""
+    config = Config(**BASE | {"max_new_tokens": 40}, icot_newlines=1, icot_insertions=9)
+    free, ids = run(breaking, "icot", QUESTIONS, config)
+    newline = breaking.tokenizer.encode("\n")[0]
+    row, end = next(
+        (row, token)
+        for row, answer in enumerate(free)
+        for token in ids[row][: ([0] + [i["after_tokens"] for i in answer.details["insertions"]])[-1]]
+        if token != newline and not any(token in other for other in ids[:row] + ids[row + 1 :])
+    )
+    monkeypatch.setitem(breaking.__dict__, "eos_ids", [*breaking.eos_ids, end])
+    together, _ = run(breaking, "icot", QUESTIONS, config)
+    alone, _ = run(breaking, "icot", QUESTIONS[row : row + 1], config)
+    assert together[row].details == alone[0].details
+    assert len(together[row].details["insertions"]) < len(free[row].details["insertions"])
+
+
 def test_inserted_patches_change_what_is_said(breaking):
     config = Config(**BASE | {"max_new_tokens": 40})
     with_patches, without = (run(breaking, method, QUESTIONS, config)[1] for method in ("icot", "vanilla"))
