@@ -66,7 +66,7 @@ def _notebook_command(args: argparse.Namespace) -> int:
             demo.publish()
         else:
             demo.demo()
-    except (ConfigError, notebooks.RunError) as error:
+    except (ConfigError, notebooks.RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

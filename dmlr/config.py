@@ -46,6 +46,9 @@ class Config:
     device: str = _param("auto", "torch device; auto: cuda if present, else cpu")
     dtype: str = _param("auto", "weights and activations; auto: bfloat16 on a GPU, float32 on a CPU", choices=DTYPES)
     batch_size: int | None = _param(None, "examples that go through the model together; none: by free memory", low=1)
+    num_workers: int = _param(1, "processes with a model each; more than 1: on Ray (pip install -e '.[ray]')", low=1)
+    worker_device_round_robin: bool = _param(False, "more workers than GPUs: let them share the GPUs evenly")
+    ray_address: str = _param("", "a running Ray cluster, host:port or auto; empty: this machine alone")
     seed: int = _param(42, "noise of an example comes from (seed, its idx)", low=0)
     trust_remote_code: bool = _param(False, "let the checkpoint run its own code")
     # prompt and answer

@@ -1,37 +1,44 @@
 """A dataset through methods: batches in, judged records out. The only place where answers meet ground truths.
 
-Nothing that goes wrong with one example stops the run: a failing batch is halved until the example that fails is
-alone, which then becomes one error record. Batches never change an answer, so halving is safe, also when memory
-runs out. Knows nothing about how a method works or a notebook looks.
+Nothing that goes wrong with one example stops the run: it becomes one error record. Who answers, the model of this
+process or workers on Ray, is chosen here and nowhere else. Knows nothing about how a method works or a notebook looks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import platform
+import math
 import re
-import resource
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from tqdm import tqdm
 
+from dmlr.batches import InProcess, cut, prepare
 from dmlr.config import Config, ConfigError, check_names, locate
-from dmlr.data import Example, ImageError, Problem, load_dataset, open_image
-from dmlr.methods import METHODS, Answer, Question
+from dmlr.data import Example, Problem, load_dataset, open_image
+from dmlr.machine import environment  # noqa: F401 (notebooks take it from here)
+from dmlr.methods import METHODS, Answer
 from dmlr.metrics import efficiency
-from dmlr.results import RunLog, read_results, read_run, write_results, write_reward_csv
+from dmlr.results import (
+    ResultsError,
+    RunLog,
+    read_results,
+    read_run,
+    write_results,
+    write_reward_csv,
+)
 from dmlr.verdicts import ask_llm, llm_settings, verdict_of
 from dmlr.vlm import VLM
 
 if TYPE_CHECKING:
     from dmlr.llm_settings import JudgeSettings
+    from dmlr.workers import Workers
 
 # What metrics and figures group records by, copied from the dataset where it is there.
 GROUPS = (
@@ -51,22 +58,55 @@ class Job:
     problems: list[Problem]
 
 
+class NoAnswers(RuntimeError):
+    """Every record of a run is an error; they are written all the same. The message has the first reason."""
+
+
 def run(config: Config, vlm: VLM | None = None) -> dict[tuple[str, str], dict[str, Any]]:
     """Every dataset of the config through every method; returns results.json's content by (dataset name, method).
 
     Each job writes `<output_dir>/<dataset>/<method>/`: log.jsonl as it goes, results.json, rewards/<row>.csv. The
-    model is loaded when the first example needs it, and not at all with `verify_only`. Raises what makes the whole
-    run pointless (a bad dataset file, a model that does not load, a folder that another process holds, an LLM judge
-    without a key).
+    model is loaded first, here or in the workers, and not at all with `verify_only`; `vlm` is one that is loaded
+    already, for a run in this process. Raises what makes the whole run pointless (a bad dataset file, a model that
+    does not load, workers that cannot start, a folder that another process holds or that cannot be written, an LLM
+    judge without a key), and NoAnswers at the end of a run in which nothing succeeded.
     """
     jobs = plan(config)
     llm = llm_settings(config)
-    model = VLM.load(config) if vlm is None and not config.verify_only else vlm
-    work = partial(verify, config=config) if config.verify_only else partial(run_job, config=config, vlm=model)
-    work = partial(work, llm=llm)
     total = sum(len(job.examples) for job in jobs)
-    with tqdm(total=total, unit="ex", disable=config.verbose == 0, smoothing=0.1) as bar:
-        return {(name(job.dataset), job.method): work(job, bar=bar) for job in jobs}
+    with contextlib.ExitStack() as stack:
+        if config.verify_only:
+            work = partial(verify, config=config, llm=llm)
+        else:
+            work = partial(run_job, config=config, crew=stack.enter_context(who_answers(config, vlm)), llm=llm)
+        bar = stack.enter_context(tqdm(total=total, unit="ex", disable=config.verbose == 0, smoothing=0.1))
+        results = {(name(job.dataset), job.method): work(job, bar=bar) for job in jobs}
+    complain(results, output_folder(config))
+    return results
+
+
+def who_answers(config: Config, vlm: VLM | None) -> InProcess | Workers:
+    """The model of this process, or workers on Ray where the config asks for several or names a cluster."""
+    if config.num_workers == 1 and not config.ray_address:
+        return InProcess(vlm or VLM.load(config), config)
+    if vlm is not None:
+        raise ConfigError("workers load the model themselves: give no model, or num_workers = 1 and no ray_address")
+    from dmlr.workers import Workers  # Ray is an extra
+
+    return Workers(config)
+
+
+def complain(results: dict[tuple[str, str], dict[str, Any]], folder: Path) -> None:
+    """Says on stderr which jobs have no answer at all, only errors; raises NoAnswers when none of the run has any."""
+    failures = []
+    for (dataset, method), result in results.items():
+        if result["errors"] and not result["total"] + result["judge_failed"]:
+            first = next(entry["error"] for entry in result["entries"] if entry["stop_reason"] == "error")
+            failures.append(f"{dataset}, {method}: {result['errors']} errors and no answer; the first: {first}")
+    if failures and len(failures) == len(results):
+        raise NoAnswers(f"every record is an error ({'; '.join(failures)}); they are in {folder}")
+    for failure in failures:
+        print(failure, file=sys.stderr, flush=True)
 
 
 def plan(config: Config) -> list[Job]:
@@ -99,33 +139,43 @@ def name(path: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", Path(path.strip().rstrip("/")).name.removesuffix(".json")) or "unnamed"
 
 
-def run_job(job: Job, config: Config, vlm: VLM, bar: tqdm, llm: JudgeSettings | None = None) -> dict[str, Any]:
-    """Answers what is not finished yet, judges it, and derives results.json; also when interrupted."""
+def run_job(
+    job: Job, config: Config, crew: InProcess | Workers, bar: tqdm, llm: JudgeSettings | None = None
+) -> dict[str, Any]:
+    """Gets answers to what is not finished yet, judges them, and derives results.json; also when interrupted."""
     bar.set_description(f"{name(job.dataset)} {job.method}")
     checksum = hashlib.sha256(Path(locate(job.dataset)).read_bytes()).hexdigest()
-    facts = {"method": job.method, "dtype": str(vlm.dtype), "device": vlm.device.type, "dataset": checksum}
+    facts = {"method": job.method, "dtype": crew.facts.dtype, "device": crew.facts.device, "dataset": checksum}
+    fair = math.ceil(len(job.examples) / config.num_workers)  # of few examples, each worker still gets some
+    size = config.batch_size or max(1, min(crew.facts.fitting_batch, fair))
     right = judged = 0
-    asked = None
     with RunLog(job.folder, config, resume=config.resume, facts=facts) as log:
-        done = log.finished()
-        todo = [e for e in job.examples if e.row not in done]
-        bar.update(len(job.examples) - len(todo))
+        finished, begun = log.finished(), {record["row"] for record in log.records()}
+        save = partial(save_results, job, log, config, crew.facts.environment)
+        bar.update(sum(example.row in finished for example in job.examples))
         try:
             for problem in job.problems:
-                log.append(error_record(problem.row, problem.idx, f"{problem.kind}: {problem.message}"))
-            for example, answer in answer_all(vlm, job.method, todo, config):
+                record = error_record(problem.row, problem.idx, f"{problem.kind}: {problem.message}")
+                if record["row"] not in begun:
+                    log.append(record)
+            batches = map(prepare, cut(job.examples, size, finished, begun))
+            for example, answer in chain.from_iterable(crew.answers(job.method, batches)):
+                if example.row in finished:
+                    continue
                 record = record_of(example, answer)
+                save_extras(job, example, answer, config)  # first: a row in the log is not done again
                 log.append(record)
-                save_extras(job, example, answer, config)
                 right, judged = right + bool(record["is_correct"]), judged + (record["is_correct"] is not None)
                 bar.set_postfix_str(f"{right}/{judged} right", refresh=False)
                 bar.update()
                 if config.verbose == 2:
                     bar.write(f"{example.idx}: {answer.text!r} ({example.solution})")
             asked = ask_llm(log, job.examples, llm, every=config.llm_verify_all)
-        finally:
-            results = save_results(job, log, config, llm_judge=asked)
-    return results
+        except BaseException:
+            with contextlib.suppress(ResultsError):  # what went wrong first is what must be heard
+                save(crew.peak_memory, llm_judge=None)
+            raise
+        return save(crew.peak_memory, llm_judge=asked)
 
 
 def verify(job: Job, config: Config, bar: tqdm, llm: JudgeSettings | None = None) -> dict[str, Any]:
@@ -143,48 +193,8 @@ def verify(job: Job, config: Config, bar: tqdm, llm: JudgeSettings | None = None
                 log.append({**old, **verdict_of(examples[old["row"]], old["model_output"], old["stop_reason"])})
                 bar.update()
         asked = ask_llm(log, job.examples, llm, every=config.llm_verify_all)
-        return save_results(job, log, Config.make(None, **saved), before["environment"], llm_judge=asked)
-
-
-def answer_all(vlm: VLM, method: str, examples: Sequence[Example], config: Config) -> Iterator[tuple[Example, Answer]]:
-    """Answers in batches, in order. Examples without ground truth are skipped, unreadable images are errors."""
-    size = config.batch_size or vlm.fitting_batch(1024 + config.max_new_tokens)
-    for start in range(0, len(examples), size):
-        batch, answers = examples[start : start + size], {}
-        questions = []
-        for example in batch:
-            if not example.solution:
-                answers[example.row] = Answer("", "", "skipped_no_ground_truth")
-                continue
-            try:
-                images = [open_image(example.image)] if example.image else []
-                questions.append((example, Question(example.idx, example.question, images)))
-            except ImageError as error:
-                answers[example.row] = failed(error)
-        spoken = answer_batch(vlm, method, [question for _, question in questions], config)
-        answers |= {example.row: answer for (example, _), answer in zip(questions, spoken, strict=True)}
-        for example in batch:
-            yield example, answers[example.row]
-
-
-def answer_batch(vlm: VLM, method: str, questions: list[Question], config: Config) -> list[Answer]:
-    """One batch; where it fails, its halves, down to the single question that cannot be answered."""
-    if not questions:
-        return []
-    try:
-        return METHODS[method](vlm, questions, config)
-    except Exception as error:  # whatever it is, it may cost one record and not the run
-        if len(questions) == 1:
-            return [failed(error)]
-    if vlm.device.type == "cuda":
-        torch.cuda.empty_cache()
-    half = len(questions) // 2
-    return answer_batch(vlm, method, questions[:half], config) + answer_batch(vlm, method, questions[half:], config)
-
-
-def failed(error: Exception) -> Answer:
-    """An answer that says why there is none."""
-    return Answer("", "", "error", error=f"{type(error).__name__}: {error}".split("\n")[0])
+        memory = before.get("efficiency", {}).get("peak_memory_bytes")
+        return save_results(job, log, Config.make(None, **saved), before["environment"], memory, llm_judge=asked)
 
 
 def record_of(example: Example, answer: Answer) -> dict[str, Any]:
@@ -236,13 +246,16 @@ def save_extras(job: Job, example: Example, answer: Answer, config: Config) -> N
         from dmlr.plots import save_kept_patches  # matplotlib costs a second that most runs need not pay
 
         path = job.folder / config.visual_token_viz_dir / f"{example.row:05d}.png"
-        save_kept_patches(path, open_image(example.image), answer.reasoning.patches, answer.reasoning.patch_grid)
+        try:
+            save_kept_patches(path, open_image(example.image), answer.reasoning.patches, answer.reasoning.patch_grid)
+        except OSError as error:
+            raise ResultsError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def save_results(
-    job: Job, log: RunLog, config: Config, made_with: dict[str, str] | None = None, **more: Any
+    job: Job, log: RunLog, config: Config, made_on: dict[str, str], peak_memory: int | None, **more: Any
 ) -> dict[str, Any]:
-    """results.json from the log; `made_with` is the environment of the answers, this one unless said."""
+    """results.json from the log; `made_on` (the environment) and `peak_memory` (bytes) are those of the answers."""
     return write_results(
         job.folder,
         log.records(),
@@ -250,37 +263,10 @@ def save_results(
         dataset=job.dataset,
         config=config.as_dict(),
         method=job.method,
-        environment=made_with or environment(),
-        efficiency=efficiency(log.records()) | {"peak_memory_bytes": peak_memory()},
+        environment=made_on,
+        efficiency=efficiency(log.records()) | {"peak_memory_bytes": peak_memory},
         **more,
     )
-
-
-def peak_memory() -> int:
-    """Most memory so far: allocated on the GPU, or of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def environment() -> dict[str, str]:
-    """Versions and the revision of this code, for the report's header."""
-    import transformers
-
-    root = Path(__file__).resolve().parents[1]
-    try:
-        git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-        revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        revision = ""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "revision": revision or "unknown",
-    }
 
 
 def _in_range(row: int, config: Config) -> bool:

@@ -165,17 +165,17 @@ def run(notebook: str | Path, given: Mapping[str, Any] | None = None, output: st
     `output` is the executed copy's path; the report lies beside it. The kernel works in the notebook's folder. What
     cells print, progress bars included, goes to this process's terminal as it comes.
 
-    Raises ConfigError before anything runs, RunError when a cell fails: the executed copy is kept, and no report of
-    an earlier run is left beside it.
+    Raises ConfigError before anything runs, RunError when a cell fails (the executed copy is kept, and no report of
+    an earlier run is left beside it) or when the output cannot be written.
     """
     notebook, given = Path(notebook).resolve(), dict(given or {})
     values = _from_here(check_parameters(notebook, given))
     output = Path(output or default_output(notebook, values)).resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
     report = output.with_suffix(".html")
-    report.unlink(missing_ok=True)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        report.unlink(missing_ok=True)
         papermill.execute_notebook(
             str(notebook),
             str(output),
@@ -188,12 +188,17 @@ def run(notebook: str | Path, given: Mapping[str, Any] | None = None, output: st
             stderr_file=sys.stderr,
             coalesce_streams=True,
         )
+        render(output, report)
     except PapermillExecutionError as error:
         where = f"cell [{error.exec_count}]: {error.ename}: {strip_ansi(str(error.evalue))}"
         raise RunError(f"{notebook.name} failed in {where}\n{_place(error)}executed copy: {output}") from None
     except DeadKernelError as error:
         raise RunError(f"{notebook.name}: the kernel died ({error}); executed copy so far: {output}") from None
-    render(output, report)
+    except OSError as error:
+        raise RunError(
+            f"{notebook.name}: {output.parent} cannot be written: {error.strerror or error}; records that were "
+            "finished are kept, and resume = true goes on from them"
+        ) from None
     return report
 
 
