@@ -166,12 +166,11 @@ def cites_the_paper(runs: Sequence[Run]) -> bool:
 
 
 def runs_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """A row per run: accuracy, interval, and everything that is no plain right or wrong."""
+    """A row per run: its accuracy with the interval; model and setting are columns where there are several."""
     letters = settings(runs)
     rows = []
     for run in runs:
         s = run.summary
-        paper = published.accuracy(run.model, run.method, run.dataset)
         rows.append(
             {
                 **run.names,
@@ -180,17 +179,30 @@ def runs_table(runs: Sequence[Run]) -> pd.DataFrame:
                 "seed": _plain(run.seed),
                 "accuracy": _percent(s["accuracy"]),
                 "95 % interval": f"{_percent(s['low'])} – {_percent(s['high'])}",
-                "paper": "" if paper is None else f"{paper:.1f}%",
                 "n": s["total"],
-                "unparsed": s["unparsed"],
-                "judge failed": s["judge_failed"],
-                "errors": s["errors"],
-                "skipped": s["skipped"],
-                "s / example": "–" if math.isnan(s["seconds"]) else f"{s['seconds']:.2f}",
             }
         )
-    table = pd.DataFrame(rows)
-    return table if cites_the_paper(runs) else table.drop(columns="paper", errors="ignore")
+    alike = [name for name, values in (("model", {run.model for run in runs}), ("setting", letters)) if len(values) < 2]
+    return pd.DataFrame(rows).drop(columns=alike, errors="ignore")
+
+
+def outcomes_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """A row per run: what is no plain right or wrong, and seconds per example (the mean over its examples)."""
+    rows = [
+        {
+            **run.names,
+            "seed": _plain(run.seed),
+            "judged": s["total"],
+            "unparsed": s["unparsed"],
+            "judge failed": s["judge_failed"],
+            "errors": s["errors"],
+            "skipped": s["skipped"],
+            "s / example": "–" if math.isnan(s["seconds"]) else f"{s['seconds']:.2f}",
+        }
+        for run in runs
+        for s in [run.summary]
+    ]
+    return pd.DataFrame(rows)
 
 
 def paired_table(runs: Sequence[Run]) -> pd.DataFrame:

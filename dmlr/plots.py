@@ -208,20 +208,25 @@ def reward_by_outcome(table: pd.DataFrame) -> Figure:
 
 @styled
 def reliability_curve(curves: Mapping[str, pd.DataFrame]) -> Figure:
-    """Accuracy over the best reward: a point per bin at its mean reward, with its interval.
+    """Accuracy over the best reward, a panel per name: a point per bin at its mean reward, with its interval.
 
-    curves: by name, as metrics.reliability gives them; the dotted line is the accuracy over all bins.
+    curves: by name (its last word is the method), as metrics.reliability gives them; the dotted line is the accuracy
+    over all bins.
     """
-    fig, axes = figure(1, 1, (6.4, 3.3))
-    axis = axes[0, 0]
-    for position, (name, table) in enumerate(curves.items()):
-        shade = colour(name.rpartition(" ")[2], position)
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    fig, axes = figure(rows, columns, (max(4.4, 2.9 * columns), 2.7 * rows), sharey=True)
+    for axis in axes.flat[len(curves) :]:
+        axis.set_axis_off()
+    for axis, (name, table) in zip(axes.flat, curves.items(), strict=False):
+        shade = colour(name.rpartition(" ")[2])
         value, low, high = (100 * table[column] for column in ("value", "low", "high"))
         style = {"color": shade, "marker": "o", "markersize": 5, "linewidth": 1.4, "capsize": 3}
-        axis.errorbar(table["score"], value, [value - low, high - value], label=name, **style)
+        axis.errorbar(table["score"], value, [value - low, high - value], **style)
         axis.axhline(100 * table["correct"].sum() / table["total"].sum(), color=shade, linewidth=0.9, linestyle=":")
-    axis.set(xlabel="best reward (mean of the bin)", ylabel="accuracy (%)", ylim=(-2, 102), yticks=range(0, 101, 20))
-    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
+        axis.set(title=name, xlabel="best reward", ylim=(-2, 102), yticks=range(0, 101, 20))
+    for axis in axes[:, 0]:
+        axis.set_ylabel("accuracy (%)")
     return fig
 
 

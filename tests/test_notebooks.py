@@ -330,7 +330,9 @@ def test_compare_end_to_end(benchmark, tmp_path):
     assert paired["difference"] == f"{100 * (accuracies['dmlr'] - accuracies['vanilla']):+.1f} points"
     runs = rows("Every-run")
     assert [row["accuracy"] for row in runs] == [f"{accuracies[method]:.1%}" for method in ("vanilla", "dmlr")]
-    assert [(row["n"], row["errors"], row["judge failed"]) for row in runs] == [("24", "0", "0")] * 2
+    outcomes = rows("Answered,-but-not-judged;-time")
+    assert [(row["judged"], row["errors"], row["judge failed"]) for row in outcomes] == [("24", "0", "0")] * 2
+    assert all(float(row["s / example"]) > 0 for row in outcomes)
     (setting,) = rows("Settings")
     assert (setting["setting"], setting["judge"], setting["T"]) == ("A", "rules", "3")
     text = soup.get_text()

@@ -132,11 +132,12 @@ def test_reliability_has_a_point_and_an_interval_per_bin():
         {"score": [0.2, 0.6], "value": [0.25, 0.75], "low": [0.1, 0.5], "high": [0.5, 0.9]}
         | {"correct": [1, 3], "total": [4, 4]}
     )
-    axis = plots.reliability_curve({"visual dmlr": table}).axes[0]
+    axes = plots.reliability_curve({"visual dmlr": table, **{str(i): table for i in range(3)}}).axes
+    axis = axes[0]
+    assert [panel.get_title(loc="left") for panel in axes] == ["visual dmlr", "0", "1", "2", "", ""]
     (container,) = axis.containers
     points, _, (bars,) = container.lines
     assert points.get_xydata().tolist() == [[0.2, 25], [0.6, 75]]
     assert np.allclose([[y for _, y in bar] for bar in bars.get_segments()], [[10, 50], [50, 90]])
     assert [line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == ":"] == [50]
     assert to_hex(points.get_color()) == plots.METHOD_COLOURS["dmlr"]
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["visual dmlr"]
