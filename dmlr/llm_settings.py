@@ -68,7 +68,7 @@ class JudgeSettings:
 
 
 def parse_price(text: str) -> tuple[float, float] | None:
-    """Dollars per million prompt and completion tokens, from "2,8"; None from no text. JudgeError from anything else."""
+    """Dollars per million prompt and completion tokens from "2,8"; None from no text. JudgeError for anything else."""
     if not text:
         return None
     try:

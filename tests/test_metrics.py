@@ -34,7 +34,7 @@ def test_wilson_against_published_values():
 
 
 @given(st.integers(0, 500), st.integers(1, 500))
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 def test_wilson_contains_its_value_and_mirrors(a, b):
     total = max(a, b)
     one, other = metrics.wilson(a, total), metrics.wilson(total - a, total)
@@ -118,7 +118,7 @@ def test_above_chance():
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=40))
-@settings(max_examples=80)
+@settings(max_examples=80, deadline=None)
 def test_auroc_counts_ordered_pairs(rows):
     run = [{"best_reward": float(s), "is_correct": ok} for s, ok in rows]
     right, wrong = ([s for s, ok in rows if ok is which] for which in (True, False))
