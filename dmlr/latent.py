@@ -48,7 +48,6 @@ def ltpo_config(config: Config) -> Config:
         sigma_decay=config.ltpo_sigma_decay,
         initial_patch_count=0,
         patch_increment=0,
-        num_selected_patches=0,
     )
 
 
