@@ -4,6 +4,7 @@ configuration; and what of its results must not depend on how the run went."""
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 from tiny import noise_image, tiny_vlm
@@ -53,3 +54,10 @@ def outcome(folder: Path) -> dict:
         csv = {path.name: path.read_text() for path in sorted((run / "rewards").glob("*"))}
         left[method] = {"results": results, "csv": csv, "hidden": [p.name for p in run.glob(".*")]}
     return left
+
+
+def free_port() -> int:
+    """A port of this machine that nobody has at the moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,6 +1,7 @@
 """A whole run on a tiny model: bad input costs one record, interrupted runs resume, verdicts can be made again."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +9,12 @@ from judge_server import JudgeServer, refuses, says
 from PIL import Image
 from tiny import noise_image, tiny_vlm
 
-from dmlr import evaluate, llm_judge
+from dmlr import batches, evaluate, llm_judge
+from dmlr.__main__ import main
 from dmlr.config import Config, ConfigError
 from dmlr.data import DatasetError
 from dmlr.llm_judge import JudgeError
-from dmlr.results import ResultsError, read_log
+from dmlr.results import ResultsError, read_log, read_results
 
 FAST = {"max_num_steps": 2, "max_new_tokens": 4, "batch_size": 4, "verbose": 0, "end_data_idx": None}
 
@@ -150,6 +152,32 @@ def test_unusable_dataset_is_one_message(vlm, tmp_path, content, message):
         run(vlm, tmp_path / "data.json", tmp_path / "out")
     with pytest.raises(DatasetError, match=r"nowhere\.json"):
         run(vlm, tmp_path / "nowhere.json", tmp_path / "out")
+
+
+def test_a_run_without_any_answer_is_an_error_and_leaves_its_records(vlm, tmp_path, capsys):
+    rows = [{"prompt": f"How many? {i}", "solution": "3", "image_path": f"{i}.png", "idx": i} for i in range(3)]
+    data, out = write(tmp_path, rows), tmp_path / "out"
+    with pytest.raises(evaluate.NoAnswers, match=r"every record is an error \(data, vanilla: 3 errors .*0\.png"):
+        run(vlm, data, out)
+    assert [entry["stop_reason"] for entry in read_results(out / "data/dmlr")["entries"]] == ["error"] * 3
+    given = {"dataset": str(data), "output_dir": str(tmp_path / "cli"), "methods": "vanilla"}
+    notebook = Path(__file__).parents[1] / "notebooks" / "03_benchmark.ipynb"
+    assert main(["run", str(notebook), *(text for name in given for text in ("-p", name, given[name]))]) == 1
+    assert "NoAnswers: every record is an error" in capsys.readouterr().err
+    assert read_results(tmp_path / "cli/data/vanilla")["errors"] == 3
+    rows.append({"prompt": "How many?", "solution": "3", "idx": 3, "image_path": None})
+    assert run(vlm, write(tmp_path, rows), tmp_path / "some")["dmlr"]["total"] == 1
+    assert "no answer" not in capsys.readouterr().err
+
+
+def test_a_method_without_any_answer_is_named(vlm, dataset, tmp_path, capsys, monkeypatch):
+    def breaks(*_):
+        raise ValueError("this method is broken")
+
+    monkeypatch.setitem(batches.METHODS, "dmlr", breaks)
+    assert run(vlm, dataset, tmp_path / "out")["vanilla"]["errors"] == 0
+    said = capsys.readouterr().err
+    assert "data, dmlr: 6 errors and no answer; the first: ValueError: this method is broken" in said
 
 
 def test_unknown_method_names_the_nearest(vlm, dataset, tmp_path):

@@ -3,12 +3,11 @@
 import dataclasses
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 
 import pytest
-from saved_run import outcome, save_dataset, save_model, settings
+from saved_run import free_port, outcome, save_dataset, save_model, settings
 
 from dmlr import evaluate, workers
 from dmlr.config import Config, ConfigError
@@ -49,29 +48,6 @@ def alone(model, dataset, tmp_path_factory):
     assert {len(method["results"]["entries"]) for method in left.values()} == {ROWS}
     assert len(left["dmlr"]["csv"]) == ROWS - 1
     return left
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """Address of a cluster of two nodes with one CPU each. Ports are named, so that a slow start is waited for."""
-    pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
-
-    def node():
-        ports = ("metrics_agent_port", "metrics_export_port", "runtime_env_agent_port", "dashboard_agent_listen_port")
-        where = {"node_ip_address": "127.0.0.1", "num_cpus": 1, "include_dashboard": False}
-        return {**where, "include_log_monitor": False, **{name: free_port() for name in ports}}
-
-    started = Cluster(initialize_head=True, head_node_args=node())
-    started.add_node(**node())
-    yield started.address
-    started.shutdown()
 
 
 def test_two_workers_on_one_machine_answer_as_one_process(model, dataset, alone, tmp_path):
