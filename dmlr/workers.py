@@ -7,12 +7,13 @@ The machines need this package in the same version and the model under the same 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import socket
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ class Workers:
         self._died_loading = 0
 
     def __enter__(self) -> Workers:
-        self._ray, self._started_ray = connect(self.config)
+        self._ray, self._disconnect = connect(self.config)
         try:
             device, needs = placement(self.config, self._ray.cluster_resources())
             nodes = sum(node["Alive"] for node in self._ray.nodes())
@@ -82,8 +83,7 @@ class Workers:
     def __exit__(self, *exc: object) -> None:
         for worker in self._idle + [worker for worker, *_ in self._busy.values()]:
             self._ray.kill(worker)
-        if self._started_ray:
-            self._ray.shutdown()
+        self._disconnect()
 
     def answers(self, method: str, batches: Iterable[Batch]) -> Iterator[list[tuple[Example, Answer]]]:
         """Each batch's examples with their answers, in the order in which they are finished."""
@@ -157,10 +157,12 @@ class Workers:
             )
 
 
-def connect(config: Config) -> tuple[Any, bool]:
-    """Ray's module, connected; and whether this call connected it. WorkerError when that is not possible.
+def connect(config: Config) -> tuple[Any, Callable[[], None]]:
+    """Ray's module, connected, and what undoes that. WorkerError when it is not possible.
 
-    Without an address Ray starts here, for this process alone, reachable from this machine alone.
+    Without an address Ray starts here, for this process alone, and ends with it; it can be reached from this machine
+    alone, unless the process had imported Ray before, without the switch for that. A Ray that the process is connected
+    to already is used, and left as it is.
     """
     host, _, port = config.ray_address.rpartition(":")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -174,19 +176,40 @@ def connect(config: Config) -> tuple[Any, bool]:
             "several workers need Ray, which is not installed: pip install -e '.[ray]'; num_workers = 1 runs without"
         ) from None
     if ray.is_initialized():
-        return ray, False
+        return ray, lambda: None
+    undo, this_machine = contextlib.ExitStack(), ray.util.get_node_ip_address()
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if not config.ray_address:
-            ray.init("local", num_cpus=config.num_workers, include_dashboard=False, **quiet)
-        else:
-            if port.isdigit() and "/" not in host:
-                socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would try for minutes
-            ray.init(config.ray_address, **quiet)
+            from ray.cluster_utils import Cluster
+
+            here = Cluster(initialize_head=True, head_node_args=node_here(config.num_workers, this_machine))
+            undo.callback(here.shutdown)
+        elif port.isdigit() and "/" not in host:
+            host = this_machine if host in LOOPBACK else host  # as Ray reads it
+            socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would try for minutes
+        undo.callback(ray.shutdown)
+        ray.init(config.ray_address or here.address, **quiet)
     except Exception as error:  # Ray raises bare exceptions, too
+        undo.close()
         where = f"no Ray cluster at {config.ray_address!r}" if config.ray_address else "Ray does not start"
         raise WorkerError(f"{where}: {_one_line(error)}") from error
-    return ray, True
+    return ray, undo.close
+
+
+def node_here(workers: int, ip: str) -> dict[str, Any]:
+    """What Ray is told about this machine, known by `ip`, when it starts here for so many workers.
+
+    Ports are named (`ray.init` cannot) because Ray gives its helpers only seconds to choose their own, and dies where
+    a busy machine takes longer. Closed again at once, they are free when Ray takes them.
+    """
+    names = ("metrics_agent_port", "metrics_export_port", "runtime_env_agent_port", "dashboard_agent_listen_port")
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(socket.create_server((ip, 0))) for _ in names]
+        ports = {name: listener.getsockname()[1] for name, listener in zip(names, listeners, strict=True)}
+    resources = {"num_cpus": workers, "num_gpus": torch.cuda.device_count(), "object_store_memory": 2**31}  # bytes
+    quiet = {"include_dashboard": False, "include_log_monitor": False}
+    return {"node_ip_address": ip, **resources, **quiet, **ports}
 
 
 def placement(config: Config, cluster: Mapping[str, float]) -> tuple[str, dict[str, float]]:

@@ -13,17 +13,13 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 @pytest.fixture(scope="session")
 def cluster():
-    """Address of a Ray cluster of two nodes with one CPU each. Ports are named, so that a slow start is waited for."""
+    """Address of a Ray cluster of two nodes, both on this machine, with one CPU each."""
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
-    from saved_run import free_port
 
-    def node():
-        ports = ("metrics_agent_port", "metrics_export_port", "runtime_env_agent_port", "dashboard_agent_listen_port")
-        where = {"node_ip_address": "127.0.0.1", "num_cpus": 1, "include_dashboard": False}
-        return {**where, "include_log_monitor": False, **{name: free_port() for name in ports}}
+    from dmlr.workers import node_here
 
-    started = Cluster(initialize_head=True, head_node_args=node())
-    started.add_node(**node())
+    started = Cluster(initialize_head=True, head_node_args=node_here(1, "127.0.0.1"))
+    started.add_node(**node_here(1, "127.0.0.1"))
     yield started.address
     started.shutdown()
