@@ -278,8 +278,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "num_thought_tokens": 4,
         "max_num_steps": 10,
-        "lr": 1e-3,
-        "sigma": 0.1,
+        "lr": 0.01,
+        "sigma": 0.04,
         "sigma_decay": 0.95,
         "initial_patch_count": 1,
         "patch_increment": 1,
@@ -290,6 +290,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "accept_at": "updated",
         "min_pixels": None,
         "max_pixels": None,
-        "max_new_tokens": 96,
+        "max_new_tokens": 128,
     },
 }

@@ -88,14 +88,17 @@ class Scene:
 class Difficulty:
     """How hard scenes are: how many objects, how many distinct colours and shapes, how small, how far off centre."""
 
-    min_things: int = 5
-    max_things: int = 10
-    min_kinds: int = 2
-    max_kinds: int = 5
-    min_radius: int = 8
-    max_radius: int = 12
-    jitter: int = 2
+    min_things: int = 8
+    max_things: int = 16
+    min_kinds: int = 3
+    max_kinds: int = 6
+    min_radius: int = 3
+    max_radius: int = 9
+    jitter: int = 4
     clustered: float = 0.6  # share of objects placed beside another one, so that neighbours exist
+
+
+EASY = Difficulty(5, 10, 2, 5, 8, 12, 2)  # what learning begins with; the defaults are the benchmark's
 
 
 def _draw_scene(rng: random.Random, hard: Difficulty) -> Scene:

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from dmlr.prompts import Prompts
-from dmlr.shapes import CELL, COLOURS, GRID, SHAPES, SIDE, Scene, random_scene, render
+from dmlr.shapes import CELL, COLOURS, GRID, SHAPES, SIDE, Difficulty, Scene, random_scene, render
 from dmlr.shapes_attention import Tree
 from dmlr.shapes_questions import (
     Question,
@@ -80,11 +80,13 @@ class Packed:
 
 @dataclass(frozen=True)
 class Phase:
-    """What training asks at a time: questions per scene, shares with think tokens and of dense captions."""
+    """What is asked at a time: questions per scene; shares with think tokens and of dense answers; guesses' weight."""
 
     questions: int
     latent: float
     dense: float
+    guess: float
+    hard: Difficulty
 
 
 @dataclass
@@ -155,9 +157,10 @@ def pack(
     questions: int,
     latent: float = 0.55,
     dense: float = 0.1,
+    hard: Difficulty | None = None,
 ) -> Packed:
     """A new training scene with its questions; half of the scenes use the project's own wording (`wordings[0]`)."""
-    scene = random_scene(rng, "train")
+    scene = random_scene(rng, "train", hard)
     asked = ask(scene, rng, questions, dense)
     prompts = wordings[0] if rng.random() < 0.5 else rng.choice(wordings)
     solver = rng.choices((0, 1, 2), (0.8, 0.12, 0.08))[0]
@@ -251,7 +254,7 @@ def batches(
         packed: list[Packed] = []
         while len(packed) < scenes:
             now = phase()
-            made = pack(rng, wordings, tokenizer, now.questions, now.latent, now.dense)
+            made = pack(rng, wordings, tokenizer, now.questions, now.latent, now.dense, now.hard)
             told = sum(label != NO_LABEL for label in made.labels + made.guesses)
             if len(made.ids) <= length and told <= targets:
                 packed.append(made)

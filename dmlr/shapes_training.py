@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from dmlr.prompts import Prompts
-from dmlr.shapes import GRID, random_scene
+from dmlr.shapes import EASY, GRID, Difficulty, random_scene
 from dmlr.shapes_attention import TREE
 from dmlr.shapes_packing import DENSE, IMAGE_TOKENS, KINDS, MIX, NO_LABEL, Batch, Phase, batches
 from dmlr.shapes_vl import (
@@ -44,15 +44,16 @@ from dmlr.shapes_vl import (
 class Recipe:
     """Everything that decides the weights, but for the number of steps that fit into `minutes`."""
 
-    minutes: float = 58.0
+    minutes: float = 50.0
     vision_minutes: float = 1.5  # labels per merged token only
     hidden: int = 192
     layers: int = 6
     scenes: int = 6  # per step and process; many images with few questions each learn faster than the reverse
     questions: int = 5  # per scene
     latent: float = 0.2  # share of questions with think tokens, at first
-    late: float = 0.5  # share of the time after which think tokens are trained in earnest
+    late: float = 0.5  # share of the time after which scenes are hard and think tokens are trained in earnest
     late_latent: float = 0.55
+    late_guess: float = 0.05  # weight of the final answer, which think tokens predict: their confidence means something
     dense: float = 0.6  # share of dense answers once questions begin ...
     dense_minutes: float = 15.0  # ... falling to late_dense in these minutes
     late_dense: float = 0.1
@@ -60,10 +61,9 @@ class Recipe:
     lr: float = 2.5e-3
     weight_decay: float = 0.03
     auxiliary: float = 0.1  # weight of the labels per merged token beside the answers
-    guess: float = 0.05  # weight of the final answer as what think tokens predict: so their confidence means something
     noise: float = 3.0  # largest noise on think tokens, in units of their embedding's RMS
-    length: int = 480  # tokens of a packed scene
-    targets: int = 256  # labels of a packed scene
+    length: int = 512  # tokens of a packed scene
+    targets: int = 288  # labels of a packed scene
     seed: int = 0
 
 
@@ -75,7 +75,7 @@ def corpus(scenes: int = 1500) -> list[str]:
         texts.append(chat_text(prompts.system, prompts.task("")))
     texts = texts * 4 + [Prompts().self_score] * 4 + list(Prompts().solver) * 40
     for _ in range(scenes):
-        scene = random_scene(rng, "train")
+        scene = random_scene(rng, "train", EASY)
         texts += [q.prompt + q.response for maker, _ in (*MIX, *DENSE) for q in maker(scene, rng)]
     return texts
 
@@ -151,18 +151,18 @@ class Learner:
         scale = scale.gather(1, batch.branch.clamp(min=0)) * batch.think * think.pow(2).mean().sqrt()  # [B, S]
         return torch.randn(embeds.shape, generator=generator).to(self.device, embeds.dtype) * scale[..., None]
 
-    def step(self, batch: Batch, lr: float, vision_only: bool, noise: torch.Generator) -> dict[str, float]:
-        """One update on the mean gradient of all processes."""
+    def step(self, batch: Batch, lr: float, now: Phase | None, noise: torch.Generator) -> dict[str, float]:
+        """One update on the mean gradient of all processes; without a phase on the labels of visual tokens only."""
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = lr
         with torch.autocast(self.device.type, torch.bfloat16):
             features = self.features(batch)
             loss, under = self.token_loss(features, batch)
             told = {"token_accuracy": under}
-            if not vision_only:
+            if now:
                 answers, guesses, told["answer_token_accuracy"] = self.answer_loss(features, batch, noise)
                 told |= {"loss": answers.item(), "guess_loss": guesses.item()}
-                loss = answers + self.recipe.guess * guesses + self.recipe.auxiliary * loss
+                loss = answers + now.guess * guesses + self.recipe.auxiliary * loss
         loss.backward()
         _average_gradients(self.parameters)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -207,7 +207,9 @@ def phase(recipe: Recipe, seconds: float) -> Phase:
     late = seconds >= recipe.late * 60 * recipe.minutes
     fallen = min(max(seconds / 60 - recipe.vision_minutes, 0) / recipe.dense_minutes, 1)
     dense = recipe.dense + (recipe.late_dense - recipe.dense) * fallen
-    return Phase(recipe.questions, recipe.late_latent if late else recipe.latent, dense)
+    if late:
+        return Phase(recipe.questions, recipe.late_latent, dense, recipe.late_guess, Difficulty())
+    return Phase(recipe.questions, recipe.latent, dense, 0.0, EASY)
 
 
 def train(folder: str | Path, recipe: Recipe, state_folder: str | Path) -> None:
@@ -257,7 +259,8 @@ def _work(rank: int, world: int, folder: Path, recipe: Recipe, state_folder: Pat
     while (gone := _agree(before + time.time() - start)) < 60 * recipe.minutes:
         share = gone / (60 * recipe.minutes)
         batch = next(data).to(device)
-        window.append(learner.step(batch, learning_rate(recipe, step, share), gone < 60 * recipe.vision_minutes, noise))
+        now = None if gone < 60 * recipe.vision_minutes else phase(recipe, gone)
+        window.append(learner.step(batch, learning_rate(recipe, step, share), now, noise))
         step += 1
         if rank == 0 and step % 50 == 0:
             mean = {key: round(sum(w[key] for w in window if key in w) / len(window), 4) for key in window[-1]}

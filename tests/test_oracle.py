@@ -128,3 +128,34 @@ def test_best_reward_is_that_of_the_state_that_earned_it(vlm, accept_at, positio
             torch.testing.assert_close(trace.scored.latents[row], trace.final.latents[row])
             assert trace.scored.patches.tolist()[row] == trace.final.patches.tolist()[row]
             assert trace.best_reward[row] >= trace.start_reward[row]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
+@pytest.mark.parametrize("position", ["think", "group_end"])
+def test_half_precision_loop_is_the_same_within_rounding(dtype, tolerance, position):
+    """Every state that the loop tried in half precision has, recomputed in full in float32 with the same weights, the
+    reward that the loop saw, and the first patches are the most attended ones, up to the tolerance."""
+    config = Config(**{**BASE, "reward_position": position})
+    half, exact = tiny_vlm(), tiny_vlm()
+    half.model.to(dtype)
+    exact.model.load_state_dict(half.model.state_dict())  # the rounded weights
+    encoded = encode(exact, config, 4)
+    noise = torch.stack([question_noise(half, Question(i, "", []), config) for i in range(4)])
+    trace = optimize(half, half.prefill(encoded), config, noise, torch.zeros(0, dtype=torch.long))
+    seen = []
+    for row in range(4):
+        reference = Reference(eager(exact), encoded[row], config)
+        with torch.no_grad():
+            again, attention = reference.reward(half.embed(torch.full((4,), half.think_id)).float(), [[]] * 4)
+            rewards = [
+                float(reference.reward(step.tried.latents[row], step.tried.patches.tolist()[row])[0])
+                for step in trace.steps
+            ]
+        columns = len(encoded[row].image_columns)
+        torch.testing.assert_close(
+            trace.start_attention[row, :, :columns], torch.tensor(attention), atol=tolerance, rtol=0
+        )
+        assert trace.start_reward[row].item() == pytest.approx(float(again), abs=tolerance)
+        seen += [(step.reward[row].item(), want) for step, want in zip(trace.steps, rewards, strict=True)]
+    assert [found for found, _ in seen] == pytest.approx([want for _, want in seen], abs=tolerance)
+    assert max(abs(found - want) for found, want in seen) > 0, "nothing was rounded: this tested float32"

@@ -15,7 +15,7 @@ from dmlr.config import Config, locate
 from dmlr.injection import Patches
 from dmlr.latent import append_latents
 from dmlr.prompts import Prompts
-from dmlr.shapes import random_scene, render
+from dmlr.shapes import EASY, random_scene, render
 from dmlr.shapes_attention import TREE, tree_attention
 from dmlr.shapes_packing import NO_LABEL, Phase, ask, batches, collate, interleaved, pack, pixel_rows
 from dmlr.shapes_training import Learner, Recipe, train
@@ -138,7 +138,9 @@ def test_tree_attention_equals_dense_attention(processor, seed):
 
 def test_batches_have_one_shape_and_follow_the_seed(processor):
     def first_batch(seed):
-        return next(batches(processor.tokenizer, wordings(PROMPTS), seed, lambda: Phase(4, 0.55, 0.1), 2, 700, 180))
+        return next(
+            batches(processor.tokenizer, wordings(PROMPTS), seed, lambda: Phase(4, 0.55, 0.1, 0.05, EASY), 2, 700, 240)
+        )
 
     first, again, other = first_batch("a"), first_batch("a"), first_batch("b")
     assert torch.equal(first.ids, again.ids) and not torch.equal(first.ids, other.ids)
