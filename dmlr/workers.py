@@ -193,7 +193,8 @@ def connect(config: Config) -> tuple[Any, Callable[[], None]]:
     except Exception as error:  # Ray raises bare exceptions, too
         undo.close()
         where = f"no Ray cluster at {config.ray_address!r}" if config.ray_address else "Ray does not start"
-        raise WorkerError(f"{where}: {_one_line(error)}") from error
+        token = "; it asks for a token: set RAY_AUTH_MODE=token" if "InvalidAuthToken" in str(error.__cause__) else ""
+        raise WorkerError(f"{where}: {_one_line(error)}{token}") from error
     return ray, undo.close
 
 
