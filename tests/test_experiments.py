@@ -1,0 +1,90 @@
+"""Ablations and efficiency, run headless on the embedded model: what they show follows from their runs."""
+
+import json
+import re
+
+import nbformat
+import papermill
+import pytest
+from bs4 import BeautifulSoup
+from papermill.parameterize import parameterize_notebook
+from test_notebooks import cell_parameters, external_requests, nbval
+
+from dmlr import notebooks, sweep
+from dmlr.results import find_runs, read_results
+
+ROOT = notebooks.root()
+ABLATIONS, EFFICIENCY = (ROOT / "notebooks" / f"{name}.ipynb" for name in ("02_ablations", "06_efficiency"))
+
+
+@pytest.fixture(scope="module")
+def ablations(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ablations")
+    given = {
+        "dataset": "data/shapes/visual.json",
+        "end_data_idx": 4,
+        "max_num_steps": 2,
+        "output_dir": str(folder / "runs"),
+    }
+    return folder, given, notebooks.run(ABLATIONS, given, folder / "out.ipynb")
+
+
+def test_ablations_have_a_row_for_every_setting(ablations):
+    folder, _, report = ablations
+    page = report.read_text(encoding="utf-8")
+    soup = BeautifulSoup(page, "html.parser")
+    shown = {table.find("th").get_text(): table for table in soup.find_all("table") if table.find("th")}
+    found = [path for path in find_runs(folder / "runs") if path.name != "vanilla"]
+    runs = {path.relative_to(folder / "runs").parts[0]: read_results(path) for path in found}
+    for file in sorted((ROOT / "notebooks/params/sweeps").glob("*.yaml")):
+        plan = sweep.read_sweep(file)
+        cells = [[cell.get_text() for cell in row.find_all("td")] for row in shown[plan.axis].find_all("tr")[1:]]
+        assert [row[0] for row in cells] == [str(label) for label in plan.settings]
+        for row, overrides in zip(cells, plan.settings.values(), strict=True):
+            result = runs[sweep.name(overrides) or "base"]
+            assert row[1] == f"{result['accuracy']:.1%}" and result["total"] == 4
+            assert len(result["entries"][0]["rewards"] or []) <= overrides.get("max_num_steps", 2)
+    assert len(soup.find_all("figure")) == 8 and all(image["alt"] for image in soup.find_all("img"))
+    assert external_requests(page) == []
+
+
+def test_ablations_run_again_reuse_what_is_there(ablations, tmp_path):
+    folder, given, _ = ablations
+    before = {path: path.read_bytes() for path in (folder / "runs").rglob("log.jsonl")}
+    notebooks.run(ABLATIONS, given, tmp_path / "again.ipynb")
+    assert before == {path: path.read_bytes() for path in (folder / "runs").rglob("log.jsonl")}
+
+
+def test_efficiency_shows_what_was_measured(tmp_path):
+    given = {
+        "device": "cpu",
+        "end_data_idx": 4,
+        "max_num_steps": 2,
+        "samples": "1,4",
+        "runs_folder": str(tmp_path / "none"),
+    }
+    report = notebooks.run(EFFICIENCY, {**given, "output_dir": str(tmp_path / "samples")}, tmp_path / "out.ipynb")
+    page = report.read_text(encoding="utf-8")
+    text = BeautifulSoup(page, "html.parser").get_text()
+    for shape in json.loads((ROOT / "reports/efficiency/cpu.json").read_text())["shapes"]:
+        ratio = shape["released_iteration"] / shape["iteration_batch_1"]
+        assert re.search(rf"{1e3 * shape['iteration_batch_1']:.1f} ms\s*{ratio:.1f}\b", text)
+    for count in (1, 4):
+        result = read_results(tmp_path / f"samples/num_samples={count}/visual/dmlr")
+        mean = sum(entry["best_reward"] for entry in result["entries"]) / 4
+        assert f"{mean:.4f}" in text and result["config"]["num_samples"] == count
+    assert "no run under none yet" in text
+    assert external_requests(page) == []
+
+
+def test_nbval_of_both(ablations, tmp_path):
+    _, given, _ = ablations
+    small = {"device": "cpu", "samples": "1,2", "runs_folder": str(tmp_path), "output_dir": str(tmp_path / "run")}
+    for path, values in ((ABLATIONS, given), (EFFICIENCY, {**given, **small})):
+        known = cell_parameters(path)
+        stored = papermill.iorw.load_notebook_node(str(path))
+        filled = parameterize_notebook(stored, {name: value for name, value in values.items() if name in known})
+        nbformat.write(filled, tmp_path / path.name)
+        result = nbval(tmp_path / path.name)
+        assert result.returncode == 0, result.stdout[-3000:]
+        assert f"{sum(cell.cell_type == 'code' for cell in filled.cells)} passed" in result.stdout
