@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import random
 import time
 from dataclasses import asdict, dataclass
@@ -257,6 +258,8 @@ def _work(rank: int, world: int, folder: Path, recipe: Recipe, state_folder: Pat
     )
     noise = torch.Generator().manual_seed(recipe.seed + 1000 * step + rank)
     while (gone := _agree(before + time.time() - start)) < 60 * recipe.minutes:
+        if _orphaned():  # the notebook was killed: nobody waits for this, and its folders may be somebody else's
+            return
         share = gone / (60 * recipe.minutes)
         batch = next(data).to(device)
         now = None if gone < 60 * recipe.vision_minutes else phase(recipe, gone)
@@ -287,6 +290,11 @@ def _average_gradients(parameters: list[torch.nn.Parameter]) -> None:
     flat /= dist.get_world_size()
     for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = part.view_as(parameter)
+
+
+def _orphaned() -> bool:
+    parent = multiprocessing.parent_process()
+    return parent is not None and not parent.is_alive()
 
 
 def _agree(seconds: float) -> float:
