@@ -7,6 +7,7 @@ import json
 import socket
 from pathlib import Path
 
+import pytest
 from tiny import noise_image, tiny_vlm
 
 METHODS = ("vanilla", "dmlr")
@@ -54,6 +55,22 @@ def outcome(folder: Path) -> dict:
         csv = {path.name: path.read_text() for path in sorted((run / "rewards").glob("*"))}
         left[method] = {"results": results, "csv": csv, "hidden": [p.name for p in run.glob(".*")]}
     return left
+
+
+def assert_same(left: object, right: object) -> None:
+    """Equal outcomes; numbers up to 1e-5, since a worker with another number of threads adds in another order."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_same(left[key], right[key])
+    elif isinstance(left, list) and isinstance(right, list):
+        assert len(left) == len(right)
+        for one, other in zip(left, right, strict=True):
+            assert_same(one, other)
+    elif isinstance(left, str) and "\n" in left:  # a CSV file
+        assert_same([line.split(",") for line in left.splitlines()], [line.split(",") for line in right.splitlines()])
+    elif left != right:
+        assert float(left) == pytest.approx(float(right), abs=1e-5)
 
 
 def free_port() -> int:

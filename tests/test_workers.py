@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from saved_run import free_port, outcome, save_dataset, save_model, settings
+from saved_run import assert_same, free_port, outcome, save_dataset, save_model, settings
 
 from dmlr import evaluate, workers
 from dmlr.config import Config, ConfigError
@@ -53,13 +53,13 @@ def alone(model, dataset, tmp_path_factory):
 def test_two_workers_on_one_machine_answer_as_one_process(model, dataset, alone, tmp_path):
     ray = pytest.importorskip("ray")
     evaluate.run(Config(**settings(model, dataset, tmp_path, num_workers=2)))
-    assert outcome(tmp_path) == alone
+    assert_same(outcome(tmp_path), alone)
     assert not ray.is_initialized()
 
 
 def test_two_machines_answer_as_one_process(model, dataset, alone, cluster, tmp_path):
     evaluate.run(Config(**settings(model, dataset, tmp_path, num_workers=2, ray_address=cluster)))
-    assert outcome(tmp_path) == alone
+    assert_same(outcome(tmp_path), alone)
     efficiency = read_results(tmp_path / "data" / "dmlr")["efficiency"]
     assert efficiency["peak_memory_bytes"] > 50e6  # the workers', who hold a model
 
