@@ -97,22 +97,18 @@ def random_vlm(shape: str, dtype: torch.dtype = torch.float32, device: str = "cp
 def random_prompt(vlm: VLM, side: int, length: int, num_thought_tokens: int, seed: int = 0) -> Encoded:
     """A prompt of `length` tokens of which side x side are image tokens, before the think tokens."""
     generator = torch.Generator().manual_seed(seed)
-    image = torch.full((side * side,), vlm.model.config.image_token_id)
+    image = torch.full((side * side,), vlm.image_token_id)
     words = torch.randint(20, 250, (length - side * side,), generator=generator)
     ids = torch.cat([words[:20], image, words[20:]])
     grid = torch.tensor([[1, 2 * side, 2 * side]])
-    kinds = (ids == vlm.model.config.image_token_id).int()
-    positions, _ = vlm.core.get_rope_index(
-        ids[None], image_grid_thw=grid, video_grid_thw=None, mm_token_type_ids=kinds[None]
-    )
+    kinds = (ids == vlm.image_token_id).int()
     return Encoded(
         prompt="",
         input_ids=ids,
-        positions=positions[:, 0],
+        positions=vlm.family.positions(ids, {"image_grid_thw": grid, "mm_token_type_ids": kinds[None]}),
         suffix_ids=words[:5],
         image_columns=kinds.nonzero()[:, 0],
-        pixel_values=torch.randn(4 * side * side, 1176, generator=generator),
-        grid_thw=grid,
+        image_inputs={"pixel_values": torch.randn(4 * side * side, 1176, generator=generator), "image_grid_thw": grid},
         patch_grid=(side, side),
     )
 
@@ -179,8 +175,8 @@ def copy_bandwidth(device: torch.device) -> float:
 
 def language_model_bytes(vlm: VLM) -> int:
     """Weights that one forward of think tokens reads: the language model and the output head, not the embedding."""
-    weights = sum(p.nbytes for p in vlm.core.language_model.layers.parameters())
-    return weights + vlm.model.lm_head.weight.nbytes
+    weights = sum(p.nbytes for p in vlm.text_model.layers.parameters())
+    return weights + vlm.model.get_output_embeddings().weight.nbytes
 
 
 def measure(shape: str, device: str, dtype: torch.dtype = torch.float32, batches: tuple[int, ...] = (1, 8)) -> dict:

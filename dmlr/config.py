@@ -45,6 +45,8 @@ class Config:
     end_data_idx: int | None = _param(100, "one past the last example; none: to the end", low=0)
     device: str = _param("auto", "torch device; auto: cuda if present, else cpu")
     dtype: str = _param("auto", "weights and activations; auto: bfloat16 on a GPU, float32 on a CPU", choices=DTYPES)
+    device_map: str = _param("", "layers over several devices by accelerate: auto, balanced, ...; empty: one device")
+    load_in_bits: int | None = _param(None, "weights in 4 or 8 bits (pip install bitsandbytes)", choices=(4, 8))
     batch_size: int | None = _param(None, "examples that go through the model together; none: by free memory", low=1)
     num_workers: int = _param(1, "processes with a model each; more than 1: on Ray (pip install -e '.[ray]')", low=1)
     worker_device_round_robin: bool = _param(False, "more workers than GPUs: let them share the GPUs evenly")
@@ -81,6 +83,7 @@ class Config:
     patch_increment: int = _param(2, "budget growth whenever the best reward improves", low=0)
     visual_insert_stride: int = _param(1, "inject after every N-th think token", low=1)
     visual_injection_start_step: int = _param(0, "first iteration that injects", low=0)
+    deep_patches: bool = _param(False, "Qwen3-VL: interleaved patches bring their DeepStack features too")
     visual_injection_interval: int = _param(1, "look for new patches every N iterations", low=1)
     # the other methods
     rationale_tokens: int = _param(512, "multimodal-cot: most tokens of the rationale", low=1)
@@ -180,7 +183,7 @@ def _nearest(name: str, known: typing.Iterable[str]) -> str:
 def _range(f: dataclasses.Field) -> str:
     low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
     if choices:
-        return f" [{', '.join(choices)}]"
+        return f" [{', '.join(map(str, choices))}]"
     if low is None and high is None:
         return ""
     return f" [{low} to {high}]" if high is not None else f" [>= {low}]"
@@ -201,7 +204,7 @@ def _checked(f: dataclasses.Field, value: Any) -> Any:
         raise ConfigError(f"{f.name} = {value!r}: expected {f.type}{_range(f)}") from None
     low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
     if choices and value not in choices:
-        raise ConfigError(f"{f.name} = {value!r} is not one of {', '.join(choices)}{_nearest(str(value), choices)}")
+        raise ConfigError(f"{f.name} = {value!r} is not one of{_range(f)}{_nearest(str(value), map(str, choices))}")
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         raise ConfigError(f"{f.name} = {value!r} is out of range{_range(f)}")
     return value

@@ -15,7 +15,8 @@ from dmlr.answers import Answer, Question
 from dmlr.config import Config
 from dmlr.latent import reasoned, with_notes
 from dmlr.optimize import Retrieval, State, Step, Trace, example_generator, initial_latents, optimize, score
-from dmlr.vlm import VLM, Prefix
+from dmlr.prefix import Prefix
+from dmlr.vlm import VLM
 
 
 def unoptimised(vlm: VLM, questions: Sequence[Question], config: Config) -> list[Answer]:

@@ -13,8 +13,9 @@ from dmlr.answers import Answer, Clock, Question, notes
 from dmlr.config import Config
 from dmlr.injection import Patches, choose_patches, in_image_order, interleave
 from dmlr.optimize import with_tokens
+from dmlr.prefix import Prefix
 from dmlr.prompting import decode, prefill_task, prompts_of
-from dmlr.vlm import VLM, Prefix
+from dmlr.vlm import VLM
 
 
 def icot(vlm: VLM, questions: Sequence[Question], config: Config) -> list[Answer]:
@@ -85,9 +86,11 @@ class InsertAtNewlines:
         none = Patches.none(batch, 1, counts.device)
         budget = torch.full_like(counts, most)
         chosen = in_image_order(choose_patches(attention, prefix.image_mask, none, budget, counts[:, None], most))
-        marks = vlm.embed(vlm.vision_marks)  # [2, D], start and end
-        embeds, filled = interleave(marks[0].expand(batch, 1, 1, -1), prefix.images, chosen)
-        embeds, filled = with_tokens(vlm, embeds[:, 0], filled, vlm.vision_marks[1:])
+        start, end = vlm.vision_marks
+        mark = vlm.embed(start) if len(start) else vlm.embed(end.new_zeros(1))  # [1, D]
+        embeds, filled = interleave(mark.expand(batch, 1, 1, -1), prefix.images, chosen)
+        filled[:, 0] &= len(start) > 0
+        embeds, filled = with_tokens(vlm, embeds[:, 0], filled, end)
         before = prefix.logits
         vlm.append(prefix, embeds, filled & due[:, None])
         prefix.logits = torch.where(due[:, None], prefix.logits, before)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Patches:
         return [[idx[:n] for idx, n in zip(indices, counts, strict=True)] for indices, counts in rows]
 
     def _widened(self, width: int) -> torch.Tensor:
-        return torch.nn.functional.pad(self.index, (0, width - self.index.shape[2]))
+        return F.pad(self.index, (0, width - self.index.shape[2]))
 
 
 def patch_caps(
@@ -104,13 +105,15 @@ def in_image_order(patches: Patches) -> Patches:
 def interleave(latents: torch.Tensor, images: torch.Tensor, patches: Patches) -> tuple[torch.Tensor, torch.Tensor]:
     """Groups of think token and patches as one sequence of slots.
 
-    latents: [B, M, L, D], M samples that share the patches; images: [B, N, D], the merged visual features. Returns
-    embeddings [B, M, L * (1 + K), D] and the mask of filled slots [B, L * (1 + K)].
+    latents: [B, M, L, D], M samples that share the patches; images: [B, N, D'], the merged visual features, D' = D or,
+    with n deep levels beside them, (1 + n) D, of which a think token has none. Returns embeddings
+    [B, M, L * (1 + K), D'] and the mask of filled slots [B, L * (1 + K)].
     """
-    batch, samples, length, dim = latents.shape
-    width = patches.index.shape[2]
+    batch, samples, length, _ = latents.shape
+    width, dim = patches.index.shape[2], images.shape[2]
     index = patches.index.reshape(batch, length * width, 1).expand(-1, -1, dim)
     features = images.gather(1, index).view(batch, 1, length, width, dim).to(latents.dtype)
+    latents = F.pad(latents, (0, dim - latents.shape[3]))
     slots = torch.cat([latents[:, :, :, None], features.expand(-1, samples, -1, -1, -1)], dim=3)  # [B, M, L, 1 + K, D]
     filled = torch.arange(1 + width, device=latents.device) <= patches.count[..., None]  # [B, L, 1 + K]
     return slots.flatten(2, 3), filled.flatten(1, 2)

@@ -12,12 +12,14 @@ import torch
 
 from dmlr.answers import Answer, Clock, Question, Reasoning, notes
 from dmlr.config import Config
+from dmlr.decoding import Decoded
 from dmlr.encode import Encoded
 from dmlr.injection import interleave
 from dmlr.optimize import Trace, example_noise, optimize, with_tokens
+from dmlr.prefix import Prefix
 from dmlr.prompting import decode, prompts_of
 from dmlr.prompts import Prompts
-from dmlr.vlm import VLM, Decoded, Prefix
+from dmlr.vlm import VLM
 
 # model, prefix, configuration, noise [B, T, M, L, D], tokens that ask for a self score -> what to decode, and why
 Loop = Callable[[VLM, Prefix, Config, torch.Tensor, torch.Tensor], Trace]

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 
 from dmlr.config import Config
 from dmlr.injection import Patches, choose_patches, interleave, patch_caps, reward_slots
+from dmlr.prefix import Prefix
 from dmlr.rewards import REWARDS, parse_score
-from dmlr.vlm import VLM, Prefix
+from dmlr.vlm import VLM
 
 
 @dataclass
@@ -94,7 +95,7 @@ def initial_latents(vlm: VLM, prefix: Prefix, config: Config) -> torch.Tensor:
     first, last = run * totals[:, None, None] // length, (run + 1) * totals[:, None, None] // length
     inside = (column >= first) & (column < torch.maximum(last, first + 1)) & prefix.image_mask[:, None]  # [B, L, N]
     weights = inside.float() / inside.sum(dim=2, keepdim=True).clamp(min=1)
-    return torch.where((totals > 0)[:, None, None], weights @ prefix.images.float(), think)
+    return torch.where((totals > 0)[:, None, None], weights @ prefix.images[..., : think.shape[2]].float(), think)
 
 
 def optimize(vlm: VLM, prefix: Prefix, config: Config, noise: torch.Tensor, score_ids: torch.Tensor) -> Trace:
@@ -213,6 +214,7 @@ def score(
         embeds, filled = interleave(latents, prefix.images, patches)  # [B, M, S, D], [B, S]
         if config.reward_position == "think_next":
             after = vlm.embed(prefix.suffix_ids[:1]).to(embeds.dtype).expand(batch, samples, 1, -1)
+            after = F.pad(after, (0, embeds.shape[3] - after.shape[3]))
             embeds, filled = torch.cat([embeds, after], dim=2), F.pad(filled, (0, 1), value=True)
         if config.reward_position == "think":  # nothing that is read can see the patches of the last group
             used = 1 + (length - 1) * (1 + patches.index.shape[2])
@@ -253,6 +255,7 @@ def with_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Slots followed by the same text tokens `ids` [S] in every row."""
     text = vlm.embed(ids).to(embeds.dtype).expand(embeds.shape[0], -1, -1)
+    text = F.pad(text, (0, embeds.shape[2] - text.shape[2]))
     return torch.cat([embeds, text], dim=1), torch.cat([filled, filled.new_ones(len(filled), len(ids))], dim=1)
 
 

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 
 from dmlr.answers import Answer, Clock, Question
 from dmlr.config import Config
+from dmlr.decoding import Decoded, Feed, Pick, greedy
 from dmlr.encode import Encoded
+from dmlr.prefix import Prefix
 from dmlr.prompts import Prompts, load_prompts
-from dmlr.vlm import VLM, Decoded, Feed, Pick, Prefix, greedy
+from dmlr.vlm import VLM
 
 
 def vanilla(vlm: VLM, questions: Sequence[Question], config: Config) -> list[Answer]:

@@ -57,13 +57,14 @@ class Reference:
         """
         model, encoded = self.model, self.encoded
         self.forward_count += 1
-        features = self.image_features()
-        pieces, starts, ends = [], [], []
+        features, *deep = self.image_features()
+        pieces, starts, ends, slots = [], [], [], []
         at = len(encoded.input_ids)
         for tau, chosen in zip(latents, patches, strict=True):
             starts.append(at)
             pieces.append(tau[None].to(features.dtype))
             pieces += [features[p][None] for p in chosen]
+            slots += range(at + 1, at + 1 + len(chosen))
             at += 1 + len(chosen)
             ends.append(at - 1)
         # Text tokens stand in for think tokens and patches, so that the model itself counts the positions.
@@ -74,24 +75,40 @@ class Reference:
         if pieces:
             prompt, rest = embeds[: len(encoded.input_ids)], embeds[at:]
             embeds = torch.cat([prompt, torch.cat(pieces).to(embeds.dtype), rest])
-        kinds = (ids == model.config.image_token_id).int()
-        positions, _ = model.model.get_rope_index(
-            ids, image_grid_thw=encoded.grid_thw, video_grid_thw=None, mm_token_type_ids=kinds
-        )
-        out = model.model.language_model(
-            inputs_embeds=embeds[None], position_ids=positions, use_cache=False, output_attentions=True
-        )
+        also = self.positions(ids)
+        if deep:  # DeepStack: what the vision tower's inner layers add to the image tokens, and to patches if asked
+            flat = [p for chosen in patches for p in chosen] if self.vlm.deep_levels else []
+            columns = torch.cat([encoded.image_columns, torch.tensor(slots[: len(flat)], dtype=torch.long)])
+            order = columns.argsort()
+            also["visual_pos_masks"] = torch.isin(torch.arange(len(embeds)), columns)[None]
+            also["deepstack_visual_embeds"] = [torch.cat([level, level[flat]])[order] for level in deep]
+        language_model = getattr(model.model, "language_model", None) or model.model.text_model
+        out = language_model(inputs_embeds=embeds[None], use_cache=False, output_attentions=True, **also)
         logits = model.lm_head(out.last_hidden_state)[0].float()
         attention = torch.stack([layer[0].float().mean(dim=0) for layer in out.attentions]).mean(dim=0)
         return logits, attention[:, encoded.image_columns], starts, ends
 
-    def image_features(self) -> torch.Tensor:
-        """[N, D] from the pixels, every time."""
+    def positions(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Position ids [3, 1, S] of a sequence [1, S], by the model itself; nothing where it counts them on its own."""
+        core = self.model.model
+        if not hasattr(core, "get_rope_index"):
+            return {}
+        kinds, grid = (ids == self.model.config.image_token_id).int(), self.encoded.image_inputs.get("image_grid_thw")
+        found = core.get_rope_index(ids, image_grid_thw=grid, video_grid_thw=None, mm_token_type_ids=kinds)
+        return {"position_ids": found[0]}
+
+    def image_features(self) -> list[torch.Tensor]:
+        """[N, D] from the pixels, every time, in the order of `Encoded.image_columns`; then the deep ones, as many."""
         encoded, vlm = self.encoded, self.vlm
-        if encoded.pixel_values is None:
-            return torch.zeros(0, vlm.text_config.hidden_size, device=vlm.device)
-        pixels = encoded.pixel_values.to(vlm.device, vlm.dtype)
-        return torch.cat(self.model.model.get_image_features(pixels, encoded.grid_thw.to(vlm.device)).pooler_output)
+        if not encoded.image_inputs:
+            return [torch.zeros(0, vlm.text_config.hidden_size, device=vlm.device)]
+        inputs = {name: tensor.to(vlm.device) for name, tensor in encoded.image_inputs.items()}
+        inputs["pixel_values"] = inputs["pixel_values"].to(vlm.dtype)
+        out = self.model.model.get_image_features(**inputs)
+        levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
+        flat = [torch.cat([part.reshape(-1, part.shape[-1]) for part in level]) for level in levels]
+        ranks = encoded.image_columns.argsort().argsort()  # which feature, in the order of the prompt, is image token i
+        return [level[ranks] for level in flat]
 
     def reward(self, latents: torch.Tensor, patches: list[list[int]]) -> tuple[torch.Tensor, list[list[float]]]:
         """R and the attention of each think token over the image, (6) and (7)."""
@@ -217,6 +234,6 @@ def eager(vlm: VLM) -> VLM:
 
     twin = copy.copy(vlm)
     twin.model = copy.deepcopy(vlm.model)
-    twin.core = twin.model.model  # `encode` may stay that of the original: it reads no weights
+    # `encode` and `family` may stay those of the original: the reference does not run them
     twin.model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
     return twin

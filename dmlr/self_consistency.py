@@ -13,12 +13,13 @@ import torch
 from dmlr.answers import Answer, Clock, Question
 from dmlr.choice import compare_choice
 from dmlr.config import Config
+from dmlr.decoding import Decoded, Pick
 from dmlr.extract import candidates, normalize_text, parse_options
 from dmlr.injection import patch_caps
 from dmlr.optimize import example_generator
 from dmlr.prompting import decode, prefill_task, prompts_of
 from dmlr.quantities import parse_number
-from dmlr.vlm import VLM, Decoded, Pick
+from dmlr.vlm import VLM
 
 FEWEST, MOST = 3, 40  # samples at equal compute: fewer are no majority; 40 is the original's number
 

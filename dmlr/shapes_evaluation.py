@@ -19,8 +19,9 @@ from dmlr.judge import judge
 from dmlr.latent import reasoned
 from dmlr.methods import METHODS, Question
 from dmlr.optimize import Trace, example_generator, optimize
+from dmlr.prefix import Prefix
 from dmlr.shapes_questions import SUITES
-from dmlr.vlm import VLM, Prefix
+from dmlr.vlm import VLM
 
 
 def load_suite(folder: str | Path, suite: str, examples: int | None = None) -> list[dict]:

@@ -139,7 +139,8 @@ def test_nan_reward_costs_one_record(vlm):
     def poisoned(system, task, images, count=0):
         encoded = encode(system, task, images, count)
         if images[0] is asked[1].images[0]:
-            encoded = dataclasses.replace(encoded, pixel_values=encoded.pixel_values * float("nan"))
+            broken = {**encoded.image_inputs, "pixel_values": encoded.image_inputs["pixel_values"] * float("nan")}
+            encoded = dataclasses.replace(encoded, image_inputs=broken)
         return encoded
 
     vlm.encode = poisoned

@@ -11,8 +11,8 @@ from saved_run import assert_same, free_port, outcome, save_dataset, save_model,
 
 from dmlr import evaluate, workers
 from dmlr.config import Config, ConfigError
+from dmlr.families import ModelError
 from dmlr.results import read_results
-from dmlr.vlm import ModelError
 from dmlr.workers import WorkerError, Workers, for_workers, placement, threads_per_worker
 
 ROWS = 14

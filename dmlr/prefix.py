@@ -1,0 +1,52 @@
+"""A batch of prompts that went through the model once: what every continuation starts from.
+
+Knows which columns are real and where the images are. Knows nothing about the model that made it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from dmlr.kv_cache import KVCache
+
+
+@dataclass
+class Prefix:
+    """`cache` holds the prompts, left-padded to P positions; the N image tokens are numbered as in `Encoded`."""
+
+    cache: KVCache
+    mask: torch.Tensor  # [B, committed], True where a position is real
+    next_position: torch.Tensor  # [B], position of the first token after the prefix
+    logits: torch.Tensor  # [B, V], float32, after the last committed position
+    images: torch.Tensor  # [B, N, D], merged visual features, right-padded ([B, N, (1 + n) D] with n deep ones)
+    image_mask: torch.Tensor  # [B, N]
+    image_columns: torch.Tensor  # [B, N], their columns among the P
+    suffix_ids: torch.Tensor  # [S], shared by the batch
+
+    def select(self, rows: torch.Tensor) -> Prefix:
+        """These rows [B'] of the batch only."""
+        names = ("mask", "next_position", "logits", "images", "image_mask", "image_columns")
+        return replace(self, cache=self.cache.select(rows), **{name: getattr(self, name)[rows] for name in names})
+
+    def branch(self) -> Prefix:
+        """A continuation that can be appended to and decoded, and leaves this prefix as it is."""
+        return replace(self, cache=self.cache.branch())
+
+    def compact(self) -> Prefix:
+        """The same in as few columns as the longest row needs: empty ones leave, real ones close up to the right.
+
+        Keys carry their positions with them, so attention over them is what it was.
+        """
+        width = int(self.mask.sum(dim=1).max())
+        order = self.mask.long().argsort(dim=1, stable=True)  # [B, committed], real columns last, in their order
+        columns, dropped = order[:, -width:], order.shape[1] - width
+        ranks = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        moved = torch.empty_like(order).scatter_(1, order, ranks) - dropped  # where each column is now
+        return replace(
+            self,
+            cache=self.cache.take(columns),
+            mask=self.mask.gather(1, columns),
+            image_columns=moved.gather(1, self.image_columns).clamp(min=0),
+        )
