@@ -38,6 +38,7 @@ class Config:
 
     # what runs
     model_name_or_path: str = _param("data/models/shapes-vl", "hub id or local folder of the vision-language model")
+    revision: str = _param("", "commit, branch or tag of a model on the hub; empty: the newest")
     dataset: str = _param("data/shapes/mathematics.json", "path of a dataset JSON (several: separated by commas)")
     methods: str = _param("vanilla,dmlr", "methods to run, separated by commas")
     output_dir: str = _param("", "folder of the run; empty: reports/runs/<model>_<dataset>")
@@ -46,7 +47,7 @@ class Config:
     device: str = _param("auto", "torch device; auto: cuda if present, else cpu")
     dtype: str = _param("auto", "weights and activations; auto: bfloat16 on a GPU, float32 on a CPU", choices=DTYPES)
     device_map: str = _param("", "layers over several devices by accelerate: auto, balanced, ...; empty: one device")
-    load_in_bits: int | None = _param(None, "weights in 4 or 8 bits (pip install bitsandbytes)", choices=(4, 8))
+    load_in_bits: int | None = _param(None, "language model in 4 or 8 bits (pip install bitsandbytes)", choices=(4, 8))
     batch_size: int | None = _param(None, "examples that go through the model together; none: by free memory", low=1)
     num_workers: int = _param(1, "processes with a model each; more than 1: on Ray (pip install -e '.[ray]')", low=1)
     worker_device_round_robin: bool = _param(False, "more workers than GPUs: let them share the GPUs evenly")

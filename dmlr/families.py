@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from transformers import PretrainedConfig
+
 from dmlr.family import Family
 from dmlr.qwen import Qwen3VL, QwenVL
 from dmlr.tiles import InternVL, LlavaOneVision, SmolVLM
@@ -22,26 +24,33 @@ class ModelError(ValueError):
 
 
 def family_of(model, processor, min_pixels: int | None = None, max_pixels: int | None = None) -> Family:
-    """The model's family. ModelError says what an architecture lacks, or that nobody has tested it."""
-    kind, name = model.config.model_type, type(model).__name__
-    known = ", ".join(FAMILIES)
-    core = getattr(model, "model", None)
+    """The model's family. ModelError for an architecture that has none."""
+    check_known(model.config)
+    return FAMILIES[model.config.model_type](model, processor, min_pixels, max_pixels)
+
+
+def check_known(config: PretrainedConfig) -> None:
+    """ModelError that says what an architecture lacks, or that nobody has tested it. Reads settings, no weights."""
+    kind, text = config.model_type, config.get_text_config()
+    missing = [what for what, there in _needs(config).items() if not there]
     if kind not in FAMILIES:
-        lacks = [what for what, there in _needs(model, core, processor).items() if not there]
-        because = f"it has no {', '.join(lacks)}" if lacks else "nobody has tested it (dmlr/families.py is the place)"
-        raise ModelError(f"{name}: the architecture {kind!r} is not supported: {because}; supported are {known}")
-    if "sliding_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
+        because = f"it has no {', no '.join(missing)}" if missing else "nobody has tested it"
         raise ModelError(
-            f"{name}: sliding-window layers are not supported: the prefix must stay visible to every think token"
+            f"the architecture {kind!r} is not supported: {because}; supported are {', '.join(FAMILIES)} "
+            "(dmlr/families.py is the place for another)"
         )
-    return FAMILIES[kind](model, processor, min_pixels, max_pixels)
+    if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+        raise ModelError(
+            f"{kind}: sliding-window layers are not supported: the prefix must stay visible to every think token"
+        )
 
 
-def _needs(model, core, processor) -> dict[str, bool]:
-    """What the method needs, and whether it is there."""
+def _needs(config: PretrainedConfig) -> dict[str, bool]:
+    """What the method needs of a model, and whether its settings have it."""
     return {
-        "image features in the language model's space (get_image_features)": hasattr(core, "get_image_features"),
-        "language model of its own": hasattr(core, "language_model") or hasattr(core, "text_model"),
-        "image token (image_token_id)": getattr(model.config, "image_token_id", None) is not None,
-        "image processor": getattr(processor, "image_processor", None) is not None,
+        "vision tower (vision_config)": getattr(config, "vision_config", None) is not None,
+        "image token (image_token_id)": getattr(config, "image_token_id", None) is not None,
+        "language model that is causal everywhere": not getattr(
+            config.get_text_config(), "use_bidirectional_attention", False
+        ),
     }

@@ -93,14 +93,16 @@ class KVCache(Cache):
         """A cache of these rows [B'] of the batch only."""
         twin = self.branch()
         for layer in twin.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            there = rows.to(layer.keys.device)  # layers may lie on several devices
+            layer.keys, layer.values = layer.keys[there], layer.values[there]
         return twin
 
     def take(self, columns: torch.Tensor) -> KVCache:
         """A cache of these columns [B, T] of each row, in this order."""
         twin = self.branch()
         for layer in twin.layers:
-            index = columns[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
+            heads, width = layer.keys.shape[1], layer.keys.shape[3]
+            index = columns.to(layer.keys.device)[:, None, :, None].expand(-1, heads, -1, width)
             layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
             layer.length = columns.shape[1]
         return twin

@@ -77,7 +77,11 @@ class SmolVLM(Family):
 
 class LlavaOneVision(Family):
     """A single picture: the whole in one tile, then at a higher resolution with an end of line after each row.
-    Several: a tile each, and one end of line."""
+
+    Of several pictures each is one tile and one end of line. The high resolution is padded to whole tiles, and padding
+    is cut away in whole rows or columns, so a cell may lie up to half a cell beside what it shows. `max_pixels` has no
+    effect.
+    """
 
     def layout(self, images: Sequence[Image.Image], inputs: Inputs, count: int) -> tuple[Grid, torch.Tensor]:
         base = self.processor.num_image_tokens

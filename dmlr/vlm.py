@@ -62,7 +62,10 @@ class VLM:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        """Where inputs go: the embedding's, also when accelerate keeps its weights elsewhere until they are needed."""
+        embedding = self.model.get_input_embeddings()
+        hook = getattr(embedding, "_hf_hook", None)
+        return torch.device(hook.execution_device) if hook else embedding.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -246,13 +249,14 @@ class VLM:
             use_cache=True,
             probe=probe,
             **also,
-        ).last_hidden_state
+        ).last_hidden_state.to(self.device)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., V] in float32 or more."""
         head = self.model.get_output_embeddings()
-        if hidden.device.type == "cpu" and type(head) is torch.nn.Linear and head.bias is None:
+        plain = type(head) is torch.nn.Linear and head.bias is None and not hasattr(head, "_hf_hook")
+        if plain and hidden.device.type == "cpu":
             # For a few rows MKL multiplies a tall matrix from the left up to four times faster than from the right.
             logits = (head.weight @ hidden.reshape(-1, hidden.shape[-1]).mT).mT
             return at_least_float32(logits.contiguous().view(*hidden.shape[:-1], -1))
-        return at_least_float32(head(hidden))
+        return at_least_float32(head(hidden).to(self.device))

@@ -37,20 +37,35 @@ TEMPLATE = (
 )
 
 
-def tiny_processor() -> Qwen2_5_VLProcessor:
-    """One token per byte, then Qwen's special tokens."""
+def byte_tokenizer(special: list[str], eos: str, pad: str, template: str, **options) -> PreTrainedTokenizerFast:
+    """One token per byte, then the special ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=core,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=SPECIAL,
-        chat_template=TEMPLATE,
+        eos_token=eos,
+        pad_token=pad,
+        additional_special_tokens=special,
+        chat_template=template,
         padding_side="left",
+        **options,
     )
+
+
+def lively(model: torch.nn.Module) -> torch.nn.Module:
+    """Initialisation is so small that a random model ignores its input; this makes it care."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8.0 if "embed_tokens" not in name else 1.0)
+    return model
+
+
+def tiny_processor() -> Qwen2_5_VLProcessor:
+    """One token per byte, then Qwen's special tokens."""
+    tokenizer = byte_tokenizer(SPECIAL, "<|im_end|>", "<|endoftext|>", TEMPLATE)
     tokenizer.image_token, tokenizer.video_token = "<|image_pad|>", "<|video_pad|>"
     size = {"shortest_edge": 4 * 28 * 28, "longest_edge": 16 * 28 * 28}
     return Qwen2_5_VLProcessor(
@@ -95,11 +110,7 @@ def tiny_vlm(seed: int = 1, layers: int = 2, hidden: int = 48, context: int = 10
     )
     torch.manual_seed(seed)
     config._attn_implementation = {"text_config": ATTENTION, "vision_config": "sdpa"}
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    with torch.no_grad():  # initialisation is so small that a random model ignores its input; make it care
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(8.0 if "embed_tokens" not in name else 1.0)
+    model = lively(Qwen2_5_VLForConditionalGeneration(config))
     model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     return VLM(model, processor)

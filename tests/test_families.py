@@ -1,0 +1,193 @@
+"""Every family on tiny random models of its real classes: the proofs behind the README's table.
+
+`python tests/families_table.py` runs this file and writes the table from what passed.
+"""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import noise_image
+from tiny_families import TINY
+from transformers import AutoModelForImageTextToText, Gemma3Config, LlamaConfig
+
+from dmlr.answers import NO_IMAGE, Question
+from dmlr.config import Config
+from dmlr.families import FAMILIES, ModelError, check_known
+from dmlr.latent import append_latents, question_noise
+from dmlr.methods import METHODS
+from dmlr.optimize import initial_latents, optimize
+from dmlr.prompts import Prompts
+from dmlr.reference import Reference, eager
+from dmlr.vlm import VLM
+
+PROMPTS = Prompts()
+WIDE, TALL, SMALL = (112, 168), (224, 84), (56, 56)
+ASKED = [  # question, sizes of its images
+    ("How many?", [WIDE]),
+    ("Which colour is the shape to the left of the big red star?", [TALL]),
+    ("No picture here.", []),
+    ("Are they the same?", [WIDE, SMALL]),
+    ("?", [SMALL]),
+]
+LOOP = {"num_thought_tokens": 3, "max_num_steps": 4, "lr": 0.02, "sigma": 0.05, "max_new_tokens": 5}
+USE_PATCHES = ("dmlr", "icot", "unoptimised", "random")
+ATTENTION_BLOCKS = ("attn", "self_attn", "attention")  # of vision towers
+VARIANTS = {
+    "paper": {"initial_patch_count": 1, "patch_increment": 1},
+    "released": {"reward": "logprob", "reward_position": "think_next", "accept_at": "candidate"},
+    "group_end, gradient": {"reward_position": "group_end", "use_auto_grad": True, "initial_patch_count": 2},
+}
+
+
+@pytest.fixture(scope="module", params=TINY)
+def vlm(request):
+    return TINY[request.param]()
+
+
+def pictures(sizes, seed=0):
+    return [noise_image(seed + i, *size) for i, size in enumerate(sizes)]
+
+
+def asked(vlm, think=0):
+    task = PROMPTS.latent_task if think else PROMPTS.task
+    arguments = (think,) if think else ()
+    return [
+        vlm.encode(PROMPTS.system, task(text, *arguments), pictures(sizes, i), think)
+        for i, (text, sizes) in enumerate(ASKED)
+    ]
+
+
+def test_every_family_is_here():
+    assert set(TINY) == set(FAMILIES)
+
+
+def test_vanilla_equals_generate(vlm, tmp_path):
+    """A batch of mixed questions against transformers' own `generate`, one by one, of the saved checkpoint."""
+    vlm.model.save_pretrained(tmp_path)
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation="eager")
+    texts = set()
+    for decoded, encoded, (_, sizes), seed in zip(
+        vlm.decode(vlm.prefill(asked(vlm)), 8), asked(vlm), ASKED, range(len(ASKED)), strict=True
+    ):
+        inputs = vlm.family.inputs(encoded.prompt, pictures(sizes, seed))
+        out = plain.generate(**inputs, max_new_tokens=8, do_sample=False)
+        assert decoded.ids == out[0, inputs["input_ids"].shape[1] :].tolist()
+        texts.add(decoded.text)
+    assert len(texts) > 2, "a random model that always says the same proves little"
+
+
+def test_loaded_from_a_folder_says_the_same(vlm, tmp_path):
+    vlm.model.save_pretrained(tmp_path)
+    vlm.processor.save_pretrained(tmp_path)
+    loaded = VLM.load(Config(model_name_or_path=str(tmp_path), device="cpu", max_pixels=None))
+    assert loaded.decode(loaded.prefill(asked(loaded)), 8) == vlm.decode(vlm.prefill(asked(vlm)), 8)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_loop_equals_full_recomputation(vlm, name):
+    """Rewards, patches and answers of a batch with one, two and no images, against pixels and whole sequences."""
+    config = Config(**{**LOOP, **VARIANTS[name]})
+    equals_full_recomputation(vlm, config)
+
+
+def test_deep_features_of_patches_equal_full_recomputation():
+    """DeepStack: patches that bring their deep features change the rewards, and still equal full recomputation."""
+    config = Config(**{**LOOP, **VARIANTS["paper"]})
+    deep = equals_full_recomputation(TINY["qwen3_vl"](deep_patches=True), config)
+    assert deep != equals_full_recomputation(TINY["qwen3_vl"](), config)
+
+
+def equals_full_recomputation(vlm, config) -> list[float]:
+    encoded = asked(vlm, config.num_thought_tokens)
+    noise = torch.stack([question_noise(vlm, Question(i, "", []), config) for i in range(len(encoded))])
+    prefix = vlm.prefill(encoded)
+    start = initial_latents(vlm, prefix, config)
+    trace = optimize(vlm, prefix, config, noise, torch.zeros(0, dtype=torch.long))
+    append_latents(vlm, prefix, trace.final.latents, trace.final.patches)
+    answers = vlm.decode(prefix, config.max_new_tokens)
+    oracle, tried = eager(vlm), 0
+    for row in range(len(encoded)):
+        reference = Reference(oracle, encoded[row], config)
+        expected = reference.run(start[row], noise[row])
+        for step, want in zip(trace.steps, expected.steps, strict=True):
+            assert step.reward[row].item() == pytest.approx(want.reward, abs=1e-4)
+            assert step.explored[row].item() == pytest.approx(want.explored, abs=1e-4)
+            assert step.tried.patches.tolist()[row] == want.patches
+            tried += sum(map(len, want.patches))
+        assert trace.final.patches.tolist()[row] == expected.best_patches
+        ids = reference.decode(expected.best_latents, expected.best_patches, config.max_new_tokens)
+        assert answers[row].ids == ids
+    assert tried, "no patches, nothing proved"
+    return [step.reward.tolist() for step in trace.steps]
+
+
+@pytest.fixture(scope="module", params=TINY)
+def local(request):
+    """A model whose vision tower mixes its patches little, so that features show where they come from."""
+    vlm = TINY[request.param]()
+    with torch.no_grad():
+        for name, parameter in vlm.model.named_parameters():
+            block, layer = name.split(".")[-3:-1] if name.count(".") > 1 else ("", "")
+            if "vis" in name and block in ATTENTION_BLOCKS and layer in ("proj", "out_proj", "projection_layer"):
+                parameter.mul_(0.01)
+    return vlm
+
+
+@pytest.mark.parametrize("size", [WIDE, TALL, SMALL])
+def test_image_tokens_are_numbered_as_they_lie_on_the_picture(local, size):
+    """Brightening the pixels under a cell changes the features of the token with that number more than any other."""
+    vlm = local
+    dark = Image.new("RGB", size[::-1], (40, 40, 40))
+    encoded = vlm.encode("", "?", [dark])
+    before = vlm.prefill([encoded]).images[0]
+    (height, width), off = encoded.patch_grid, []
+    for cell in range(height * width):
+        row, column = divmod(cell, width)
+        pixels = np.array(dark)
+        top, bottom = row * size[0] // height, (row + 1) * size[0] // height
+        left, right = column * size[1] // width, (column + 1) * size[1] // width
+        pixels[top:bottom, left:right] = 255
+        after = vlm.prefill([vlm.encode("", "?", [Image.fromarray(pixels)])]).images[0]
+        hit = divmod(int((after - before).norm(dim=1)[: height * width].argmax()), width)
+        off.append(max(abs(hit[0] - row), abs(hit[1] - column)))
+    # LLaVA-OneVision pads a picture to its tiles and cuts whole columns of padding away: half a cell may stay
+    assert max(off) <= (vlm.model.config.model_type == "llava_onevision" and size == TALL)
+
+
+def test_every_method_answers_with_one_two_and_no_images(vlm):
+    config = Config(
+        **{**LOOP, **VARIANTS["paper"]}, rationale_tokens=4, rationale_answer_tokens=4, scene_graph_tokens=4
+    )
+    config = config.replace(icot_newlines=1, icot_patches=2, ltpo_steps=2, consistency_samples=3)
+    questions = [Question(i, text, pictures(sizes, i)) for i, (text, sizes) in enumerate(ASKED)]
+    for name, method in METHODS.items():
+        together = method(vlm, questions, config)
+        for question, answer in zip(questions, together, strict=True):
+            assert answer.error is None and answer.num_new_tokens > 0, name
+            if name in USE_PATCHES:
+                assert question.images or NO_IMAGE.items() <= answer.details.items(), name
+            if name == "unoptimised":
+                assert any(answer.reasoning.patches) == bool(question.images)
+        alone = [method(vlm, [question], config)[0] for question in questions]
+        assert [a.text for a in together] == [a.text for a in alone], name
+
+
+def test_image_sizes_follow_max_pixels(vlm):
+    """Fewer tokens where a family can choose; the fixed sizes of the LLaVA family stay."""
+    kind = vlm.model.config.model_type
+    count = len(vlm.encode("", "?", [noise_image(0, 224, 224)]).image_columns)
+    small = VLM(vlm.model, vlm.processor, None, 6)
+    fewer = len(small.encode("", "?", [noise_image(0, 224, 224)]).image_columns)
+    assert fewer == count if kind.startswith("llava") else fewer <= 6 < count
+
+
+def test_an_architecture_that_is_not_known_says_what_is_missing():
+    with pytest.raises(ModelError, match="'gemma3' is not supported: nobody has tested it; supported are qwen2_vl"):
+        check_known(Gemma3Config())
+    with pytest.raises(ModelError, match="'llama' is not supported: it has no vision tower .*, no image token"):
+        check_known(LlamaConfig())
+    sliding = TINY["qwen2_vl"]().model.config
+    sliding.text_config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
+    with pytest.raises(ModelError, match="qwen2_vl: sliding-window layers are not supported"):
+        check_known(sliding)

@@ -1,0 +1,154 @@
+"""Loading as people load: folders, the hub's refusals, several devices, few bits."""
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from tiny import noise_image, tiny_vlm
+from transformers import AutoModelForImageTextToText, LlamaConfig
+
+from dmlr.config import Config, ConfigError
+from dmlr.families import ModelError
+from dmlr.kv_cache import ATTENTION
+from dmlr.latent import question_noise
+from dmlr.methods import METHODS, Question
+from dmlr.optimize import optimize
+from dmlr.shapes_evaluation import accuracy, load_suite
+from dmlr.vlm import VLM
+
+LOOP = {"num_thought_tokens": 2, "max_num_steps": 3, "lr": 0.02, "sigma": 0.05, "max_new_tokens": 6}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path, vlm = tmp_path_factory.mktemp("model"), tiny_vlm()
+    vlm.model.save_pretrained(path)
+    vlm.processor.save_pretrained(path)
+    return path
+
+
+def everything(vlm):
+    """Prefill, loop and decoding of a batch in which rows finish at different times."""
+    config = Config(**LOOP)
+    encoded = [vlm.encode("", "?" * (3 * i + 1), [noise_image(i)], 2) for i in range(3)]
+    noise = torch.stack([question_noise(vlm, Question(i, "", []), config) for i in range(3)])
+    trace = optimize(vlm, vlm.prefill(encoded), config, noise, torch.zeros(0, dtype=torch.long))
+    prefix = vlm.prefill(encoded).select(torch.tensor([0, 2])).compact()
+    return trace.best_reward, trace.final.patches.tolist(), vlm.decode(prefix, 8)
+
+
+def test_layers_on_several_devices_give_the_same(folder, tmp_path):
+    """accelerate's hooks move inputs to each layer: here one layer, the head and the vision tower wait on the disk."""
+    expected = everything(VLM.load(Config(model_name_or_path=str(folder), device="cpu", max_pixels=None)))
+    elsewhere = {"model.language_model.layers.1": "disk", "lm_head": "disk", "model.visual": "disk"}
+    here = ("model.language_model.layers.0", "model.language_model.embed_tokens", "model.language_model.norm",
+            "model.language_model.rotary_emb")  # fmt: skip
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation={"text_config": ATTENTION, "vision_config": "sdpa"},
+        device_map={**dict.fromkeys(here, "cpu"), **elsewhere},
+        offload_folder=tmp_path,
+    )
+    assert model.lm_head.weight.device.type == "meta"
+    processor = VLM.load(Config(model_name_or_path=str(folder), max_pixels=None)).processor
+    rewards, patches, decoded = everything(VLM(model, processor))
+    torch.testing.assert_close(rewards, expected[0])
+    assert (patches, decoded) == expected[1:]
+    auto = VLM.load(Config(model_name_or_path=str(folder), device_map="auto", dtype="float32", max_pixels=None))
+    torch.testing.assert_close(everything(auto)[0].cpu(), expected[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_few_bits_answer_like_all_of_them(bits):
+    """The embedded model's answers to thirty questions in 8 and 4 bits; most are those of float32."""
+    pytest.importorskip("bitsandbytes")
+    config = Config.make("demo", device="cpu")
+    vlm = VLM.load(config.replace(load_in_bits=bits))
+    kinds = {type(layer).__name__ for layer in vlm.text_model.layers[0].self_attn.children()}
+    assert kinds & {"Linear8bitLt", "Linear4bit"}
+    records = load_suite("data/shapes", "visual", 30)
+    exact = accuracy(VLM.load(config), records, config)["right"]
+    assert accuracy(vlm, records, config)["right"].sum() >= exact.sum() - 4
+    asked = [Question(r["idx"], r["prompt"], [noise_image(0)]) for r in records[:2]]
+    assert all(a.reasoning.best_reward >= a.reasoning.start_reward for a in METHODS["dmlr"](vlm, asked, config))
+
+
+def test_bits_without_their_library_say_so(monkeypatch):
+    monkeypatch.setattr("dmlr.loading.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="load_in_bits = 4 needs the library bitsandbytes: pip install"):
+        VLM.load(Config(load_in_bits=4))
+    with pytest.raises(ConfigError, match="load_in_bits = 3 is not one of .4, 8."):
+        Config(load_in_bits=3)
+
+
+def test_an_unknown_architecture_is_refused_before_its_weights(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="'llama' is not supported: it has no vision tower"):
+        VLM.load(Config(model_name_or_path=str(tmp_path)))
+
+
+def test_offline_says_so():
+    with pytest.raises(ModelError, match="'Qwen/Qwen2.5-VL-3B-Instruct': no such folder here, .* cannot be reached"):
+        VLM.load(Config(model_name_or_path="Qwen/Qwen2.5-VL-3B-Instruct"))
+    with pytest.raises(ModelError, match="no name of the form owner/model"):
+        VLM.load(Config(model_name_or_path="data/models/shapes_vl/x"))
+
+
+REFUSALS = {
+    "gated": (403, "GatedRepo"),
+    "nobody": (401, "RepoNotFound"),
+    "empty": (404, "EntryNotFound"),
+    "old": (404, "RevisionNotFound"),
+}
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Refuses as the hub does: by headers."""
+
+    def do_HEAD(self):
+        status, code = REFUSALS[next((owner for owner in REFUSALS if owner in self.path), "empty")]
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *args):
+        pass
+
+
+def test_what_the_hub_refuses_is_said_in_a_line(tmp_path):
+    """Gated, misspelt, of another kind, without that revision: each with what helps, and never the token."""
+    code = """if True:
+        import json
+        from dmlr.config import Config
+        from dmlr.families import ModelError
+        from dmlr.vlm import VLM
+        said = {}
+        for owner in ("gated", "nobody", "empty", "old"):
+            try:
+                VLM.load(Config(model_name_or_path=owner + "/model", revision="v1" if owner == "old" else ""))
+            except ModelError as error:
+                said[owner] = str(error)
+        print(json.dumps(said))
+    """
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        own = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}", "HF_HOME": str(tmp_path),
+               "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secret"}  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", code], env=os.environ | own, capture_output=True, text=True)
+        server.shutdown()
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert "accept its terms" in said["gated"]
+    assert "misspelt, or private" in said["nobody"]
+    assert "not this revision" in said["old"]
+    assert "Unrecognized model" in said["empty"]
+    assert "hf_secret" not in done.stdout + done.stderr

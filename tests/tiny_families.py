@@ -1,0 +1,241 @@
+"""Tiny random models of every family: the real config, model and processor classes, the family's own special tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from tiny import byte_tokenizer, lively, tiny_vlm
+from transformers import (
+    GotOcr2ImageProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
+    LlavaProcessor,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+    SiglipImageProcessor,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMImageProcessor,
+    SmolVLMProcessor,
+    SmolVLMVideoProcessor,
+)
+
+from dmlr.kv_cache import ATTENTION
+from dmlr.vlm import VLM
+
+HIDDEN = 48
+QWEN = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
+]  # fmt: skip
+# Each as the family's published checkpoints have it, without tools, videos and defaults for a missing system turn.
+QWEN_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' '}}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+ONEVISION_TEMPLATE = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + part['text'] }}{% endfor %}"
+    "{{'<|im_end|>'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+INTERN_TEMPLATE = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\n' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{{'<|im_end|>\n'}}{% endfor %}{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}"
+)
+SMOL_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% else %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+def text_config(tokenizer, eos: str, **more) -> dict:
+    """Two layers with grouped heads; Qwen2's, Qwen3's and Llama's configs share these names."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": HIDDEN,
+        "intermediate_size": 2 * HIDDEN,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "eos_token_id": tokenizer.convert_tokens_to_ids(eos),
+        **more,
+    }
+
+
+def siglip(side: int, patch: int, **more) -> dict:
+    return {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "image_size": side, "patch_size": patch, **more}  # fmt: skip
+
+
+def finished(kind, config, processor, eos: str, **options) -> VLM:
+    """A random model of that config, frozen, that cares for its input."""
+    config._attn_implementation = {"text_config": ATTENTION, "vision_config": "sdpa"}
+    torch.manual_seed(1)
+    model = lively(kind(config))
+    tokenizer = processor.tokenizer
+    model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids(eos)]
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return VLM(model, processor, **options)
+
+
+def qwen_ids(tokenizer) -> dict[str, int]:
+    names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+             "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}  # fmt: skip
+    return {key: tokenizer.convert_tokens_to_ids(token) for key, token in names.items()}
+
+
+def qwen_tokenizer():
+    tokenizer = byte_tokenizer(QWEN, eos="<|im_end|>", pad="<|endoftext|>", template=QWEN_TEMPLATE)
+    tokenizer.image_token, tokenizer.video_token = "<|image_pad|>", "<|video_pad|>"
+    return tokenizer
+
+
+def qwen2_vl(**options) -> VLM:
+    tokenizer, size = qwen_tokenizer(), {"shortest_edge": 4 * 28 * 28, "longest_edge": 16 * 28 * 28}
+    processor = Qwen2VLProcessor(
+        Qwen2VLImageProcessor(size=size), tokenizer, Qwen2VLVideoProcessor(), chat_template=QWEN_TEMPLATE
+    )
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": HIDDEN, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14}
+    text = text_config(tokenizer, "<|im_end|>", rope_parameters=rope)
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, **qwen_ids(tokenizer))
+    return finished(Qwen2VLForConditionalGeneration, config, processor, "<|im_end|>", **options)
+
+
+def qwen3_vl(**options) -> VLM:
+    tokenizer, size = qwen_tokenizer(), {"shortest_edge": 4 * 32 * 32, "longest_edge": 16 * 32 * 32}
+    images = Qwen2VLImageProcessor(size=size, patch_size=16, merge_size=2)
+    processor = Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(), chat_template=QWEN_TEMPLATE)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2], "mrope_interleaved": True}
+    vision = {
+        "depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": HIDDEN,
+        "patch_size": 16, "spatial_merge_size": 2, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
+    }  # fmt: skip
+    text = text_config(tokenizer, "<|im_end|>", rope_parameters=rope, head_dim=12)
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, **qwen_ids(tokenizer))
+    return finished(Qwen3VLForConditionalGeneration, config, processor, "<|im_end|>", **options)
+
+
+def llava(**options) -> VLM:
+    tokenizer = byte_tokenizer(["<s>", "</s>", "<pad>", "<image>"], eos="</s>", pad="<pad>", template=LLAVA_TEMPLATE)
+    tokenizer.image_token = "<image>"
+    images = SiglipImageProcessor(size={"height": 56, "width": 56})
+    processor = LlavaProcessor(
+        images, tokenizer, patch_size=14, vision_feature_select_strategy="full", chat_template=LLAVA_TEMPLATE
+    )
+    config = LlavaConfig(
+        text_config={"model_type": "llama", **text_config(tokenizer, "</s>")},
+        vision_config={"model_type": "siglip_vision_model", **siglip(56, 14)},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=16,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
+    return finished(LlavaForConditionalGeneration, config, processor, "</s>", **options)
+
+
+def llava_onevision(**options) -> VLM:
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
+    tokenizer = byte_tokenizer(special, eos="<|im_end|>", pad="<|endoftext|>", template=ONEVISION_TEMPLATE)
+    tokenizer.image_token, tokenizer.video_token = "<image>", "<video>"
+    pinpoints = [[56, 56], [56, 112], [112, 56], [112, 112]]
+    size = {"height": 56, "width": 56}
+    processor = LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=pinpoints),
+        tokenizer,
+        LlavaOnevisionVideoProcessor(),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=ONEVISION_TEMPLATE,
+    )
+    config = LlavaOnevisionConfig(
+        text_config={"model_type": "qwen2", **text_config(tokenizer, "<|im_end|>")},
+        vision_config={"model_type": "siglip_vision_model", **siglip(56, 14, vision_use_head=False)},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=pinpoints,
+        vision_feature_layer=-1,
+    )
+    return finished(LlavaOnevisionForConditionalGeneration, config, processor, "<|im_end|>", **options)
+
+
+def internvl(**options) -> VLM:
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
+    named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
+             "video_token": "<video>"}  # fmt: skip
+    tokenizer = byte_tokenizer(special, "<|im_end|>", "<|endoftext|>", INTERN_TEMPLATE, extra_special_tokens=named)
+    processor = InternVLProcessor(
+        GotOcr2ImageProcessor(size={"height": 56, "width": 56}, crop_to_patches=True, max_patches=6),
+        tokenizer,
+        InternVLVideoProcessor(),
+        image_seq_length=4,
+        chat_template=INTERN_TEMPLATE,
+    )
+    vision = siglip([56, 56], [14, 14], use_absolute_position_embeddings=True, use_mean_pooling=True)
+    config = InternVLConfig(
+        text_config={"model_type": "qwen2", **text_config(tokenizer, "<|im_end|>")},
+        vision_config=vision,
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+    )
+    return finished(InternVLForConditionalGeneration, config, processor, "<|im_end|>", **options)
+
+
+def smolvlm(**options) -> VLM:
+    tiles = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
+    special = ["<|endoftext|>", "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>",
+               "<global-img>", "<video>", *tiles]  # fmt: skip
+    tokenizer = byte_tokenizer(special, eos="<end_of_utterance>", pad="<|endoftext|>", template=SMOL_TEMPLATE)
+    images = SmolVLMImageProcessor(size={"longest_edge": 112}, max_image_size={"longest_edge": 56})
+    videos = SmolVLMVideoProcessor(size={"longest_edge": 56}, max_image_size={"longest_edge": 56}, fps=1, num_frames=1)
+    processor = SmolVLMProcessor(images, tokenizer, videos, image_seq_len=4, chat_template=SMOL_TEMPLATE)
+    config = SmolVLMConfig(
+        text_config={"model_type": "llama", **text_config(tokenizer, "<end_of_utterance>")},
+        vision_config=siglip(56, 14),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return finished(SmolVLMForConditionalGeneration, config, processor, "<end_of_utterance>", **options)
+
+
+TINY: dict[str, Callable[..., VLM]] = {
+    "qwen2_vl": qwen2_vl,
+    "qwen2_5_vl": tiny_vlm,
+    "qwen3_vl": qwen3_vl,
+    "llava": llava,
+    "llava_onevision": llava_onevision,
+    "internvl": internvl,
+    "smolvlm": smolvlm,
+}
