@@ -236,14 +236,14 @@ def kept_patches(image: Image.Image, patches: Sequence[Sequence[int]], grid: Gri
     width, height = image.size
     fig, axes = figure(1, 1, (4.4, 4.4 * height / width + 0.25 * (1 + len(patches) // 4)))
     axis = axes[0, 0]
-    _draw_image(axis, image)
+    draw_image(axis, image)
     for line in range(1, grid[1]):
         axis.axvline(line * width / grid[1], color="#9aa0a6", linewidth=0.4, alpha=0.6)
     for line in range(1, grid[0]):
         axis.axhline(line * height / grid[0], color="#9aa0a6", linewidth=0.4, alpha=0.6)
-    _outline(axis, image, patches, grid)
+    outline(axis, image, patches, grid)
     tokens = range(len(patches))
-    handles = [Rectangle((0, 0), 1, 1, fill=False, linewidth=2, edgecolor=_token_colour(token)) for token in tokens]
+    handles = [Rectangle((0, 0), 1, 1, fill=False, linewidth=2, edgecolor=token_colour(token)) for token in tokens]
     labels = [f"think token {token + 1}" for token in tokens]
     fig.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, handlelength=1.1, columnspacing=1)
     return fig
@@ -278,25 +278,27 @@ def attention_maps(
     for m in range(moments):
         for t in range(tokens):
             axis = axes[m, t]
-            _draw_image(axis, image.convert("L").convert("RGB"))
+            draw_image(axis, image.convert("L").convert("RGB"))
             heat = axis.imshow(
                 attention[m, t].reshape(grid), extent=(0, width, height, 0), cmap="magma", alpha=0.62,
                 vmin=0, vmax=float(attention.max()) or 1.0, interpolation="nearest",
             )  # fmt: skip
             if patches is not None and m == moments - 1:
-                _outline(axis, image, [patches[t] if i == t else [] for i in range(tokens)], grid)
+                outline(axis, image, [patches[t] if i == t else [] for i in range(tokens)], grid)
             if m == 0:
-                axis.set_title(f"think token {t + 1}", color=_token_colour(t))
+                axis.set_title(f"think token {t + 1}", color=token_colour(t))
         axes[m, 0].text(-0.06, 0.5, row_titles[m], rotation=90, va="center", ha="right", transform=axes[m, 0].transAxes)
     fig.colorbar(heat, ax=axes, shrink=0.8, pad=0.01, label="attention")
     return fig
 
 
-def _token_colour(token: int) -> str:
+def token_colour(token: int) -> str:
+    """A think token's colour in every figure."""
     return TOKEN_COLOURS[token % len(TOKEN_COLOURS)]
 
 
-def _draw_image(axis: Any, image: Image.Image) -> None:
+def draw_image(axis: Any, image: Image.Image) -> None:
+    """The image in its own pixels, without ticks."""
     width, height = image.size
     axis.imshow(image, extent=(0, width, height, 0))
     axis.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
@@ -304,7 +306,9 @@ def _draw_image(axis: Any, image: Image.Image) -> None:
     axis.spines[:].set_visible(False)
 
 
-def _outline(axis: Any, image: Image.Image, patches: Sequence[Sequence[int]], grid: Grid) -> None:
+def outline(
+    axis: Any, image: Image.Image, patches: Sequence[Sequence[int]], grid: Grid, linestyle: Any = "solid"
+) -> None:
     """Cells outlined in their token's colour; a cell kept by several tokens gets nested outlines."""
     cell_w, cell_h = image.size[0] / grid[1], image.size[1] / grid[0]
     used: dict[int, int] = {}
@@ -314,4 +318,5 @@ def _outline(axis: Any, image: Image.Image, patches: Sequence[Sequence[int]], gr
             used[cell] = used.get(cell, 0) + 1
             left, top = (cell % grid[1] + inset) * cell_w, (cell // grid[1] + inset) * cell_h
             size = ((1 - 2 * inset) * cell_w, (1 - 2 * inset) * cell_h)
-            axis.add_patch(Rectangle((left, top), *size, fill=False, linewidth=2.2, edgecolor=_token_colour(token)))
+            style = {"fill": False, "linewidth": 2.2, "linestyle": linestyle, "edgecolor": token_colour(token)}
+            axis.add_patch(Rectangle((left, top), *size, **style))
