@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from dmlr.metrics import wilson
-from dmlr.plots import table
+from dmlr.page import table
 
 Results = Mapping[tuple[str, str], Mapping[str, Any]]
 _WORDS = {"correct": "correct", "wrong": "wrong", "unparsed": "no answer", "judge_failed": "call failed"}

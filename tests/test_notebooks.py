@@ -15,7 +15,7 @@ from bs4 import BeautifulSoup
 from papermill.parameterize import parameterize_notebook
 from PIL import Image
 
-from dmlr import demo, notebooks, plots
+from dmlr import demo, notebooks, page
 from dmlr.__main__ import main
 from dmlr.config import PRESETS, Config, ConfigError
 from dmlr.judge import judge
@@ -449,9 +449,9 @@ def test_the_readmes_table_comes_from_results(benchmark, tmp_path):
 
 def test_the_readmes_figure_is_cut_from_a_report(tmp_path):
     picture = tmp_path / "figures" / "walkthrough.png"
-    pixel = plots.data_uri(Image.new("RGB", (3, 2), "red"))
+    pixel = page.data_uri(Image.new("RGB", (3, 2), "red"))
     pages = [
-        f'<figure><img src="{pixel}" alt="a"></figure>' for pixel in (plots.data_uri(Image.new("L", (9, 9))), pixel)
+        f'<figure><img src="{pixel}" alt="a"></figure>' for pixel in (page.data_uri(Image.new("L", (9, 9))), pixel)
     ]
     (tmp_path / "walk.html").write_text("".join(pages))
     demo.write_readme_figure(picture, tmp_path / "walk.html")

@@ -1,20 +1,13 @@
-"""Figures show what they were given, and nothing in them runs."""
-
-import base64
-import io
-import re
+"""Figures show what they were given."""
 
 import numpy as np
 import pandas as pd
 import pytest
-from bs4 import BeautifulSoup
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 from PIL import Image
 
 from dmlr import plots
-
-ATTACK = '<script>alert("x")</script><img src=x onerror=alert(1)> & "quoted"'
 
 
 @pytest.fixture
@@ -91,35 +84,6 @@ def test_figures_leave_the_global_style_alone(scene):
     before = dict(mpl.rcParams)
     plots.kept_patches(scene, [[0]], (2, 4))
     assert dict(mpl.rcParams) == before
-
-
-def test_galleries_escape_what_models_and_datasets_say(tmp_path, scene):
-    answers = [
-        {"name": ATTACK, "text": ATTACK, "right": True, "note": ATTACK},
-        {"name": "b", "text": "", "right": None},
-    ]
-    card = {"idx": ATTACK, "question": ATTACK, "truth": ATTACK, "category": ATTACK, "image": scene, "answers": answers}
-    soup = BeautifulSoup(plots.gallery([card]), "html.parser")
-    assert not soup.find("script")
-    assert [image["src"][:15] for image in soup.find_all("img")] == ["data:image/png;"]
-    assert soup.get_text().count(ATTACK) == 7
-    assert [b.get_text() for b in soup.find_all("b")] == ["✓ right"]
-
-
-def test_gallery_images_are_embedded_small_or_left_out(tmp_path):
-    Image.new("RGB", (900, 300), "red").save(tmp_path / "wide.png")
-    card = {"question": "q", "truth": "t", "answers": []}
-    page = plots.gallery([{**card, "idx": 1, "image": "wide.png"}, {**card, "idx": 2, "image": "gone.png"}], tmp_path)
-    found = re.findall(r"base64,([^\"]+)", page)
-    assert len(found) == 1
-    assert Image.open(io.BytesIO(base64.b64decode(found[0]))).size == (224, 75)
-
-
-def test_tables_escape_and_set_numbers_flush_right():
-    soup = BeautifulSoup(plots.table(pd.DataFrame({"name": [ATTACK], "n": [12], "share": ["81.2%"]})), "html.parser")
-    cells = soup.find_all("td")
-    assert cells[0].get_text() == ATTACK
-    assert [cell.get("class") for cell in cells] == [None, ["number"], ["number"]]
 
 
 def test_saved_drawing_is_a_picture(tmp_path, scene):
