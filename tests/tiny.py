@@ -79,6 +79,8 @@ def tiny_processor() -> Qwen2_5_VLProcessor:
 def tiny_vlm(seed: int = 1, layers: int = 2, hidden: int = 48, context: int = 1024) -> VLM:
     """A random frozen model in float32: `layers` text layers with grouped heads, two vision blocks (one windowed)."""
     processor = tiny_processor()
+    half, third = hidden // 8, hidden // 24  # of a head's dimensions
+    sections = [half - 2 * third, third, third]
     ids = {name: processor.tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
     config = Qwen2_5_VLConfig(
         text_config={
@@ -89,7 +91,7 @@ def tiny_vlm(seed: int = 1, layers: int = 2, hidden: int = 48, context: int = 10
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": context,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections},
             "bos_token_id": ids["<|endoftext|>"],
             "eos_token_id": ids["<|im_end|>"],
         },
