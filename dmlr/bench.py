@@ -26,11 +26,11 @@ from dmlr.answers import Question
 from dmlr.config import Config, ConfigError, locate
 from dmlr.encode import Encoded
 from dmlr.evaluate import environment
+from dmlr.json_files import write_json
 from dmlr.kv_cache import ATTENTION
 from dmlr.latent import append_latents, question_noise
 from dmlr.optimize import initial_latents, optimize
 from dmlr.reference import Reference, eager
-from dmlr.results import write_json
 from dmlr.vlm import VLM
 
 # Qwen2.5-VL shapes: two for a CPU, and the published 3B and 7B.

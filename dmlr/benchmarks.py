@@ -26,7 +26,8 @@ from dmlr.check import check_dataset, report
 from dmlr.config import ConfigError, check_names
 from dmlr.hub import MissingSplitError, Repository, SourceError, jsonl_rows, open_folder, open_hub, parquet_rows
 from dmlr.images import ImageError
-from dmlr.manifest import ManifestError, ManifestFolder, as_json
+from dmlr.json_files import as_json
+from dmlr.manifest import ManifestError, ManifestFolder
 from dmlr.picture import encode_image, image_bytes
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dmlr.results import as_plain
+from dmlr.json_files import as_json
 
 MANIFEST = "manifest.json"
 
@@ -80,11 +80,6 @@ class ManifestFolder:
             return hashlib.sha256((self.folder / name).read_bytes()).hexdigest()
         except OSError:
             return None
-
-
-def as_json(content: Any) -> bytes:
-    """The bytes of a JSON file, the same for the same content; NaN becomes null, a lone surrogate a question mark."""
-    return json.dumps(as_plain(content), ensure_ascii=False, allow_nan=False, indent=1).encode("utf-8", "replace")
 
 
 def _replace(path: Path, content: bytes) -> None:

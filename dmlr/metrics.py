@@ -1,6 +1,6 @@
 """Records -> numbers with their uncertainty: accuracy, paired comparison, groups. Pure functions.
 
-A record counts when it was judged (`results.is_right`); errors, skipped examples and failed judge calls are left
+A record counts when it was judged (`outcomes.is_right`); errors, skipped examples and failed judge calls are left
 out and counted beside. Nothing here is random except the bootstrap, which takes a seed.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dmlr.results import is_right, tally
+from dmlr.outcomes import is_right, tally
 
 Records = Iterable[Mapping[str, Any]]
 PHASES = ("prefill", "optimise", "decode")  # of an example's `seconds`

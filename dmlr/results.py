@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import dataclasses
 import json
 import math
 import os
-import tempfile
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from dmlr.json_files import as_plain, write_json
+from dmlr.outcomes import tally
 
 LOG, SIDECAR, LOCK, RESULTS = "log.jsonl", "run.json", "run.lock", "results.json"
 
@@ -200,44 +200,6 @@ def read_log(folder: str | Path) -> list[dict]:
     return [records[row] for row in sorted(records)]
 
 
-def is_right(record: Mapping[str, Any]) -> bool | None:
-    """Whether a judged record is correct; None for an error, a skipped example or a failed judge call."""
-    return {"correct": True, "wrong": False, "unparsed": False}.get(outcome(record))
-
-
-def tally(records: Iterable[Mapping[str, Any]]) -> dict[str, int | float | None]:
-    """Counts by `outcome`, and accuracy = correct / (correct + wrong + unparsed), null when nothing was judged.
-
-    Errors, skipped examples and failed judge calls are no wrong answers: they are counted beside `total`.
-    """
-    counts = Counter(outcome(record) for record in records)
-    total = counts["correct"] + counts["wrong"] + counts["unparsed"]
-    return {
-        "accuracy": counts["correct"] / total if total else None,
-        "correct": counts["correct"],
-        "total": total,
-        "wrong": counts["wrong"],
-        "unparsed": counts["unparsed"],
-        "errors": counts["error"],
-        "skipped": counts["skipped"],
-        "judge_failed": counts["judge_failed"],
-    }
-
-
-def outcome(record: Mapping[str, Any]) -> str:
-    """correct, wrong, unparsed, judge_failed, error or skipped: what a record counts as, everywhere."""
-    stop = str(record.get("stop_reason") or "")
-    if stop == "error":
-        return "error"
-    if stop.startswith("skipped"):
-        return "skipped"
-    verdict = record.get("verdict")
-    if verdict in ("correct", "wrong", "unparsed", "judge_failed"):
-        return verdict
-    known = {True: "correct", False: "wrong"}
-    return known.get(record.get("is_correct"), "judge_failed")
-
-
 def write_results(
     folder: str | Path,
     records: Iterable[Mapping[str, Any]] | None = None,
@@ -298,42 +260,6 @@ def write_reward_csv(path: str | Path, trace_rows: Iterable[Mapping[str, Any]]) 
             writer.writerows(rows)
     except OSError as error:
         raise ResultsError(f"{path}: cannot be written: {_why(error)}") from None
-
-
-def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it. Raises OSError."""
-    path = Path(path)
-    data = json.dumps(as_plain(content), ensure_ascii=False, allow_nan=False, indent=1).encode("utf-8", "replace")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def as_plain(value: Any) -> Any:
-    """JSON-able copy: dataclasses, tuples, sets, paths, arrays and numpy scalars converted, NaN and infinities null."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    if isinstance(value, Mapping):
-        return {str(key): as_plain(item) for key, item in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted((as_plain(item) for item in value), key=str)
-    if isinstance(value, list | tuple):
-        return [as_plain(item) for item in value]
-    if isinstance(value, bool | int | str) or value is None:
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if hasattr(value, "tolist"):  # numpy and torch, neither of which is imported here
-        return as_plain(value.tolist())
-    return str(value)
 
 
 def _why(error: OSError) -> str:

@@ -33,10 +33,10 @@ from judge_server import (
 )
 
 from dmlr import llm_judge
+from dmlr.json_files import as_plain
 from dmlr.judge import Verdict, judge, main_judge
 from dmlr.llm_judge import JudgeError, JudgeSettings, LLMJudge, agreement, decide
 from dmlr.llm_prompt import data_message, read_reply
-from dmlr.results import as_plain
 
 KEY = "sk-very-secret-0123456789"
 PARIS = {"prediction": "I believe that it is the city of Paris", "ground_truth": "Paris", "question": "Which city?"}

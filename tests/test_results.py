@@ -24,7 +24,6 @@ from dmlr.results import (
     find_runs,
     read_log,
     read_results,
-    tally,
     write_results,
     write_reward_csv,
 )
@@ -233,23 +232,6 @@ def test_everything_becomes_plain_json(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------- results
-
-
-def test_accuracy_counts_neither_errors_nor_skipped_nor_failed_judge_calls():
-    runs = [record(0), record(1, "wrong"), record(2, "unparsed"), record(3), failed(4)]
-    runs += [record(5, None, stop_reason="skipped_no_ground_truth"), record(6, "judge_failed")]
-    counts = tally(runs)
-    assert counts == {
-        "accuracy": 0.5,
-        "correct": 2,
-        "total": 4,
-        "wrong": 1,
-        "unparsed": 1,
-        "errors": 1,
-        "skipped": 1,
-        "judge_failed": 1,
-    }
-    assert tally([])["accuracy"] is None
 
 
 def test_results_have_the_shape_that_users_know(tmp_path):

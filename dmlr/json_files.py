@@ -1,0 +1,53 @@
+"""Python objects -> JSON files that any JSON reader takes, replaced whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it. Raises OSError."""
+    path = Path(path)
+    data = as_json(content)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def as_json(content: Any) -> bytes:
+    """The bytes of a JSON file, the same for the same content; NaN becomes null, a lone surrogate a question mark."""
+    return json.dumps(as_plain(content), ensure_ascii=False, allow_nan=False, indent=1).encode("utf-8", "replace")
+
+
+def as_plain(value: Any) -> Any:
+    """JSON-able copy: dataclasses, tuples, sets, paths, arrays and numpy scalars converted, NaN and infinities null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): as_plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted((as_plain(item) for item in value), key=str)
+    if isinstance(value, list | tuple):
+        return [as_plain(item) for item in value]
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if hasattr(value, "tolist"):  # numpy and torch, neither of which is imported here
+        return as_plain(value.tolist())
+    return str(value)
