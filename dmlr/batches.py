@@ -100,7 +100,7 @@ def prepare(examples: list[Example]) -> Batch:
             settled[example.row] = Answer("", "", "skipped_no_ground_truth")
             continue
         try:
-            images = [open_image(example.image)] if example.image else []
+            images = [open_image(source) for source in example.images]
             questions.append(Question(example.idx, example.question, images))
         except ImageError as error:
             settled[example.row] = failed(error)

@@ -33,9 +33,9 @@ def _check(rows: list[tuple[Example | None, Notes]]) -> list[Problem]:
     first: dict[tuple, Example] = {}
     for example, notes in rows:
         if example is not None:
-            _check_image(example, notes)
+            _check_images(example, notes)
             _check_solution(example, notes)
-            _check_twin(example, first.setdefault((example.question, example.image), example), notes)
+            _check_twin(example, first.setdefault((example.question, example.images), example), notes)
         problems += sorted(notes.problems, key=lambda problem: not problem.fatal)
     return _check_whole([example for example, _ in rows if example], problems) + problems
 
@@ -44,7 +44,7 @@ def _check_whole(examples: list[Example], problems: list[Problem]) -> list[Probl
     """What shows in no row alone: no image is there at all, the first option is never right."""
     found = []
     lost = [problem for problem in problems if problem.kind == "image_missing"]
-    if len(lost) > 1 and len(lost) == sum(example.image is not None for example in examples):
+    if len(lost) > 1 and len(lost) == sum(len(example.images) for example in examples):
         message = f"none of the {len(lost)} images is there: put them where the paths lead, or start in their folder"
         found.append(Problem(None, None, "images_elsewhere", message))
     chosen = [_chosen(example, options) for example in examples if (options := _options(example))]
@@ -83,13 +83,14 @@ def _check_twin(example: Example, twin: Example, notes: Notes) -> None:
         notes.add("rows_contradict", f"the question and image of row {twin.row} with another solution")
 
 
-def _check_image(example: Example, notes: Notes) -> None:
-    if example.image is None or notes.fatal or example.image.lower().startswith(("http://", "https://")):
-        return  # a check stays on this machine
-    try:
-        open_image(example.image)
-    except ImageError as error:
-        notes.add("image_unreadable", str(error), True)
+def _check_images(example: Example, notes: Notes) -> None:
+    for source in example.images if not notes.fatal else ():
+        if source.lower().startswith(("http://", "https://")):
+            continue  # a check stays on this machine
+        try:
+            open_image(source)
+        except ImageError as error:
+            notes.add("image_unreadable", str(error), True)
 
 
 def _check_solution(example: Example, notes: Notes) -> None:

@@ -1,9 +1,9 @@
 """Dataset file -> usable examples, and the problems of the rows on the way.
 
-A dataset file is a JSON list of objects with `prompt`, `solution`, `image_path` and `idx`; every other key is
-kept as `meta`. A row that cannot be used becomes a fatal `Problem` and the other rows go on. The module knows
-nothing about models: images are opened by `open_image`, one at a time, when the run needs them; `check.py` looks
-closer.
+A dataset file is a JSON list of objects with `prompt`, `solution`, `image_path` (one, or a list of them) and `idx`;
+every other key is kept as `meta`. A row that cannot be used becomes a fatal `Problem` and the other rows go on. The
+module knows nothing about models: images are opened by `open_image`, one at a time, when the run needs them; `check.py`
+looks closer.
 """
 
 from __future__ import annotations
@@ -40,8 +40,13 @@ class Example:
     idx: int | str
     question: str
     solution: str
-    image: str | None
+    images: tuple[str, ...] = ()  # sources, in the order in which the model sees them
     meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def image(self) -> str | None:
+        """The first image: the one that figures show."""
+        return self.images[0] if self.images else None
 
 
 @dataclass(frozen=True)
@@ -86,9 +91,9 @@ def read_rows(path: str | Path) -> Iterator[tuple[Example | None, Notes]]:
         question = _checked_prompt(row, notes)
         solution = _checked_solution(row, notes)
         usable = not notes.fatal
-        image = _checked_image(row, path.parent, has_images, notes)
+        images = _checked_images(row, path.parent, has_images, notes)
         meta = {k: v for k, v in row.items() if k not in ("prompt", "solution", "image_path", "idx")}
-        yield (Example(number, idx, question, solution, image, meta) if usable else None), notes
+        yield (Example(number, idx, question, solution, images, meta) if usable else None), notes
 
 
 class Notes:
@@ -175,15 +180,21 @@ def _checked_solution(row: dict, notes: Notes) -> str:
     return text
 
 
-def _checked_image(row: dict, folder: Path, has_images: bool, notes: Notes) -> str | None:
-    source = row.get("image_path")
-    if source is None and ("image_path" in row or not has_images):
-        return None
-    if source is None or source == "":
+def _checked_images(row: dict, folder: Path, has_images: bool, notes: Notes) -> tuple[str, ...]:
+    sources = row.get("image_path")
+    if sources is None and ("image_path" in row or not has_images):
+        return ()
+    if sources is None or sources == "":
         notes.add("image_missing", "names no image, but other rows do (write null for a question without one)", True)
-        return None
-    if not isinstance(source, str):
-        notes.add("image_invalid", f"image_path must be text, found {type(source).__name__}", True)
+        return ()
+    found = [_checked_image(source, folder, notes) for source in (sources if isinstance(sources, list) else [sources])]
+    return tuple(source for source in found if source)
+
+
+def _checked_image(source: Any, folder: Path, notes: Notes) -> str | None:
+    if not isinstance(source, str) or not source:
+        kind = type(source).__name__
+        notes.add("image_invalid", f"image_path must be text or a list of texts, found {kind or 'nothing'}", True)
         return None
     if re.match(r"(?i)https?://|data:", source):
         return source

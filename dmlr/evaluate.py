@@ -11,6 +11,8 @@ import hashlib
 import math
 import re
 import sys
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -149,6 +151,7 @@ def run_job(
     fair = math.ceil(len(job.examples) / config.num_workers)  # of few examples, each worker still gets some
     size = config.batch_size or max(1, min(crew.facts.fitting_batch, fair))
     right = judged = 0
+    recent = deque(maxlen=64)
     with RunLog(job.folder, config, resume=config.resume, facts=facts) as log:
         finished, begun = log.finished(), {record["row"] for record in log.records()}
         save = partial(save_results, job, log, config, crew.facts.environment)
@@ -166,7 +169,8 @@ def run_job(
                 save_extras(job, example, answer, config)  # first: a row in the log is not done again
                 log.append(record)
                 right, judged = right + bool(record["is_correct"]), judged + (record["is_correct"] is not None)
-                bar.set_postfix_str(f"{right}/{judged} right", refresh=False)
+                recent.append(record)
+                bar.set_postfix_str(f"{right}/{judged} right{pace(recent, crew.peak_memory)}", refresh=False)
                 bar.update()
                 if config.verbose == 2:
                     bar.write(f"{example.idx}: {answer.text!r} ({example.solution})")
@@ -204,7 +208,7 @@ def record_of(example: Example, answer: Answer) -> dict[str, Any]:
         "data_idx": example.idx,
         "question": example.question,
         "prompt": answer.prompt,
-        "image_path": example.image if example.image and not example.image.startswith("data:") else None,
+        "image_path": shown_path(example.images),
         "model_output": answer.text,
         **verdict_of(example, answer.text, answer.stop_reason),
         "ground_truth": example.solution,
@@ -230,9 +234,23 @@ def record_of(example: Example, answer: Answer) -> dict[str, Any]:
     return record | {key: example.meta[key] for key in GROUPS if key in example.meta}
 
 
+def pace(records: Iterable[dict[str, Any]], memory: int | None) -> str:
+    """What a progress bar says of recent records beside their number per second."""
+    told = efficiency(list(records))
+    speeds = [(told["iterations_per_second"], "it/s"), (told["tokens_per_second"], "tok/s")]
+    said = "".join(f", {value:.3g} {unit}" for value, unit in speeds if value)
+    return f"{said}, {memory / 2**30:.1f} GiB" if memory else said
+
+
+def shown_path(images: tuple[str, ...]) -> str | list[str] | None:
+    """As in the dataset file: one path, or several; images that lie in the file itself are not copied."""
+    paths = [path for path in images if not path.startswith("data:")]
+    return (paths[0] if len(paths) == 1 else paths) if paths else None
+
+
 def error_record(row: int | None, idx: int | str | None, message: str) -> dict[str, Any]:
     """A row of the dataset that never became an example."""
-    example = Example(-1 if row is None else row, idx, "", "", None, {})
+    example = Example(-1 if row is None else row, idx, "", "")
     return record_of(example, Answer("", "", "error", error=message))
 
 

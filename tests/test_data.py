@@ -87,7 +87,9 @@ def test_images_are_found_beside_the_file_and_then_in_the_working_folder(write, 
         (row(idx=5, image_path="a\0b"), "image_missing"),
         (row(idx=5, image_path=""), "image_missing"),
         (row(idx=5, image_path=...), "image_missing"),
-        (row(idx=5, image_path=["a b.png"]), "image_invalid"),
+        (row(idx=5, image_path=["a b.png", "none.png"]), "image_missing"),
+        (row(idx=5, image_path=["a b.png", None]), "image_invalid"),
+        (row(idx=5, image_path=7), "image_invalid"),
     ],
 )
 def test_an_unusable_row_is_one_fatal_problem_and_the_rest_goes_on(write, bad, kind):
@@ -113,6 +115,17 @@ def test_what_is_missing_but_bearable(write):
     assert [e.solution for e in examples] == ["3", "", "", "12", "3"]
     assert examples[4].image is None
     assert kinds(problems) == ["idx_missing", "solution_missing", "solution_empty"]
+
+
+def test_a_row_may_have_several_images_or_none(write, tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "second.png")
+    path = write(
+        [row(image_path=["a b.png", "second.png"]), row(idx=1, image_path=[]), row(idx=2, image_path=["a b.png"])]
+    )
+    examples, problems = load_dataset(path)
+    assert [[Path(image).name for image in e.images] for e in examples] == [["a b.png", "second.png"], [], ["a b.png"]]
+    assert [e.image for e in examples] == [examples[0].images[0], None, examples[2].images[0]] and not problems
+    assert not [p for p in check_dataset(path) if p.kind.startswith("image")]
 
 
 def test_a_file_without_images_is_a_text_benchmark(write):

@@ -1,6 +1,7 @@
 """A whole run on a tiny model: bad input costs one record, interrupted runs resume, verdicts can be made again."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,25 @@ def test_results_and_files(vlm, dataset, tmp_path):
     assert results["vanilla"]["entries"][0]["best_reward"] is None
     lines = (tmp_path / "out/data/dmlr/rewards/00003.csv").read_text().splitlines()
     assert lines[0].startswith("step,reward,sigma,is_new_best,patch_count,patch_budget") and len(lines) == 3
+
+
+def test_questions_with_several_images_and_with_none(vlm, dataset, tmp_path):
+    """Patches come from all images, or from none with a note; the record names the images as the dataset does."""
+    rows = json.loads(dataset.read_text())[:3]
+    rows[0]["image_path"], rows[1]["image_path"] = ["image 0.png", "image 1.png"], None
+    results = run(vlm, write(tmp_path, rows), tmp_path / "out", methods="vanilla,dmlr,icot,unoptimised")
+    for method, content in results.items():
+        two, none, one = content["entries"]
+        assert [Path(path).name for path in two["image_path"]] == ["image 0.png", "image 1.png"]
+        assert none["image_path"] is None and Path(one["image_path"]).name == "image 2.png"
+        assert two["prompt"].count("<|image_pad|>") == 2 and "<|image_pad|>" not in none["prompt"]
+        assert method == "vanilla" or none["details"]["note"] == "no image: no patches"
+    assert results["unoptimised"]["entries"][1]["patch_grid"] == [0, 0]
+
+
+def test_the_progress_bar_tells_speeds_and_memory(vlm, dataset, tmp_path, capsys):
+    run(vlm, dataset, tmp_path / "out", verbose=1, methods="dmlr")
+    assert re.search(r"6/6 .* right, [\d.e+]+ it/s, [\d.e+]+ tok/s, [\d.]+ GiB", capsys.readouterr().err)
 
 
 def test_batch_size_and_range_change_no_record(vlm, dataset, tmp_path):
