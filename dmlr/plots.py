@@ -189,12 +189,15 @@ def attention_maps(
 ) -> Figure:
     """Heat map over the image per think token, one row of panels per moment; one colour scale for all.
 
-    attention: [moments, L, N] with N = grid height × grid width, row-major. `patches` are outlined in the last row.
+    attention: [moments, L, N], of which the first grid height × grid width lie row-major on the image (see `Encoded`);
+    the others are not drawn. `patches` are outlined in the last row.
     """
+    cells = grid[0] * grid[1]
     attention = np.asarray(attention, dtype=float)
-    moments, tokens, count = attention.shape
-    if count != grid[0] * grid[1]:
-        raise ValueError(f"attention over {count} image tokens, but the grid is {grid[0]} × {grid[1]}")
+    if attention.shape[2] < cells:
+        raise ValueError(f"attention over {attention.shape[2]} image tokens, but the grid is {grid[0]} × {grid[1]}")
+    attention = attention[..., :cells]
+    moments, tokens, _ = attention.shape
     width, height = image.size
     panel = 2.05
     fig, axes = figure(moments, tokens, (panel * tokens + 0.9, (panel * height / width + 0.3) * moments))
@@ -233,11 +236,14 @@ def draw_image(axis: Any, image: Image.Image) -> None:
 def outline(
     axis: Any, image: Image.Image, patches: Sequence[Sequence[int]], grid: Grid, linestyle: Any = "solid"
 ) -> None:
-    """Cells outlined in their token's colour; a cell kept by several tokens gets nested outlines."""
+    """Cells outlined in their token's colour; a cell kept by several tokens gets nested outlines.
+
+    Image tokens beyond the grid (of a thumbnail, of another image) have no place on this one.
+    """
     cell_w, cell_h = image.size[0] / grid[1], image.size[1] / grid[0]
     used: dict[int, int] = {}
     for token, cells in enumerate(patches):
-        for cell in cells:
+        for cell in (cell for cell in cells if cell < grid[0] * grid[1]):
             inset = 0.05 + 0.1 * used.get(cell, 0)
             used[cell] = used.get(cell, 0) + 1
             left, top = (cell % grid[1] + inset) * cell_w, (cell // grid[1] + inset) * cell_h

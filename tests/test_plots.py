@@ -44,6 +44,15 @@ def test_attention_maps_share_one_scale_and_keep_row_major_order(scene):
     assert [len(outlines(panel)) for panel in panels] == [0, 0, 0, 1, 0, 1]
 
 
+def test_image_tokens_beyond_the_grid_are_not_drawn(scene):
+    """Of a thumbnail, or of another image."""
+    attention = np.zeros((1, 1, 11))
+    attention[0, 0, [6, 9]] = 0.5, 0.9
+    panel = plots.attention_maps(scene, attention, (2, 4), [[6, 9]]).axes[0]
+    assert panel.get_images()[-1].get_array().max() == 0.5 and len(outlines(panel)) == 1
+    assert len(outlines(plots.kept_patches(scene, [[3, 8]], grid=(2, 4)).axes[0])) == 1
+
+
 def test_attention_of_another_grid_is_refused(scene):
     with pytest.raises(ValueError, match="8 image tokens, but the grid is 3 × 3"):
         plots.attention_maps(scene, np.zeros((1, 1, 8)), (3, 3))
