@@ -1,18 +1,13 @@
 """All runs in the form of the paper's Table 1: model × method × benchmark, with what a reader needs to doubt a number.
 
-Runs -> data frames of text, ready to be shown. A run is one results.json. Two runs that differ in nothing but the seed
-(same model, method, parameters, judge and questions) are one line with mean and spread; everything else that differs
-is a setting of its own, named by a letter.
+Runs (see runs.py) -> data frames of text, ready to be shown. Seeds of the same run are one line with mean and spread.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -20,123 +15,22 @@ from typing import Any
 import pandas as pd
 
 from dmlr import metrics, published
-from dmlr.benchmark_rows import BENCHMARKS
-from dmlr.config import Config
-from dmlr.results import FREE_PARAMETERS, find_runs, read_results
+from dmlr.runs import DEFAULTS, GROUPS, Run, order, same_but_for_the_seed, settings, title
 
-# The parameters that make a setting; not among them: what stands in a column of its own, and what changes no record.
-_BESIDE = FREE_PARAMETERS | {"dataset", "model_name_or_path", "device", "seed"}
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Config) if field.name not in _BESIDE}
 _ALWAYS = {"judge": "judge", "L": "num_thought_tokens", "T": "max_num_steps", "η": "lr", "σ": "sigma"}
-_METHODS = tuple(dict.fromkeys(method for _, method, _ in published.TABLE_1))
-_KEPT = ("data_idx", "ground_truth", "is_correct", "verdict", "stop_reason", "best_reward", "seconds")
-_GROUPS = ("category", "l2_category", "pair_id", "figure_group", "question_group")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One method on one dataset. `label` names the run's folder; `beside` is the baseline of the same run, if any."""
-
-    label: str
-    model: str
-    dataset: str
-    method: str
-    config: Mapping[str, Any]
-    entries: Sequence[Mapping[str, Any]]
-    judge: str = "rules"
-    beside: Run | None = None
-
-    @property
-    def seed(self) -> Any:
-        return self.config.get("seed")
-
-    @cached_property
-    def setting(self) -> dict[str, Any]:
-        """Judge, and parameters that decide the answers; what the run's version did not have is at its default."""
-        return {"judge": self.judge} | {name: self.config.get(name, default) for name, default in _DEFAULTS.items()}
-
-    @cached_property
-    def summary(self) -> pd.Series:
-        return metrics.summary([{"entries": self.entries}]).iloc[0]
-
-    @cached_property
-    def paired(self) -> metrics.Paired | None:
-        return metrics.paired(self.beside.entries, self.entries) if self.beside else None
-
-    @property
-    def names(self) -> dict[str, str]:
-        return {"run": self.label, "dataset": _title(self.dataset), "method": self.method}
-
-    @cached_property
-    def all_but_the_seed(self) -> tuple:
-        questions = tuple((entry["data_idx"], entry.get("ground_truth")) for entry in self.entries)
-        return self.model, self.dataset, self.method, repr(self.setting), questions
-
-
-def load(root: str | Path, baseline: str) -> list[Run]:
-    """Every run under a folder, by model, dataset and run, the baseline first; of the entries what tables need.
-
-    Raises ResultsError for a results.json that cannot be read.
-    """
-    root, found = Path(root), {}
-    for path in sorted(find_runs(root), key=lambda path: (path.name != baseline, path)):
-        content = read_results(path)
-        entries = [{key: entry[key] for key in (*_KEPT, *_GROUPS) if key in entry} for entry in content["entries"]]
-        told = [str(content.get(name)) for name in ("model", "dataset", "method")]
-        judge, beside = _judge(content.get("llm_judge")), found.get(path.parent / baseline)
-        found[path] = Run(_label(path, root), *told, content.get("config") or {}, entries, judge, beside)
-    return sorted(
-        found.values(),
-        key=lambda run: (run.model, _column(run), run.label, run.method != baseline, _rank(run.method), run.method),
-    )
-
-
-def _label(path: Path, root: Path) -> str:
-    """A run's folder, which holds <dataset>/<method>."""
-    folder = path.parents[1]
-    return folder.relative_to(root).as_posix() if root in folder.parents else root.name
-
-
-def _judge(asked: Mapping[str, Any] | None) -> str:
-    if not asked:
-        return "rules"
-    return f"{asked['model']}, every answer" if asked.get("every") else f"rules, then {asked['model']}"
-
-
-def _rank(method: str) -> int:
-    """The paper's order of methods, then all others."""
-    return _METHODS.index(method) if method in _METHODS else len(_METHODS)
-
-
-def settings(runs: Sequence[Run]) -> dict[str, str]:
-    """A letter for each distinct setting, by its repr, in order of appearance."""
-    return {text: _letter(i) for i, text in enumerate(dict.fromkeys(repr(run.setting) for run in runs))}
 
 
 def settings_table(runs: Sequence[Run]) -> pd.DataFrame:
     """A row per setting: the parameters that everybody asks for, and all in which the settings differ."""
     letters = settings(runs)
     each = {letters[repr(run.setting)]: run.setting for run in runs}
-    differing = [name for name in _DEFAULTS if len({repr(chosen[name]) for chosen in each.values()}) > 1]
+    differing = [name for name in DEFAULTS if len({repr(chosen[name]) for chosen in each.values()}) > 1]
     columns = {**_ALWAYS, **{name: name for name in differing if name not in _ALWAYS.values()}}
     rows = [
         {"setting": letter, **{shown: _plain(chosen[name]) for shown, name in columns.items()}}
         for letter, chosen in each.items()
     ]
     return pd.DataFrame(rows)
-
-
-def same_but_for_the_seed(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs in groups that differ in nothing but the seed; a seed that comes again begins another group."""
-    groups: dict[tuple, list[list[Run]]] = defaultdict(list)
-    for run in runs:
-        same = groups[run.all_but_the_seed]
-        place = next((group for group in same if run.seed not in [member.seed for member in group]), None)
-        if place is None:
-            same.append([run])
-        else:
-            place.append(run)
-    return [group for same in groups.values() for group in same]
 
 
 def table_1(runs: Sequence[Run]) -> pd.DataFrame:
@@ -150,8 +44,8 @@ def table_1(runs: Sequence[Run]) -> pd.DataFrame:
     for group in same_but_for_the_seed(runs):
         run = group[0]
         row = (Path(run.model).name, letters[repr(run.setting)], run.method)
-        cells[row][_title(run.dataset)].append(_cell(group))
-    columns = list(dict.fromkeys(_title(run.dataset) for run in sorted(runs, key=_column)))
+        cells[row][title(run.dataset)].append(_cell(group))
+    columns = list(dict.fromkeys(title(run.dataset) for run in sorted(runs, key=order)))
     rows = [
         {"model": model, "setting": letter, "method": method} | {c: " / ".join(by.get(c, [])) for c in columns}
         for (model, letter, method), by in sorted(cells.items(), key=lambda item: item[0][:2])
@@ -236,7 +130,7 @@ def seeds_table(runs: Sequence[Run]) -> pd.DataFrame:
         rows.append(
             {
                 "model": Path(run.model).name,
-                "dataset": _title(run.dataset),
+                "dataset": title(run.dataset),
                 "setting": letters[repr(run.setting)],
                 "method": run.method,
                 "seeds": ", ".join(str(member.seed) for member in group),
@@ -253,7 +147,7 @@ def group_metrics(entries: Sequence[Mapping[str, Any]]) -> dict[str, metrics.Acc
 
     HallusionBench: aAcc, fAcc, qAcc; MMVP: pair accuracy; MMStar: the mean over l2 categories, and each category.
     """
-    has = {key for key in _GROUPS if any(entry.get(key) is not None for entry in entries)}
+    has = {key for key in GROUPS if any(entry.get(key) is not None for entry in entries)}
     found: dict[str, metrics.Accuracy | float] = {}
     if {"figure_group", "question_group"} <= has:
         found["aAcc (questions)"] = metrics.accuracy(entries)
@@ -308,22 +202,6 @@ def _cell(group: Sequence[Run]) -> str:
         text = f"{values[0]:.1f} [{100 * run.summary['low']:.1f}, {100 * run.summary['high']:.1f}]"
     paper = published.accuracy(run.model, run.method, run.dataset)
     return text if paper is None else f"{text}, paper {paper:.1f}"
-
-
-def _column(run: Run) -> tuple:
-    """The paper's order, then the others by name."""
-    benchmark = published.benchmark_of(run.dataset)
-    return (published.BENCHMARKS.index(benchmark) if benchmark else len(published.BENCHMARKS)), _title(run.dataset)
-
-
-def _title(dataset: str) -> str:
-    """Name of a dataset in a table: the paper's for its benchmarks, else that of the file."""
-    stem = Path(dataset).name.removesuffix(".json")
-    return BENCHMARKS[stem].title if stem in BENCHMARKS else stem
-
-
-def _letter(position: int) -> str:
-    return chr(65 + position) if position < 26 else f"{_letter(position // 26 - 1)}{_letter(position % 26)}"
 
 
 def _percent(value: float) -> str:

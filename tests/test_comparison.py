@@ -9,6 +9,7 @@ import pytest
 
 from dmlr import comparison, metrics, published
 from dmlr.results import write_results
+from dmlr.runs import load_runs
 
 SPEC = Path(__file__).resolve().parents[2] / "shared" / "spec" / "method.md"
 
@@ -30,7 +31,7 @@ def write_run(root, label, method, outcomes, dataset="data/mmvp/mmvp.json", mode
 
 
 def table(root, make, baseline="vanilla"):
-    return make(comparison.load(root, baseline)).to_dict("records")
+    return make(load_runs(root, baseline)).to_dict("records")
 
 
 def test_runs_stand_in_order_with_everything_that_is_no_plain_right_or_wrong(tmp_path):
@@ -176,8 +177,8 @@ def test_a_run_without_a_judged_answer_has_no_number(tmp_path):
 
 def test_where_a_run_lies_is_its_name(tmp_path):
     write_run(tmp_path / "deep", "a", "vanilla", [True])
-    assert [run.label for run in comparison.load(tmp_path, "vanilla")] == ["deep/a"]
-    assert [run.label for run in comparison.load(tmp_path / "deep" / "a", "vanilla")] == ["a"]
+    assert [run.label for run in load_runs(tmp_path, "vanilla")] == ["deep/a"]
+    assert [run.label for run in load_runs(tmp_path / "deep" / "a", "vanilla")] == ["a"]
 
 
 # the paper's numbers
