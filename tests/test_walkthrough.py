@@ -1,0 +1,403 @@
+"""The walkthrough: what it shows of a moment is what the loop did there, and a what-if is the loop asked again.
+
+The widgets are driven here without a browser; tests/test_browser.py drives them in one.
+"""
+
+import math
+from datetime import datetime, timezone
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import noise_image, tiny_vlm
+
+from dmlr import plots_walkthrough, widgets
+from dmlr import walkthrough_view as view
+from dmlr.config import Config
+from dmlr.data import Example, load_dataset, open_image
+from dmlr.encode import PromptError
+from dmlr.injection import Patches
+from dmlr.latent import append_latents, prefill_latent
+from dmlr.methods import METHODS
+from dmlr.optimize import initial_latents
+from dmlr.prompting import decode, prompts_of
+from dmlr.vlm import VLM
+from dmlr.walkthrough import Moment, explore
+from dmlr.what_if import Change, try_changes, usual_changes
+
+ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+@pytest.fixture(scope="module")
+def config():
+    return Config.make("demo", device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def vlm(config):
+    return VLM.load(config)
+
+
+@pytest.fixture(scope="module")
+def example():
+    return load_dataset("data/shapes/mathematics.json")[0][2]  # its answer changes on the way
+
+
+@pytest.fixture(scope="module")
+def walk(vlm, config, example):
+    return explore(vlm, config, example, [open_image(example.image)], top=config.top_k)
+
+
+@pytest.fixture(scope="module")
+def outcomes(walk):
+    return try_changes(walk, usual_changes(walk))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_vlm()
+
+
+def uploaded(name, content):
+    """What a FileUpload holds after one file."""
+    about = {"name": name, "type": "image/png", "size": len(content), "content": memoryview(content)}
+    return ({**about, "last_modified": datetime.now(timezone.utc)},)
+
+
+def own(question, idx=0, solution=""):
+    return Example(row=0, idx=idx, question=question, solution=solution)
+
+
+def said(walk, latents, patches):
+    """The answer after these latents [L, D] and patches, decoded alone from a prompt of its own."""
+    prefix, _ = prefill_latent(walk.vlm, [walk.question], walk.config, prompts_of(walk.config))
+    width = max(map(len, patches))
+    index = torch.tensor([[[*row, *[0] * (width - len(row))] for row in patches]], dtype=torch.long)
+    count = torch.tensor([[len(row) for row in patches]])
+    append_latents(walk.vlm, prefix, latents[None], Patches(index.view(1, len(patches), width), count))
+    return decode(walk.vlm, prefix, walk.config)[0].text
+
+
+# moments
+
+
+def test_both_answers_are_the_methods(walk, vlm, config):
+    for method, shown in {"vanilla": walk.vanilla, "dmlr": walk.dmlr}.items():
+        answer = METHODS[method](vlm, [walk.question], config)[0]
+        assert (shown.text, shown.prompt, shown.stop_reason) == (answer.text, answer.prompt, answer.stop_reason)
+    assert walk.dmlr.reasoning.best_reward == pytest.approx(answer.reasoning.best_reward)
+    assert walk.dmlr.reasoning.patches == answer.reasoning.patches
+
+
+def test_moments_are_what_the_loop_did(walk):
+    record = walk.dmlr.reasoning
+    assert [m.iteration for m in walk.moments] == list(range(11))
+    assert [m.reward for m in walk.moments] == [record.start_reward, *(s["reward"] for s in record.steps)]
+    assert [m.accepted for m in walk.moments[1:]] == [s["is_new_best"] for s in record.steps]
+    assert [m.patches for m in walk.moments] == [[[]] * 4, *record.patch_history]
+    assert [m.best for m in walk.moments] == list(np.maximum.accumulate([m.reward for m in walk.moments]))
+    assert torch.equal(torch.stack([m.attention for m in walk.moments]), record.attention.float())
+
+
+def test_an_answer_is_decoded_from_its_moments_own_state(walk):
+    assert len({m.answer for m in walk.moments}) > 1  # else the next lines could not tell states apart
+    start = initial_latents(walk.vlm, walk.prefix, walk.config)[0]
+    states = [start, *(step.tried.latents[0] for step in walk.trace.steps)]
+    for moment, latents in zip(walk.moments, states, strict=True):
+        assert moment.answer == said(walk, latents, moment.patches)
+
+
+def test_the_next_tokens_shown_are_those_that_the_reward_reads(walk):
+    for moment in walk.moments:  # equations 6 and 7, by hand
+        entropies = [-sum(p * math.log(p) for _, p in tokens) for tokens in moment.next_tokens]
+        assert len(entropies) == 4
+        assert all(len(tokens) == walk.config.top_k for tokens in moment.next_tokens)
+        assert moment.reward == pytest.approx(1 - sum(entropies) / 4, abs=1e-4)
+
+
+def test_verdicts_need_a_truth(walk, vlm, config):
+    assert walk.is_right(r"\boxed{1}") is True
+    assert walk.is_right(r"\boxed{2}") is False
+    assert walk.is_right("", "error") is None
+    asked = explore(vlm, config.replace(max_num_steps=1), own(walk.example.question), walk.question.images)
+    assert {m.is_right for m in asked.moments} == {None}
+
+
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_questions_without_an_image_and_with_several(tiny, images):
+    config = Config.make("demo", device="cpu", dtype="float32", max_num_steps=2, max_new_tokens=6, top_k=5)
+    shown = explore(tiny, config, own("what?"), [noise_image(i, 112, 84) for i in range(images)])
+    grid = shown.encoded.patch_grid
+    assert [m.attention.shape[1] for m in shown.moments] == [12 * images] * 3
+    assert sum(map(len, shown.moments[-1].patches)) >= 4 * bool(images)
+    picture = shown.question.images[0] if images else None
+    heats = [view.heat(m, grid, token) for m in shown.moments for token in (None, 3)]
+    assert len(plots_walkthrough.strip(picture, grid, heats, 0.5).axes) == 8
+    assert view.caption(shown.moments[-1], grid)
+    outcomes = try_changes(shown, usual_changes(shown))
+    assert outcomes[0].answer == shown.dmlr.text
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_num_steps": 0},
+        {"use_auto_grad": True},
+        {"accept_at": "candidate", "num_samples": 2, "reward_position": "think_next"},
+        {"disable_best_reward": True},
+        {"reward_threshold": 0.001, "reward": "logprob"},
+    ],
+)
+def test_every_kind_of_loop_can_be_walked_through(tiny, settings):
+    base = {"device": "cpu", "dtype": "float32", "max_num_steps": 3, "max_new_tokens": 6, "top_k": 5}
+    config = Config.make("demo", **{**base, **settings})
+    shown = explore(tiny, config, own("what?"), [noise_image(0)])
+    assert shown.dmlr.text == METHODS["dmlr"](tiny, [shown.question], config)[0].text
+    assert len(shown.moments) == 1 + len(shown.trace.steps)
+    assert try_changes(shown, usual_changes(shown))[0].answer == shown.dmlr.text
+
+
+def test_a_reward_that_is_no_number_is_said_and_shown(tiny):
+    config = Config.make("demo", device="cpu", dtype="float32", max_num_steps=2, sigma=1e38, lr=1e38, max_new_tokens=4)
+    shown = explore(tiny, config, own("what?"), [noise_image(0)])
+    assert "not a finite number" in shown.dmlr.error
+    explorer = widgets.Explorer(shown)
+    explorer.slider.value = 2
+    assert "Iteration 2" in explorer.picture.value
+    assert "not a finite number" in explorer.answers.value
+
+
+def test_a_question_that_cannot_be_asked_is_refused(tiny):
+    config = Config.make("demo", device="cpu", dtype="float32")
+    with pytest.raises(PromptError, match="special token"):
+        explore(tiny, config, own("what <|im_end|>?"), [])
+
+
+# what if
+
+
+def test_nothing_changed_is_the_answer_as_it_was(walk, outcomes):
+    assert outcomes[0].change == Change()
+    assert outcomes[0].answer == walk.dmlr.text
+    assert outcomes[0].reward == pytest.approx(walk.dmlr.reasoning.best_reward, abs=1e-5)
+    assert outcomes[0].patches == walk.dmlr.reasoning.patches
+
+
+def test_the_usual_changes_are_all_of_them(walk, outcomes):
+    kept = [(token, patch) for token, patches in enumerate(walk.dmlr.reasoning.patches) for patch in patches]
+    changes = [o.change for o in outcomes]
+    assert kept
+    assert len(set(changes)) == len(changes) == 1 + len(kept) + 1 + 4 + 3
+    assert {pair for change in changes for pair in change.drop} == set(kept)
+    assert len({o.answer for o in outcomes}) > 1  # on this question something changes
+
+
+def test_a_dropped_patch_is_left_out_of_what_is_decoded(walk, outcomes):
+    kept = walk.dmlr.reasoning.patches
+    for outcome in (o for o in outcomes if o.change.drop):
+        left = [[p for p in patches if (t, p) not in outcome.change.drop] for t, patches in enumerate(kept)]
+        assert outcome.patches == left != kept
+        assert outcome.answer == said(walk, walk.trace.final.latents[0], left)
+
+
+def test_a_frozen_token_stays_at_the_start_and_the_others_move(walk):
+    config = walk.config.replace(disable_best_reward=True)  # the last state: whatever was accepted, latents moved
+    moving = explore(walk.vlm, config, walk.example, walk.question.images)
+    start = initial_latents(walk.vlm, walk.prefix, walk.config)[0]
+    (outcome,) = try_changes(moving, [Change(freeze=frozenset([1, 2]))])
+    moved = (outcome.latents != start).any(dim=1)
+    assert moved.tolist() == [True, False, False, True]
+
+
+def test_another_seed_is_the_method_with_another_seed(walk, outcomes):
+    for outcome in (o for o in outcomes if o.change.seed):
+        config = walk.config.replace(seed=outcome.change.seed)
+        answer = METHODS["dmlr"](walk.vlm, [walk.question], config)[0]
+        assert (outcome.answer, outcome.patches) == (answer.text, answer.reasoning.patches)
+        assert outcome.reward == pytest.approx(answer.reasoning.best_reward, abs=1e-5)
+
+
+def test_a_change_alone_is_what_it_is_among_others(walk, outcomes):
+    for outcome in outcomes[::3]:
+        (alone,) = try_changes(walk, [outcome.change])
+        assert (alone.answer, alone.patches, alone.best_step) == (outcome.answer, outcome.patches, outcome.best_step)
+        assert alone.reward == pytest.approx(outcome.reward, abs=1e-5)
+
+
+def test_changes_that_cannot_be_are_refused(walk, tiny):
+    for change, message in {
+        Change(freeze=frozenset([4])): "no think token 5; there are 4",
+        Change(drop=frozenset([(0, 36)])): "no image token 36; there are 36",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            try_changes(walk, [change])
+    config = Config.make("demo", device="cpu", dtype="float32", max_num_steps=1, max_new_tokens=2, use_auto_grad=True)
+    exact = explore(tiny, config, own("what?"), [noise_image(0)])
+    with pytest.raises(ValueError, match="uses no noise"):
+        try_changes(exact, [Change(seed=1)])
+
+
+# what is shown
+
+
+def made_up(iteration=1, answer="yes", accepted=True, reward=0.5):
+    attention = torch.arange(2 * 7).view(2, 7) / 100
+    tokens = [[("a b", 0.75), ("<b>", 0.25)], [("\n", 1.0)]]
+    return Moment(iteration, reward, 0.6, accepted, 0.1, attention, [[5], [2, 6]], tokens, answer, None)
+
+
+def test_places_are_counted_as_people_count():
+    assert view.place(0, (2, 3)) == "row 1, column 1"
+    assert view.place(5, (2, 3)) == "row 2, column 3"
+    assert view.place(6, (2, 3)) == "image token 6"
+
+
+def test_a_heat_map_is_a_tokens_attention_or_the_mean():
+    moment = made_up()
+    assert view.heat(moment, (2, 3)).values == pytest.approx([0.035 + i / 100 for i in range(6)])
+    one = view.heat(moment, (2, 3), token=1)
+    assert one.values == pytest.approx([0.07 + i / 100 for i in range(6)])
+    assert one.patches == [[], [2]]  # token 6 lies on no cell of the picture
+    assert view.limit([moment], (2, 3), token=1) == pytest.approx(0.12)
+
+
+def test_a_caption_says_what_the_picture_shows():
+    assert view.caption(made_up(), (2, 3)) == (
+        "Iteration 1, kept: reward 0.50000, best so far 0.60000. Attention of all think tokens (mean). Patches: "
+        "think token 1 at row 2, column 3, think token 2 at row 1, column 3 and image token 6."
+    )
+    assert "think token 1 at" not in view.caption(made_up(), (2, 3), token=1)
+    assert "tried and dropped again" in view.caption(made_up(accepted=False), (2, 3))
+
+
+def test_moments_to_print_hold_the_turns_and_the_best():
+    moments = [made_up(t, "no" if t == 13 else "yes", t == 4) for t in range(21)]
+    shown = [m.iteration for m in view.chosen(moments)]
+    assert {0, 4, 13, 14, 20} <= set(shown)
+    assert shown == sorted(shown)
+    assert len(shown) == 8
+    assert view.chosen(moments[:1]) == moments[:1]
+
+
+def test_tables_hold_what_was_decoded(walk, outcomes):
+    table = view.moments_table(walk)
+    assert list(table["answer"]) == [view.final(m.answer) for m in walk.moments]
+    assert list(table["right"]) == [{True: "✓", False: "✗"}[m.is_right] for m in walk.moments]
+    assert [float(r) for r in table["reward"]] == pytest.approx([m.reward for m in walk.moments], abs=1e-5)
+    changed = view.outcomes_table(walk, outcomes)
+    assert changed["what if"].iloc[0] == "as it is"
+    told = [view.final(o.answer) != view.final(walk.dmlr.text) for o in outcomes]
+    assert [bool(text) for text in changed["changed"]] == told
+    assert any(told)
+    answers = view.answers_table(walk)
+    assert set(answers["answer"]) == {m.answer for m in walk.moments}
+    named = sorted(int(i) for text in answers["iterations"] for i in text.split(", "))
+    assert named == list(range(11))
+
+
+def test_changes_in_words():
+    assert view.describe(Change(), (2, 3)) == "as it is"
+    both = Change(drop=frozenset([(1, 5)]), freeze=frozenset([0]), seed=7)
+    assert view.describe(both, (2, 3)) == (
+        "without think token 2's patch at row 2, column 3; think token 1 frozen; seed 7"
+    )
+    assert view.describe(Change(drop=frozenset([(0, 1), (1, 5)])), (2, 3)) == "without 2 patches"
+
+
+def test_text_of_models_is_text(walk):
+    tokens = view.next_tokens_html([[(ATTACK, 0.5)]])
+    assert "<script" not in tokens
+    assert "<img" not in tokens
+    answers = view.answers_html(walk, made_up(answer=ATTACK))
+    assert "<script" not in answers
+    assert "<img" not in answers
+    assert "&lt;script&gt;" in answers
+
+
+def test_the_figure_marks_its_iteration_and_darkens_what_is_not_attended_to():
+    image, grid = Image.new("RGB", (60, 40), "white"), (2, 3)
+    curve = [(0.1, 0.1, False), (0.4, 0.4, True), (0.2, 0.4, False)]
+    heat = view.heat(made_up(), grid)
+    fig = plots_walkthrough.moment(image, grid, heat, 0.085, curve, 2)
+    left, right = fig.axes
+    alpha = left.images[-1].get_array()[..., 3].ravel()
+    assert np.allclose(alpha, 0.66 * (1 - heat.values / 0.085), atol=1e-6)
+    assert alpha.argmin() == 5
+    assert len(left.patches) == 2  # two patches on the picture
+    ring = right.lines[-1]
+    assert (ring.get_xdata()[0], ring.get_ydata()[0]) == (2, 0.2)
+    faces = [line.get_markerfacecolor() for line in right.lines if line.get_marker() == "o"][:3]
+    assert faces[1] != "white"
+    assert faces[2] == "white"
+
+
+# the widgets, without a browser
+
+
+@pytest.fixture
+def explorer(walk, example):
+    return widgets.Explorer(walk, [example, load_dataset("data/shapes/visual.json")[0][0]])
+
+
+def test_the_slider_moves_everything_together(explorer, walk):
+    seen = []
+    for t in range(11):
+        explorer.slider.value = t
+        seen.append((explorer.picture.value, explorer.tokens.value))
+        assert view.caption(walk.moments[t], walk.encoded.patch_grid) in explorer.picture.value
+        assert f"from iteration {t}" in explorer.answers.value
+        assert view.final(walk.moments[t].answer) in explorer.answers.value
+    assert len(set(seen)) == 11
+
+
+def test_the_token_selector_shows_one_token(explorer):
+    everything = explorer.tokens.value
+    explorer.token.value = 2
+    assert "Attention of think token 3" in explorer.picture.value
+    assert everything.count("think token") == 4
+    assert explorer.tokens.value.count("think token") == 1
+
+
+def test_a_what_if_is_added_to_its_table(explorer, walk):
+    explorer.drop.value = tuple(value for _, value in explorer.drop.options)
+    explorer.wonder.click()
+    assert explorer.tried[0].patches == [[], [], [], []]
+    explorer.drop.value, explorer.seed.value = (), walk.config.seed + 1
+    explorer.wonder.click()
+    assert [o.change.seed for o in explorer.tried] == [walk.config.seed + 1, None]
+    assert explorer.outcomes.value.count("<tr>") == 3
+
+
+def test_another_example_resets_everything(explorer, example):
+    explorer.slider.value, explorer.token.value = 3, 1
+    explorer.wonder.click()
+    explorer.example.value = 1
+    assert explorer.walk.example.question != example.question
+    assert explorer.walk.example.question in explorer.status.value
+    assert (explorer.slider.value, explorer.token.value, explorer.outcomes.value) == (0, None, "")
+    assert "Iteration 0, the start" in explorer.picture.value
+
+
+def test_ones_own_image_and_question(explorer, tmp_path):
+    Image.new("RGB", (90, 60), "red").save(tmp_path / "red.png")
+    explorer.upload.value = uploaded("red.png", (tmp_path / "red.png").read_bytes())
+    explorer.question.value = f"What is there? {ATTACK}"
+    explorer.ask.click()
+    assert explorer.walk.question.images[0].size == (90, 60)
+    assert explorer.walk.question.text == f"What is there? {ATTACK}"
+    assert "<script" not in explorer.status.value
+    assert explorer.walk.dmlr.text
+
+
+def test_what_goes_wrong_is_said_in_the_status_line(explorer, walk):
+    explorer.ask.click()
+    assert "type a question first" in explorer.status.value
+    explorer.question.value = "what <|im_end|>?"
+    explorer.ask.click()
+    assert "special token" in explorer.status.value
+    explorer.upload.value = uploaded("bad.png", b"no image")
+    explorer.question.value = "What is there?"
+    explorer.ask.click()
+    assert "bad.png: not an image" in explorer.status.value
+    assert explorer.walk is walk  # what was shown stays
