@@ -49,19 +49,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _notebook_command(args: argparse.Namespace) -> int:
-    from dmlr import demo, notebooks
+    from dmlr import demo, notebooks, parameters, report_index
 
     try:
         if args.command == "run":
             given = {}
             for path in args.file:
-                given |= notebooks.read_parameters(path)
+                given |= parameters.read_parameters(path)
             given |= dict(args.parameter)
             report = notebooks.run(args.notebook, given, args.output)
-            notebooks.write_index()
+            report_index.write_index()
             print(f"report: {report}")
         elif args.command == "report":
-            print(f"index: {notebooks.write_index()}")
+            print(f"index: {report_index.write_index()}")
         elif args.command == "readme":
             demo.publish()
         else:

@@ -157,12 +157,17 @@ class Config:
         return f"{f.metadata['help']}{_range(f)}"
 
 
+def root() -> Path:
+    """The project's folder, wherever a notebook or a command is started."""
+    return Path(__file__).resolve().parents[1]
+
+
 def locate(path: str) -> Path | str:
     """A path as given, else under the project's root (so that notebooks and commands name the same files).
 
     What exists at neither place comes back as given: a hub id, or a path that the reader will complain about.
     """
-    beside = Path(__file__).resolve().parents[1] / path
+    beside = root() / path
     return path if Path(path).exists() or not beside.exists() else beside
 
 

@@ -10,8 +10,11 @@ from pathlib import Path
 
 from bs4 import BeautifulSoup
 
+from dmlr.config import root
 from dmlr.metrics import paired, summary
-from dmlr.notebooks import RunError, read_parameters, root, run, write_index
+from dmlr.notebooks import RunError, run
+from dmlr.parameters import read_parameters
+from dmlr.report_index import write_index
 from dmlr.results import find_runs, read_results
 
 BENCHMARK_RUN = root() / "reports" / "runs" / "shapes-vl_mathematics+visual+composition"

@@ -1,30 +1,24 @@
-"""Notebooks as commands: checked papermill runs, HTML reports and the index of all runs.
+"""Notebooks as commands: papermill runs with checked parameters, and their HTML reports.
 
 Knows how to run and render a notebook; knows nothing about models, methods or what a notebook computes.
 """
 
 from __future__ import annotations
 
-import ast
-import html
 import os
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import nbformat
 import papermill
-import yaml
 from bs4 import BeautifulSoup
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
-from markupsafe import Markup
 from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from nbconvert.filters import markdown2html_mistune, strip_ansi
@@ -32,21 +26,12 @@ from papermill.exceptions import PapermillExecutionError
 from pygments.formatters import HtmlFormatter
 from traitlets import default
 
-from dmlr.config import Config, ConfigError, check_names
-from dmlr.metrics import summary
-from dmlr.results import find_runs, read_results
-
-PATHS = ("model_name_or_path", "dataset", "prompts_file", "image")
-CONFIG_NAMES = tuple(f.name for f in fields(Config))
+from dmlr.config import root
+from dmlr.parameters import check_parameters, default_output, from_here
 
 
 class RunError(RuntimeError):
     """A notebook that could not be run to its end; the message names the cell's error and the executed copy."""
-
-
-def root() -> Path:
-    """The project's folder, wherever a notebook or a command is started."""
-    return Path(__file__).resolve().parents[1]
 
 
 class _ThisInterpreter(AsyncKernelManager):
@@ -62,103 +47,6 @@ class _ThisInterpreter(AsyncKernelManager):
         return KernelSpec(**get_kernel_dict(quiet))
 
 
-# parameters
-
-
-def read_parameters(path: str | Path) -> dict[str, Any]:
-    """A parameter file: one YAML mapping of flat values. ConfigError says what else it is."""
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"parameter file {path}: {error}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict) or any(isinstance(value, dict | list) for value in values.values()):
-        raise ConfigError(f"parameter file {path}: expected one mapping of names to single values")
-    return {str(name): value for name, value in values.items()}
-
-
-def check_parameters(notebook: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The given parameters in their types, or ConfigError before anything runs.
-
-    Names must be in the notebook's `parameters` cell. Those that are Config's go through Config, together with the
-    notebook's own values for the rest, so a range or a combination that the run would refuse is refused here.
-    """
-    notebook = Path(notebook)
-    if not notebook.is_file():
-        raise ConfigError(f"no notebook {str(notebook)!r}")
-    cell = papermill.inspect_notebook(str(notebook))
-    check_names(given, cell)
-    settings = {name: _literal(p["default"]) for name, p in cell.items() if name in CONFIG_NAMES}
-    config = Config.make(None, **{**settings, **{n: v for n, v in given.items() if n in CONFIG_NAMES}})
-    return {
-        name: getattr(config, name)
-        if name in CONFIG_NAMES
-        else _typed(name, value, cell[name]["inferred_type_name"], _literal(cell[name]["default"]))
-        for name, value in given.items()
-    }
-
-
-def _from_here(values: dict[str, Any]) -> dict[str, Any]:
-    """Paths as the caller means them: the kernel works in another folder.
-
-    A path that the project's root has stays as it is; one that exists here, and any output folder, becomes absolute.
-    """
-
-    def absolute(path: str) -> str:
-        here = path.strip()
-        return str(Path(here).resolve()) if here and not (root() / here).exists() and Path(here).exists() else here
-
-    moved = {name: str(values[name]) for name in PATHS if values.get(name)}
-    moved = {name: ",".join(absolute(part) for part in value.split(",")) for name, value in moved.items()}
-    if values.get("output_dir"):
-        moved["output_dir"] = str(Path(values["output_dir"]).resolve())
-    return {**values, **moved}
-
-
-def _literal(source: str) -> Any:
-    try:
-        return ast.literal_eval(source)
-    except (SyntaxError, ValueError):
-        return source
-
-
-def _typed(name: str, value: Any, kind: str, default: Any) -> Any:
-    """A parameter that is the notebook's own, in the type its cell declares."""
-    types = {"int": int, "float": float, "bool": bool, "str": str}
-    wanted = types.get(kind) or type(default)
-    if wanted is str:
-        return value if isinstance(value, str) else str(value)
-    parsed = yaml.safe_load(value) if isinstance(value, str) else value
-    if parsed is None and default is None:
-        return None
-    try:
-        if wanted is float and not isinstance(parsed, bool):
-            return float(parsed)
-    except (TypeError, ValueError):
-        parsed = None
-    if not isinstance(parsed, wanted) or (wanted is int and isinstance(parsed, bool)):
-        raise ConfigError(f"{name} = {value!r}: expected {wanted.__name__}")
-    return parsed
-
-
-def default_output(notebook: Path, values: Mapping[str, Any]) -> Path:
-    """Where an executed copy goes: into the run's own folder, with model, dataset and methods in its name."""
-    cell = {name: _literal(p["default"]) for name, p in papermill.inspect_notebook(str(notebook)).items()}
-    told = {**cell, **values}
-    if not set(CONFIG_NAMES) <= set(told):
-        return root() / "reports" / "runs" / notebook.stem / f"{notebook.stem}.ipynb"
-    from dmlr.evaluate import name, output_folder  # imports torch; a misspelt parameter does not wait for that
-
-    config = Config.make(None, **{key: told[key] for key in CONFIG_NAMES})
-    several = ("+".join(name(part) for part in text.split(",")) for text in (config.dataset, config.methods))
-    stem = "_".join([notebook.stem, name(config.model_name_or_path), *several])
-    return output_folder(config) / f"{stem}.ipynb"
-
-
-# run and render
-
-
 def run(notebook: str | Path, given: Mapping[str, Any] | None = None, output: str | Path | None = None) -> Path:
     """Executes a notebook in a kernel of its own and renders it; returns the path of the HTML report.
 
@@ -169,7 +57,7 @@ def run(notebook: str | Path, given: Mapping[str, Any] | None = None, output: st
     an earlier run is left beside it) or when the output cannot be written.
     """
     notebook, given = Path(notebook).resolve(), dict(given or {})
-    values = _from_here(check_parameters(notebook, given))
+    values = from_here(check_parameters(notebook, given))
     output = Path(output or default_output(notebook, values)).resolve()
     report = output.with_suffix(".html")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -222,7 +110,7 @@ def render(executed: str | Path, report: str | Path) -> None:
     title = next((text for level, _, text in contents if level == 1), executed.stem)
     resources = {
         "title": title,
-        "css": _css(),
+        "css": css(),
         "masthead": f"DMLR · {executed.stem} · {datetime.now():%Y-%m-%d %H:%M}",
         "contents": [entry for entry in contents if entry[0] > 1],
     }
@@ -264,57 +152,10 @@ def _headings(notebook: nbformat.NotebookNode) -> list[tuple[int, str, str]]:
     return found
 
 
-def _css() -> str:
+def css() -> str:
     """Page style and code colours, for light and dark."""
     light = HtmlFormatter(style="friendly").get_style_defs(".highlight")
     dark = HtmlFormatter(style="github-dark").get_style_defs(".highlight")
     page = (root() / "reports" / "template" / "page.css").read_text(encoding="utf-8")
     clear = ".highlight, .highlight pre { background: var(--tint); }"
     return f"{light}\n@media screen and (prefers-color-scheme: dark) {{ {dark} }}\n{page}\n{clear}"
-
-
-# the index
-
-
-def write_index(reports: str | Path | None = None) -> Path:
-    """reports/index.html: every run found under `reports`, its headline table and its rendered notebooks."""
-    reports = Path(reports or root() / "reports")
-    folders: dict[Path, list[Path]] = {}
-    for found in find_runs(reports / "runs"):
-        folders.setdefault(found.parents[1], []).append(found)  # <run>/<dataset>/<method>
-    for page in sorted(reports.glob("*/**/*.html")):
-        folders.setdefault(page.parent, [])
-    groups = []
-    for folder in sorted(folders, key=lambda f: max(p.stat().st_mtime for p in f.iterdir()), reverse=True):
-        runs = sorted(folders[folder], key=lambda run: (run.parent, run.name != "vanilla", run.name))
-        rows = [_index_row(row) for _, row in summary(map(read_results, runs)).iterrows()]
-        pages = sorted(folder.glob("*.html"))
-        links = [{"href": page.relative_to(reports).as_posix(), "title": _title(page)} for page in pages]
-        title = folder.relative_to(reports).as_posix().removeprefix("runs/")
-        groups.append({"title": title, "reports": links, "rows": rows})
-    loader = jinja2.FileSystemLoader(root() / "reports" / "template")
-    template = jinja2.Environment(loader=loader, autoescape=True).get_template("runs.html.j2")
-    page = template.render(groups=groups, css=Markup(_css()), made=f"{datetime.now():%Y-%m-%d %H:%M}")
-    index = reports / "index.html"
-    index.write_text(page, encoding="utf-8")
-    return index
-
-
-def _index_row(row: Mapping[str, Any]) -> dict[str, str]:
-    number = lambda value, text: "–" if value != value else text.format(value)  # noqa: E731
-    interval = number(row["low"], "{:.1%}") + " – " + number(row["high"], "{:.1%}")
-    return {
-        "dataset": Path(str(row["dataset"])).stem,
-        "method": row["method"],
-        "accuracy": number(row["accuracy"], "{:.1%}"),
-        "interval": interval,
-        "total": f"{row['total']}",
-        "unjudged": f"{row['errors'] + row['skipped'] + row['judge_failed']}",
-        "seconds": number(row["seconds"], "{:.2f}"),
-    }
-
-
-def _title(page: Path) -> str:
-    with open(page, encoding="utf-8") as file:
-        found = re.search(r"<title>(.*?)</title>", file.read(4096))
-    return html.unescape(found[1]) if found else page.stem

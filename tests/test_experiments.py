@@ -3,17 +3,15 @@
 import json
 import re
 
-import nbformat
-import papermill
 import pytest
 from bs4 import BeautifulSoup
-from papermill.parameterize import parameterize_notebook
-from test_notebooks import cell_parameters, external_requests, nbval
+from notebook_files import external_requests, filled, nbval
 
 from dmlr import notebooks, sweep
+from dmlr.config import root
 from dmlr.results import find_runs, read_results
 
-ROOT = notebooks.root()
+ROOT = root()
 ABLATIONS, EFFICIENCY = (ROOT / "notebooks" / f"{name}.ipynb" for name in ("02_ablations", "06_efficiency"))
 
 
@@ -80,11 +78,8 @@ def test_efficiency_shows_what_was_measured(tmp_path):
 def test_nbval_of_both(ablations, tmp_path):
     _, given, _ = ablations
     small = {"device": "cpu", "samples": "1,2", "runs_folder": str(tmp_path), "output_dir": str(tmp_path / "run")}
-    for path, values in ((ABLATIONS, given), (EFFICIENCY, {**given, **small})):
-        known = cell_parameters(path)
-        stored = papermill.iorw.load_notebook_node(str(path))
-        filled = parameterize_notebook(stored, {name: value for name, value in values.items() if name in known})
-        nbformat.write(filled, tmp_path / path.name)
-        result = nbval(tmp_path / path.name)
+    for stored, values in ((ABLATIONS, given), (EFFICIENCY, {**given, **small})):
+        path, cells = filled(stored, values, tmp_path)
+        result = nbval(path)
         assert result.returncode == 0, result.stdout[-3000:]
-        assert f"{sum(cell.cell_type == 'code' for cell in filled.cells)} passed" in result.stdout
+        assert f"{cells} passed" in result.stdout

@@ -1,23 +1,19 @@
-"""Notebooks as commands: errors before anything runs, every notebook to its end, reports that fetch nothing."""
+"""Notebooks as commands: every notebook to its end, errors that say where, reports that fetch nothing."""
 
-import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
-import papermill
 import pytest
 from bs4 import BeautifulSoup
-from papermill.parameterize import parameterize_notebook
+from notebook_files import external_requests, filled, nbval, notebook
 from PIL import Image
 
-from dmlr import demo, notebooks, page
+from dmlr import demo, notebooks, page, report_index
 from dmlr.__main__ import main
-from dmlr.config import PRESETS, Config, ConfigError
 from dmlr.judge import judge
 from dmlr.results import find_runs, read_results
 
@@ -26,140 +22,6 @@ FOLDER = ROOT / "notebooks"
 BENCHMARK, WALKTHROUGH, COMPARE = (FOLDER / f"{n}.ipynb" for n in ("03_benchmark", "01_walkthrough", "04_compare"))
 ATTACK = '<script>alert("x")</script>'
 SMALL = {"end_data_idx": 24, "max_num_steps": 3, "batch_size": 8, "max_new_tokens": 64}
-
-
-def notebook(path, *cells, parameters='rounds: int = 1  # how often\nlabel: str = "a"  # any text'):
-    """A small notebook at `path`: a title, a parameters cell and the given code."""
-    nb = nbformat.v4.new_notebook()
-    nb.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nb.cells = [nbformat.v4.new_markdown_cell("# A title"), nbformat.v4.new_code_cell(parameters)]
-    nb.cells[1].metadata["tags"] = ["parameters"]
-    nb.cells += [nbformat.v4.new_code_cell(cell) for cell in cells]
-    nbformat.write(nb, path)
-    return path
-
-
-# parameters are checked before anything runs
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"num_thought_token": 3}, "unknown parameter 'num_thought_token' .did you mean 'num_thought_tokens'"),
-        ({"sigma": "wide"}, "sigma = 'wide': expected float"),
-        ({"num_thought_tokens": 0}, "num_thought_tokens = 0 is out of range"),
-        ({"reward": "entropie"}, "did you mean 'entropy'"),
-        ({"sigma": 0}, "sigma = 0 gives REINFORCE nothing to learn from"),
-        ({"start_data_idx": 101}, "is before start_data_idx = 101"),  # against the notebook's own end_data_idx
-    ],
-)
-def test_a_bad_parameter_is_an_error_before_anything_runs(tmp_path, capsys, given, message):
-    arguments = [text for name, value in given.items() for text in ("-p", name, str(value))]
-    assert main(["run", str(BENCHMARK), *arguments, "--output", str(tmp_path / "run" / "out.ipynb")]) == 1
-    assert re.search(message, capsys.readouterr().err)
-    assert not (tmp_path / "run").exists()
-
-
-def test_parameters_arrive_in_their_types():
-    given = {"resume": "true", "lr": "1e-4", "end_data_idx": "none", "seed": "7", "sigma": 1}
-    checked = notebooks.check_parameters(BENCHMARK, given)
-    assert checked == {"resume": True, "lr": 1e-4, "end_data_idx": None, "seed": 7, "sigma": 1.0}
-    assert [type(value) for value in checked.values()] == [bool, float, type(None), int, float]
-
-
-def test_a_notebooks_own_parameters_are_checked_too(tmp_path):
-    path = notebook(tmp_path / "own.ipynb")
-    assert notebooks.check_parameters(path, {"rounds": "3", "label": "12"}) == {"rounds": 3, "label": "12"}
-    with pytest.raises(ConfigError, match="rounds = 'many': expected int"):
-        notebooks.check_parameters(path, {"rounds": "many"})
-    with pytest.raises(ConfigError, match="unknown parameter 'lable' .did you mean 'label'"):
-        notebooks.check_parameters(path, {"lable": "x"})
-
-
-@pytest.mark.parametrize("content", ["- a\n- b\n", "sigma: [1, 2]\n", "sigma: 'open\n", "just words\n"])
-def test_a_parameter_file_is_one_flat_mapping(tmp_path, capsys, content):
-    path = tmp_path / "parameters.yaml"
-    path.write_text(content)
-    assert main(["run", str(BENCHMARK), "-f", str(path)]) == 1
-    assert str(path) in capsys.readouterr().err
-
-
-def test_commands_that_live_elsewhere_are_reached(tmp_path, capsys):
-    path = tmp_path / "data.json"
-    path.write_text('[{"prompt": "", "solution": "3"}]')
-    assert main(["check", str(path)]) == 1
-    assert "the prompt is empty" in capsys.readouterr().out
-    path.write_text('[{"prediction": "\\\\boxed{7}", "ground_truth": "7"}]')
-    assert main(["judge", str(path)]) == 0
-    assert "correct" in capsys.readouterr().out
-    assert main(["bench", "9000B"]) == 1
-    assert "unknown shape '9000B'" in capsys.readouterr().err
-
-
-def test_missing_files_are_named(tmp_path, capsys):
-    assert main(["run", str(tmp_path / "none.ipynb")]) == 1
-    assert "no notebook" in capsys.readouterr().err
-    assert main(["run", str(BENCHMARK), "-f", str(tmp_path / "none.yaml")]) == 1
-    assert "none.yaml" in capsys.readouterr().err
-
-
-def test_command_line_values_win_over_files_and_later_files_over_earlier(tmp_path, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(notebooks, "run", lambda path, given, output: seen.update(given))
-    monkeypatch.setattr(notebooks, "write_index", lambda: None)
-    (tmp_path / "a.yaml").write_text("seed: 1\nlr: 0.1\nsigma: 3\n")
-    (tmp_path / "b.yaml").write_text("seed: 2\nlr: 0.2\n")
-    files = ["-f", str(tmp_path / "a.yaml"), "-f", str(tmp_path / "b.yaml")]
-    assert main(["run", str(BENCHMARK), *files, "-p", "seed", "3"]) == 0
-    assert seen == {"seed": "3", "lr": 0.2, "sigma": 3}
-
-
-def test_paths_mean_what_they_mean_to_the_caller(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.json").write_text("[]")
-    values = {
-        "dataset": "mine.json,data/shapes/visual.json",
-        "output_dir": "out",
-        "model_name_or_path": "Qwen/some-model",
-    }
-    moved = notebooks._from_here(values)
-    assert moved["dataset"] == f"{tmp_path / 'mine.json'},data/shapes/visual.json"
-    assert moved["output_dir"] == str(tmp_path / "out")
-    assert moved["model_name_or_path"] == "Qwen/some-model"
-
-
-# the benchmark notebook, its parameter files and Config agree
-
-
-def cell_parameters(path):
-    return papermill.inspect_notebook(str(path))
-
-
-def test_the_benchmarks_parameters_are_configs():
-    cell = cell_parameters(BENCHMARK)
-    assert list(cell) == [field.name for field in dataclasses.fields(Config)]
-    values = {name: notebooks._literal(parameter["default"]) for name, parameter in cell.items()}
-    assert Config.make(None, **values) == Config.make("demo")
-
-
-@pytest.mark.parametrize("path", [BENCHMARK, WALKTHROUGH])
-def test_help_and_types_of_parameters_are_configs(path):
-    shared = {name: p for name, p in cell_parameters(path).items() if name in notebooks.CONFIG_NAMES}
-    assert "model_name_or_path" in shared
-    kinds = {field.name: field.type.removesuffix(" | None") for field in dataclasses.fields(Config)}
-    for name, parameter in shared.items():
-        full = Config.help(name).replace(">=", "≥").replace("<=", "≤").replace("=", "is")
-        assert parameter["inferred_type_name"] == kinds[name]
-        assert full.startswith(parameter["help"].removesuffix(" …")), name
-
-
-@pytest.mark.parametrize("preset", ["paper", "released", "demo"])
-def test_parameter_files_are_the_presets(preset):
-    given = notebooks.read_parameters(FOLDER / "params" / f"{preset}.yaml")
-    assert PRESETS[preset].items() <= given.items()
-    values = {name: notebooks._literal(p["default"]) for name, p in cell_parameters(BENCHMARK).items()}
-    about_the_run = {name: given[name] for name in ("dataset", "end_data_idx", "batch_size") if name in given}
-    assert Config.make(None, **{**values, **given}) == Config.make(preset, **about_the_run)
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
@@ -174,6 +36,18 @@ def test_sources_are_stored_stripped(path):
             assert bool(cell.outputs) == kept, cell.source
             assert (cell.execution_count is None) != kept  # nbval compares only cells that have run
             assert set(cell.metadata) <= {"tags"}
+
+
+def test_commands_that_live_elsewhere_are_reached(tmp_path, capsys):
+    path = tmp_path / "data.json"
+    path.write_text('[{"prompt": "", "solution": "3"}]')
+    assert main(["check", str(path)]) == 1
+    assert "the prompt is empty" in capsys.readouterr().out
+    path.write_text('[{"prediction": "\\\\boxed{7}", "ground_truth": "7"}]')
+    assert main(["judge", str(path)]) == 0
+    assert "correct" in capsys.readouterr().out
+    assert main(["bench", "9000B"]) == 1
+    assert "unknown shape '9000B'" in capsys.readouterr().err
 
 
 # the runner
@@ -212,16 +86,6 @@ def test_the_kernel_is_this_interpreter_whatever_is_registered(tmp_path, monkeyp
 
 
 # reports
-
-
-def external_requests(page):
-    """What a browser would fetch or run: sources that are no data, style sheets, scripts, handlers."""
-    soup = BeautifulSoup(page, "html.parser")
-    fetched = [t.get("src") for t in soup.find_all(src=True) if not t["src"].startswith("data:image/")]
-    fetched += [t.get("href") for t in soup.find_all("link")] + re.findall(r"@import|url\((?!data:)", page)
-    running = soup.find_all(["script", "iframe", "object", "embed"])
-    running += [t for t in soup.find_all(True) if any(name.startswith("on") for name in t.attrs)]
-    return fetched + running
 
 
 def test_reports_escape_output_and_run_nothing(tmp_path):
@@ -372,27 +236,13 @@ def test_walkthrough_end_to_end_with_a_question_of_ones_own(tmp_path):
 # nbval: stored outputs of the cells marked for it are compared with fresh ones
 
 
-def nbval(path):
-    command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-q", "-p", "no:cacheprovider"]
-    return subprocess.run(
-        [*command, "-c", os.devnull, "--rootdir", str(path.parent), str(path)],
-        capture_output=True,
-        text=True,
-        cwd=path.parent,
-    )
-
-
 @pytest.mark.parametrize("path", [BENCHMARK, WALKTHROUGH, COMPARE], ids=lambda path: path.stem)
 def test_nbval(path, tmp_path):
     small = {"max_num_steps": 1, "end_data_idx": 4, "max_new_tokens": 32, "output_dir": str(tmp_path / "run")}
     small["runs_folder"] = str(tmp_path)
-    known = cell_parameters(path)
-    stored = papermill.iorw.load_notebook_node(str(path))
-    given = parameterize_notebook(stored, {name: value for name, value in small.items() if name in known})
-    nbformat.write(given, tmp_path / path.name)
-    result = nbval(tmp_path / path.name)
+    path, cells = filled(path, small, tmp_path)
+    result = nbval(path)
     assert result.returncode == 0, result.stdout[-3000:]
-    cells = sum(cell.cell_type == "code" for cell in given.cells)
     assert f"{cells} passed" in result.stdout
 
 
@@ -416,7 +266,7 @@ def test_nbval_compares(path, tmp_path):
 
 def test_the_index_lists_runs_with_their_table(benchmark):
     folder, report = benchmark
-    index = notebooks.write_index(folder.parents[1])
+    index = report_index.write_index(folder.parents[1])
     page = index.read_text(encoding="utf-8")
     soup = BeautifulSoup(page, "html.parser")
     assert [item.h3.get_text() for item in soup.find("ul").find_all("li")] == ["small"]
@@ -428,7 +278,7 @@ def test_the_index_lists_runs_with_their_table(benchmark):
 
 
 def test_an_index_without_runs_is_a_page(tmp_path):
-    assert "No run yet" in notebooks.write_index(tmp_path).read_text(encoding="utf-8")
+    assert "No run yet" in report_index.write_index(tmp_path).read_text(encoding="utf-8")
 
 
 def test_the_readmes_table_comes_from_results(benchmark, tmp_path):

@@ -7,8 +7,7 @@ import pytest
 from tiny import noise_image, tiny_vlm
 
 from dmlr import methods, sweep
-from dmlr.config import Config, ConfigError, locate
-from dmlr.notebooks import root
+from dmlr.config import Config, ConfigError, locate, root
 
 FILES = sorted((root() / "notebooks" / "params" / "sweeps").glob("*.yaml"))
 

@@ -1,0 +1,108 @@
+"""Parameters of a notebook: from files and the command line, checked and in their types before anything runs."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import papermill
+import yaml
+
+from dmlr.config import Config, ConfigError, check_names, root
+
+PATHS = ("model_name_or_path", "dataset", "prompts_file", "image")
+CONFIG_NAMES = tuple(f.name for f in fields(Config))
+
+
+def read_parameters(path: str | Path) -> dict[str, Any]:
+    """A parameter file: one YAML mapping of flat values. ConfigError says what else it is."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"parameter file {path}: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or any(isinstance(value, dict | list) for value in values.values()):
+        raise ConfigError(f"parameter file {path}: expected one mapping of names to single values")
+    return {str(name): value for name, value in values.items()}
+
+
+def check_parameters(notebook: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given parameters in their types, or ConfigError before anything runs.
+
+    Names must be in the notebook's `parameters` cell. Those that are Config's go through Config, together with the
+    notebook's own values for the rest, so a range or a combination that the run would refuse is refused here.
+    """
+    notebook = Path(notebook)
+    if not notebook.is_file():
+        raise ConfigError(f"no notebook {str(notebook)!r}")
+    cell = papermill.inspect_notebook(str(notebook))
+    check_names(given, cell)
+    settings = {name: literal(p["default"]) for name, p in cell.items() if name in CONFIG_NAMES}
+    config = Config.make(None, **{**settings, **{n: v for n, v in given.items() if n in CONFIG_NAMES}})
+    return {
+        name: getattr(config, name)
+        if name in CONFIG_NAMES
+        else _typed(name, value, cell[name]["inferred_type_name"], literal(cell[name]["default"]))
+        for name, value in given.items()
+    }
+
+
+def from_here(values: dict[str, Any]) -> dict[str, Any]:
+    """Paths as the caller means them: the kernel works in another folder.
+
+    A path that the project's root has stays as it is; one that exists here, and any output folder, becomes absolute.
+    """
+
+    def absolute(path: str) -> str:
+        here = path.strip()
+        return str(Path(here).resolve()) if here and not (root() / here).exists() and Path(here).exists() else here
+
+    moved = {name: str(values[name]) for name in PATHS if values.get(name)}
+    moved = {name: ",".join(absolute(part) for part in value.split(",")) for name, value in moved.items()}
+    if values.get("output_dir"):
+        moved["output_dir"] = str(Path(values["output_dir"]).resolve())
+    return {**values, **moved}
+
+
+def literal(source: str) -> Any:
+    try:
+        return ast.literal_eval(source)
+    except (SyntaxError, ValueError):
+        return source
+
+
+def _typed(name: str, value: Any, kind: str, default: Any) -> Any:
+    """A parameter that is the notebook's own, in the type its cell declares."""
+    types = {"int": int, "float": float, "bool": bool, "str": str}
+    wanted = types.get(kind) or type(default)
+    if wanted is str:
+        return value if isinstance(value, str) else str(value)
+    parsed = yaml.safe_load(value) if isinstance(value, str) else value
+    if parsed is None and default is None:
+        return None
+    try:
+        if wanted is float and not isinstance(parsed, bool):
+            return float(parsed)
+    except (TypeError, ValueError):
+        parsed = None
+    if not isinstance(parsed, wanted) or (wanted is int and isinstance(parsed, bool)):
+        raise ConfigError(f"{name} = {value!r}: expected {wanted.__name__}")
+    return parsed
+
+
+def default_output(notebook: Path, values: Mapping[str, Any]) -> Path:
+    """Where an executed copy goes: into the run's own folder, with model, dataset and methods in its name."""
+    cell = {name: literal(p["default"]) for name, p in papermill.inspect_notebook(str(notebook)).items()}
+    told = {**cell, **values}
+    if not set(CONFIG_NAMES) <= set(told):
+        return root() / "reports" / "runs" / notebook.stem / f"{notebook.stem}.ipynb"
+    from dmlr.evaluate import name, output_folder  # imports torch; a misspelt parameter does not wait for that
+
+    config = Config.make(None, **{key: told[key] for key in CONFIG_NAMES})
+    several = ("+".join(name(part) for part in text.split(",")) for text in (config.dataset, config.methods))
+    stem = "_".join([notebook.stem, name(config.model_name_or_path), *several])
+    return output_folder(config) / f"{stem}.ipynb"

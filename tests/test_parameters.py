@@ -1,0 +1,119 @@
+"""Parameters of notebooks: an error before anything runs, or what the caller meant, in the type that is wanted."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from notebook_files import cell_parameters, notebook
+
+from dmlr import notebooks, parameters, report_index
+from dmlr.__main__ import main
+from dmlr.config import PRESETS, Config, ConfigError
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+BENCHMARK, WALKTHROUGH = (FOLDER / f"{name}.ipynb" for name in ("03_benchmark", "01_walkthrough"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_thought_token": 3}, "unknown parameter 'num_thought_token' .did you mean 'num_thought_tokens'"),
+        ({"sigma": "wide"}, "sigma = 'wide': expected float"),
+        ({"num_thought_tokens": 0}, "num_thought_tokens = 0 is out of range"),
+        ({"reward": "entropie"}, "did you mean 'entropy'"),
+        ({"sigma": 0}, "sigma = 0 gives REINFORCE nothing to learn from"),
+        ({"start_data_idx": 101}, "is before start_data_idx = 101"),  # against the notebook's own end_data_idx
+    ],
+)
+def test_a_bad_parameter_is_an_error_before_anything_runs(tmp_path, capsys, given, message):
+    arguments = [text for name, value in given.items() for text in ("-p", name, str(value))]
+    assert main(["run", str(BENCHMARK), *arguments, "--output", str(tmp_path / "run" / "out.ipynb")]) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_parameters_arrive_in_their_types():
+    given = {"resume": "true", "lr": "1e-4", "end_data_idx": "none", "seed": "7", "sigma": 1}
+    checked = parameters.check_parameters(BENCHMARK, given)
+    assert checked == {"resume": True, "lr": 1e-4, "end_data_idx": None, "seed": 7, "sigma": 1.0}
+    assert [type(value) for value in checked.values()] == [bool, float, type(None), int, float]
+
+
+def test_a_notebooks_own_parameters_are_checked_too(tmp_path):
+    path = notebook(tmp_path / "own.ipynb")
+    assert parameters.check_parameters(path, {"rounds": "3", "label": "12"}) == {"rounds": 3, "label": "12"}
+    with pytest.raises(ConfigError, match="rounds = 'many': expected int"):
+        parameters.check_parameters(path, {"rounds": "many"})
+    with pytest.raises(ConfigError, match="unknown parameter 'lable' .did you mean 'label'"):
+        parameters.check_parameters(path, {"lable": "x"})
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "sigma: [1, 2]\n", "sigma: 'open\n", "just words\n"])
+def test_a_parameter_file_is_one_flat_mapping(tmp_path, capsys, content):
+    path = tmp_path / "parameters.yaml"
+    path.write_text(content)
+    assert main(["run", str(BENCHMARK), "-f", str(path)]) == 1
+    assert str(path) in capsys.readouterr().err
+
+
+def test_missing_files_are_named(tmp_path, capsys):
+    assert main(["run", str(tmp_path / "none.ipynb")]) == 1
+    assert "no notebook" in capsys.readouterr().err
+    assert main(["run", str(BENCHMARK), "-f", str(tmp_path / "none.yaml")]) == 1
+    assert "none.yaml" in capsys.readouterr().err
+
+
+def test_command_line_values_win_over_files_and_later_files_over_earlier(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(notebooks, "run", lambda path, given, output: seen.update(given))
+    monkeypatch.setattr(report_index, "write_index", lambda: None)
+    (tmp_path / "a.yaml").write_text("seed: 1\nlr: 0.1\nsigma: 3\n")
+    (tmp_path / "b.yaml").write_text("seed: 2\nlr: 0.2\n")
+    files = ["-f", str(tmp_path / "a.yaml"), "-f", str(tmp_path / "b.yaml")]
+    assert main(["run", str(BENCHMARK), *files, "-p", "seed", "3"]) == 0
+    assert seen == {"seed": "3", "lr": 0.2, "sigma": 3}
+
+
+def test_paths_mean_what_they_mean_to_the_caller(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.json").write_text("[]")
+    values = {
+        "dataset": "mine.json,data/shapes/visual.json",
+        "output_dir": "out",
+        "model_name_or_path": "Qwen/some-model",
+    }
+    moved = parameters.from_here(values)
+    assert moved["dataset"] == f"{tmp_path / 'mine.json'},data/shapes/visual.json"
+    assert moved["output_dir"] == str(tmp_path / "out")
+    assert moved["model_name_or_path"] == "Qwen/some-model"
+
+
+# the benchmark notebook, its parameter files and Config agree
+
+
+def test_the_benchmarks_parameters_are_configs():
+    cell = cell_parameters(BENCHMARK)
+    assert list(cell) == [field.name for field in dataclasses.fields(Config)]
+    values = {name: parameters.literal(parameter["default"]) for name, parameter in cell.items()}
+    assert Config.make(None, **values) == Config.make("demo")
+
+
+@pytest.mark.parametrize("path", [BENCHMARK, WALKTHROUGH])
+def test_help_and_types_of_parameters_are_configs(path):
+    shared = {name: p for name, p in cell_parameters(path).items() if name in parameters.CONFIG_NAMES}
+    assert "model_name_or_path" in shared
+    kinds = {field.name: field.type.removesuffix(" | None") for field in dataclasses.fields(Config)}
+    for name, parameter in shared.items():
+        full = Config.help(name).replace(">=", "≥").replace("<=", "≤").replace("=", "is")
+        assert parameter["inferred_type_name"] == kinds[name]
+        assert full.startswith(parameter["help"].removesuffix(" …")), name
+
+
+@pytest.mark.parametrize("preset", ["paper", "released", "demo"])
+def test_parameter_files_are_the_presets(preset):
+    given = parameters.read_parameters(FOLDER / "params" / f"{preset}.yaml")
+    assert PRESETS[preset].items() <= given.items()
+    values = {name: parameters.literal(p["default"]) for name, p in cell_parameters(BENCHMARK).items()}
+    about_the_run = {name: given[name] for name in ("dataset", "end_data_idx", "batch_size") if name in given}
+    assert Config.make(None, **{**values, **given}) == Config.make(preset, **about_the_run)
