@@ -25,7 +25,9 @@ IMPORT_NAMES = {
     "PIL": "pillow",
     "pygments": "nbconvert",
     "dotenv": "python-dotenv",
+    "sklearn": "scikit-learn",
     "sympy": "math-verify",
+    "threadpoolctl": "scikit-learn",
     "traitlets": "ipykernel",
     "yaml": "pyyaml",
 }
