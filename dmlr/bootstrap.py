@@ -1,4 +1,4 @@
-"""Means over clusters with bootstrap intervals, and differences of two such means, in numbers and in words.
+"""Means over clusters with bootstrap intervals, and differences of two such means.
 
 Words of one answer, or steps of one chain, are not independent; whole clusters (questions, or images) are resampled.
 Knows nothing about what is measured.
@@ -84,25 +84,3 @@ class Bootstrap:
             return Estimate(point, math.nan, math.nan, n, clusters)
         low, high = np.quantile(draws, self.ends)
         return Estimate(point, float(low), float(high), n, clusters)
-
-
-def compared(first: str, second: str, measure: str, found: Estimate, unit: str = "", percent: bool = False) -> str:
-    """What a difference, `measure` of first minus that of second, says: a sentence that its interval decides."""
-    if math.isnan(found.value) or math.isnan(found.low):
-        return f"{measure}, {first} against {second}: too little to compare."
-    scale, tail = (100, " points") if percent else (1, f" {unit}" if unit else "")
-    value, low, high = (f"{scale * number:+.3g}" for number in (found.value, found.low, found.high))
-    numbers = f"{value}{tail} [{low}, {high}]"
-    if found.sign:
-        return f"{measure} is {'higher' if found.sign > 0 else 'lower'} for {first} than for {second}: {numbers}."
-    return f"{measure}, {first} against {second}: {numbers}; the interval includes zero, so this run cannot tell."
-
-
-def is_zero(measure: str, found: Estimate, unit: str = "", percent: bool = False) -> str:
-    """What a paired difference says by itself: a sentence that its interval decides."""
-    if math.isnan(found.value) or math.isnan(found.low):
-        return f"{measure}: too little to compare."
-    scale, tail = (100, " points") if percent else (1, f" {unit}" if unit else "")
-    value, low, high = (f"{scale * number:+.3g}" for number in (found.value, found.low, found.high))
-    verdict = {1: "higher", -1: "lower", 0: "the interval includes zero, so this run cannot tell"}[found.sign]
-    return f"{measure}: {value}{tail} [{low}, {high}] ({verdict})."

@@ -8,7 +8,6 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -18,36 +17,6 @@ from dmlr.plots import METHOD_COLOURS, Grid, draw_image, figure, outline, styled
 RIGHT, WRONG, PLAIN = "#0b6fa4", "#b4532a", "#5b636d"
 SERIES = (RIGHT, "#d98c1f", "#5f8f4e", "#8d6ab8")  # of perturbations, in order
 KIND_COLOURS = {"text": "#8a8f98", "image": "#5f8f4e", "think, start": "#1f2328", "think, optimised": "#b4532a"}
-
-
-def shaded(chains: Sequence[Mapping[str, Any]], most: float) -> str:
-    """Answers as HTML, every piece of text shaded by its value; a value of `most` or more gets the full colour.
-
-    A chain: title, note and pieces, each (text, value); a value of None leaves a piece unshaded. The number itself is
-    the piece's title and, from a tenth of `most` on, stands below it.
-    """
-    cell = Markup(
-        '<span style="display:inline-block;text-align:center;white-space:pre;padding:0 1px;border-radius:3px;'
-        'line-height:1.35;{}" title="{}">{}<br><small style="color:#5b636d;font-size:0.62rem">{}</small></span>'
-    )
-    blocks = []
-    for chain in chains:
-        pieces = []
-        for text, value in chain["pieces"]:
-            strength = 0.0 if value is None else max(-1.0, min(1.0, value / most))
-            rgb = "214,120,20" if strength > 0 else "11,111,164"
-            style = f"background:rgba({rgb},{0.75 * abs(strength):.2f})" if abs(strength) >= 0.02 else ""
-            told = "" if value is None else f"{value:+.2f}"
-            pieces.append(cell.format(style, told, text, told if abs(strength) >= 0.1 else "\u00a0"))
-        head = Markup("<b>{}</b> {}").format(chain["title"], chain["note"])
-        blocks.append(
-            Markup('<div style="margin:0.6rem 0 0.9rem">{}<br>{}</div>').format(head, Markup("").join(pieces))
-        )
-    return str(
-        Markup('<div style="font-family:system-ui,sans-serif;font-size:0.85rem">{}</div>').format(
-            Markup("").join(blocks)
-        )
-    )
 
 
 @styled
