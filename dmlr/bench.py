@@ -7,18 +7,13 @@ logits over the full vocabulary at all positions, batch 1, float32. Knows nothin
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import statistics
-import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -30,6 +25,7 @@ from dmlr.json_files import write_json
 from dmlr.kv_cache import ATTENTION
 from dmlr.latent import append_latents, question_noise
 from dmlr.optimize import initial_latents, optimize
+from dmlr.peak_memory import peak_bytes
 from dmlr.reference import Reference, eager
 from dmlr.vlm import VLM
 
@@ -217,7 +213,7 @@ def _peaks(vlm: VLM, config: Config, prompt: Encoded) -> dict[str, int]:
         with torch.no_grad():
             reference.run(latents, noise.to(vlm.device))
 
-    return {"": peak_bytes(vlm, fast), "_released": peak_bytes(vlm, released)}
+    return {"": peak_bytes(vlm.device, fast), "_released": peak_bytes(vlm.device, released)}
 
 
 def ratios(told: dict[str, Any]) -> dict[str, float]:
@@ -251,48 +247,6 @@ def main(argv: list[str] | None = None) -> int:
     write_json(path, {"environment": environment(), "shapes": rows})
     print(f"written: {path}")
     return 0
-
-
-def peak_bytes(vlm: VLM, work: Callable[[], Any]) -> int:
-    """Most memory that a call adds: of the GPU, or of this process on a CPU (sampled every millisecond)."""
-    gc.collect()
-    if vlm.device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    process = psutil.Process()
-    _give_back_freed()
-    before = process.memory_info().rss
-    with _sampler(process) as seen:
-        work()
-    return max(seen) - before
-
-
-def _give_back_freed() -> None:
-    """Freed memory that the allocator keeps would be used again without being seen; glibc can return it."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-@contextmanager
-def _sampler(process: psutil.Process):
-    seen, stop = [process.memory_info().rss], threading.Event()
-
-    def sample():
-        while not stop.wait(0.001):
-            seen.append(process.memory_info().rss)
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
-        yield seen
-    finally:
-        stop.set()
-        thread.join()
 
 
 def _wait(device: torch.device) -> None:

@@ -76,14 +76,6 @@ def test_ratios_follow_from_the_measurements():
     )
 
 
-def test_peak_memory_is_seen(tiny):
-    """Also the second time, when the allocator could serve it from what the first left behind."""
-    for _ in range(2):
-        small = [torch.ones(250_000) for _ in range(80)]
-        del small
-        assert bench.peak_bytes(tiny, lambda: torch.stack([torch.ones(250_000) for _ in range(80)])) > 50_000_000
-
-
 def test_unknown_shape_and_a_whole_measurement(tiny, monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="unknown shape 'C'"):
         bench.main(["C"])
