@@ -14,6 +14,7 @@ ELSEWHERE = {
     "judge": ("judge", "main_judge"),
     "data": ("benchmarks", "main_data"),
     "bench": ("bench", "main"),
+    "doctor": ("doctor", "main"),
 }
 
 
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("judge", help="judge cases from a file", add_help=False)
     commands.add_parser("data", help="prepare a benchmark of the hub", add_help=False)
     commands.add_parser("bench", help="how fast the loop is, beside the released behaviour", add_help=False)
+    commands.add_parser("doctor", help="what this machine has, and which models fit in it", add_help=False)
     return parser
 
 
