@@ -9,7 +9,6 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,8 @@ from traitlets import default
 
 from dmlr.config import root
 from dmlr.parameters import check_parameters, default_output, from_here
+from dmlr.policy import policy
+from dmlr.provenance import provenance
 
 
 class RunError(RuntimeError):
@@ -97,7 +98,7 @@ def _place(error: PapermillExecutionError) -> str:
 
 
 def render(executed: str | Path, report: str | Path) -> None:
-    """Executed notebook -> one HTML file with everything in it: no script, nothing fetched."""
+    """Executed notebook -> one HTML file with everything in it: nothing fetched, no script but the gallery's."""
     executed, report = Path(executed), Path(report)
     notebook = nbformat.read(executed, as_version=4)
     for cell in notebook.cells:
@@ -111,7 +112,9 @@ def render(executed: str | Path, report: str | Path) -> None:
     resources = {
         "title": title,
         "css": css(),
-        "masthead": f"DMLR · {executed.stem} · {datetime.now():%Y-%m-%d %H:%M}",
+        "notebook": executed.stem,
+        "provenance": provenance(notebook.metadata, root()),
+        "policy": policy(),
         "contents": [entry for entry in contents if entry[0] > 1],
     }
     page, _ = exporter.from_notebook_node(notebook, resources=resources)

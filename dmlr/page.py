@@ -19,6 +19,12 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dmlr.gallery import CHANGES
+from dmlr.images import ImageError
+from dmlr.plots import TOKEN_COLOURS
+from dmlr.policy import TEMPLATES, gallery_script
+from dmlr.thumbnails import Thumbnail, outlines, thumbnail
+
 
 def data_uri(picture: Figure | Image.Image, largest: int | None = None) -> str:
     """A PNG data URI; `largest` limits the longer side of an image in pixels."""
@@ -64,22 +70,79 @@ def table(frame: pd.DataFrame, caption: str = "") -> str:
     return str(Markup("<table>{}{}<tbody>{}</tbody></table>").format(note, head, body))
 
 
-def gallery(cards: Sequence[Mapping[str, Any]], folder: Path | None = None, largest: int = 224) -> str:
-    """HTML cards, every text escaped. A card: idx, question, truth, category, image, answers [name, text, right, note].
+def gallery(
+    cards: Sequence[Mapping[str, Any]], folder: Path | None = None, largest: int = 224, most: int = 1000
+) -> str:
+    """HTML cards, every text escaped; from two cards on with a search box and filters.
 
-    `image` is a PIL image or a path (relative ones under `folder`); an image that cannot be read is left out.
+    A card: idx, question, truth, answers [name, text, right, note] and, where it has them, dataset, category, image or
+    images (PIL images or paths, relative ones under `folder`), patches with their grid (height, width), outlined on the
+    first image, and patches_of, the method that kept them; changes, one of gallery.CHANGES per method after the first.
+    An image is embedded once, `largest` pixels wide or high; one that cannot be read is named instead. Cards beyond
+    `most` are counted and left out.
     """
-    shown = [{**card, "image": _thumbnail(card.get("image"), folder, largest)} for card in cards]
-    templates = Path(__file__).resolve().parents[1] / "reports" / "template"
-    env = jinja2.Environment(loader=jinja2.FileSystemLoader(templates), autoescape=True)
-    return env.get_template("gallery.html.j2").render(cards=shown)
+    shown, pictures = [], {}
+    for card in cards[:most]:
+        shown.append({**card, **_pictures(card, pictures, folder, largest)})
+        shown[-1]["change"] = next(iter(card.get("changes") or []), "")
+        shown[-1]["changes"] = "|".join(card.get("changes") or [])
+    return _template("gallery.html.j2").render(
+        cards=shown,
+        images={found.id: found for found in pictures.values() if isinstance(found, Thumbnail)}.values(),
+        filters=_filters(shown) if len(shown) > 1 else [],
+        left_out=len(cards) - len(shown),
+        drawn=any(picture["outlines"] for card in shown for picture in card["pictures"]),
+        colours=TOKEN_COLOURS,
+        script=Markup(gallery_script()),
+    )
 
 
-def _thumbnail(image: Any, folder: Path | None, largest: int) -> str | None:
-    if image is None or isinstance(image, Image.Image):
-        return data_uri(image, largest) if image else None
-    try:
-        with Image.open(Path(folder or ".") / image) as opened:
-            return data_uri(opened.convert("RGB"), largest)
-    except OSError:
-        return None
+def _template(name: str) -> jinja2.Template:
+    return jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True).get_template(name)
+
+
+def _pictures(
+    card: Mapping[str, Any], known: dict[Any, Thumbnail | str], folder: Path | None, largest: int
+) -> dict[str, list]:
+    """What a card shows of its images; `known` has every image that was read before, or why it could not be."""
+    sources = card.get("images") or ([card["image"]] if card.get("image") is not None else [])
+    pictures, unread = [], []
+    for position, source in enumerate(sources):
+        key = id(source) if isinstance(source, Image.Image) else str(source)
+        if key not in known:
+            try:
+                known[key] = thumbnail(source, largest, folder)
+            except ImageError as error:
+                known[key] = f"no image: {error}"
+        found = known[key]
+        if isinstance(found, str):
+            unread.append(found)
+            continue
+        drawn = card["patches"] if position == 0 and card.get("grid") else []
+        lines = outlines(drawn, card["grid"], (found.width, found.height)) if drawn else []
+        lines = [(token % len(TOKEN_COLOURS), line) for token, line in lines]
+        kept = f" with the patches outlined that {card.get('patches_of') or 'a method'} kept" if lines else ""
+        alt = f"Image of example {card['idx']}{kept}"
+        pictures.append({"id": found.id, "width": found.width, "height": found.height, "alt": alt, "outlines": lines})
+    return {"pictures": pictures, "unread": unread}
+
+
+def _filters(cards: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The select boxes that tell these cards apart: method, change, dataset, category."""
+
+    def select(name: str, label: str, values: Sequence[str], everything: str) -> dict[str, Any]:
+        return {"name": name, "label": label, "options": [("", everything), *((v, v) for v in values)]}
+
+    changes = {change for card in cards for change in card["changes"].split("|") if change}
+    methods = list(dict.fromkeys(answer["name"] for card in cards for answer in card["answers"]))
+    found = []
+    if changes and len(methods) > 2:
+        options = [(str(i), name) for i, name in enumerate(methods[1:])]
+        found.append({"name": "method", "label": f"{methods[0]} against", "options": options})
+    if changes:
+        label = f"From {methods[0]} to {methods[1]}" if len(methods) == 2 else "Outcome"
+        found.append(select("change", label, [change for change in CHANGES if change in changes], "all outcomes"))
+    for name, plural in (("dataset", "all datasets"), ("category", "all categories")):
+        values = sorted({str(card[name]) for card in cards if card.get(name)})
+        found += [select(name, name.capitalize(), values, plural)] if len(values) > 1 else []
+    return found

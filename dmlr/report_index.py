@@ -15,6 +15,7 @@ from markupsafe import Markup
 from dmlr.config import root
 from dmlr.metrics import summary
 from dmlr.notebooks import css
+from dmlr.policy import policy
 from dmlr.results import find_runs, read_results
 
 
@@ -36,7 +37,7 @@ def write_index(reports: str | Path | None = None) -> Path:
         groups.append({"title": title, "reports": links, "rows": rows})
     loader = jinja2.FileSystemLoader(root() / "reports" / "template")
     template = jinja2.Environment(loader=loader, autoescape=True).get_template("runs.html.j2")
-    page = template.render(groups=groups, css=Markup(css()), made=f"{datetime.now():%Y-%m-%d %H:%M}")
+    page = template.render(groups=groups, css=Markup(css()), policy=policy(), made=f"{datetime.now():%Y-%m-%d %H:%M}")
     index = reports / "index.html"
     index.write_text(page, encoding="utf-8")
     return index

@@ -10,6 +10,8 @@ import papermill
 from bs4 import BeautifulSoup
 from papermill.parameterize import parameterize_notebook
 
+from dmlr.policy import gallery_script
+
 
 def notebook(path, *cells, parameters='rounds: int = 1  # how often\nlabel: str = "a"  # any text'):
     """A small notebook at `path`: a title, a parameters cell and the given code."""
@@ -45,10 +47,12 @@ def nbval(path):
 
 
 def external_requests(page):
-    """What a browser would fetch or run: sources that are no data, style sheets, scripts, handlers."""
+    """What a browser would fetch or run: sources that are no data, style sheets, handlers, any script but ours."""
     soup = BeautifulSoup(page, "html.parser")
     fetched = [t.get("src") for t in soup.find_all(src=True) if not t["src"].startswith("data:image/")]
-    fetched += [t.get("href") for t in soup.find_all("link")] + re.findall(r"@import|url\((?!data:)", page)
-    running = soup.find_all(["script", "iframe", "object", "embed"])
+    fetched += [t["href"] for t in soup.find_all(["link", "use", "image"]) if not t["href"].startswith(("#", "data:"))]
+    fetched += re.findall(r"@import|url\((?!data:)", page)
+    running = soup.find_all(["iframe", "object", "embed", "form", "base"])
+    running += [script for script in soup.find_all("script") if script.string != gallery_script()]
     running += [t for t in soup.find_all(True) if any(name.startswith("on") for name in t.attrs)]
     return fetched + running

@@ -160,6 +160,7 @@ def test_benchmark_end_to_end(benchmark):
     images = BeautifulSoup(page, "html.parser").find_all("img")
     assert len(images) >= 3
     assert all(image["alt"] for image in images)
+    assert len(BeautifulSoup(page, "html.parser").select("article.dmlr-card")) == 24
 
 
 def test_benchmark_runs_through_plain_papermill(tmp_path):

@@ -28,7 +28,8 @@ def test_galleries_escape_what_models_and_datasets_say():
     }
     soup = BeautifulSoup(page.gallery([card]), "html.parser")
     assert not soup.find("script")
-    assert [image["src"][:15] for image in soup.find_all("img")] == ["data:image/png;"]
+    assert not soup.find("img")
+    assert [image["href"][:16] for image in soup.find_all("image")] == ["data:image/webp;"]
     assert soup.get_text().count(ATTACK) == 7
     assert [b.get_text() for b in soup.find_all("b")] == ["✓ right"]
 
@@ -40,6 +41,7 @@ def test_gallery_images_are_embedded_small_or_left_out(tmp_path):
     found = re.findall(r"base64,([^\"]+)", html)
     assert len(found) == 1
     assert Image.open(io.BytesIO(base64.b64decode(found[0]))).size == (224, 75)
+    assert "gone.png: No such file" in html
 
 
 def test_tables_escape_and_set_numbers_flush_right():
