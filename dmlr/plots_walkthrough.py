@@ -64,7 +64,7 @@ def strip(image: Image.Image | None, grid: Grid, heats: Sequence[Heat], limit: f
     """Moments beside each other, so many in a row; one scale for all."""
     columns = min(columns, len(heats))
     rows = -(-len(heats) // columns)
-    fig, axes = figure(rows, columns, (2.35 * columns, 2.75 * rows))
+    fig, axes = figure(rows, columns, (2.35 * columns, 2.6 * rows))
     for axis, heat in zip(axes.flat, heats, strict=False):
         over_image(axis, image, grid, heat, limit)
         axis.title.set(fontsize=8.5, fontweight="normal")

@@ -62,6 +62,30 @@ def caption(moment: Moment, grid: Grid, token: int | None = None) -> str:
     )
 
 
+def reading(walk: Walk, outcomes: Sequence[Outcome]) -> str:
+    """What came out, counted: how many states and changes lead to another answer, what the highest reward is worth."""
+    said = [final(m.answer) for m in walk.moments[1:]]
+    answer, verdict = final(walk.dmlr.text), walk.is_right(walk.dmlr.text, walk.dmlr.stop_reason)
+    kept = sum(m.accepted for m in walk.moments)
+    others, changed = sum(s != answer for s in said), sum(final(o.answer) != answer for o in outcomes)
+    lines = [
+        f"DMLR's answer: {answer}{_judged(verdict)}.",
+        f"{kept} of {len(said)} states kept; {others} of them all give another answer.",
+        f"{changed} of {max(len(outcomes) - 1, 0)} changes give another answer.",
+    ]
+    if outcomes:
+        top = max(outcomes, key=lambda o: o.reward)
+        name = describe(top.change, walk.encoded.patch_grid)
+        lines.append(
+            f"The highest reward among them, {top.reward:.5f} ({name}): {final(top.answer)}{_judged(top.is_right)}."
+        )
+    return "\n".join(lines)
+
+
+def _judged(right: bool | None) -> str:
+    return {True: " (right)", False: " (wrong)", None: ""}[right]
+
+
 # what figures draw
 
 
@@ -102,10 +126,11 @@ def moments_table(walk: Walk, top: int = 2) -> pd.DataFrame:
     """A row per iteration: reward, kept or not, patches, next tokens of the first think tokens, the answer."""
     rows = []
     for m in walk.moments:
-        row = {"iteration": m.iteration, "reward": f"{m.reward:.5f}", "kept": "✓" if m.accepted else ""}
+        sigma = f"{100 * m.sigma / walk.vlm.embedding_rms:.0f} %" if m.sigma else "–"
+        row = {"iteration": m.iteration, "σ": sigma, "reward": f"{m.reward:.4f}", "kept": "✓" if m.accepted else ""}
         row |= {"patches": sum(map(len, m.patches))}
         for t, tokens in enumerate(m.next_tokens[:_COLUMNS]):
-            row[f"after τ{t + 1}"] = ", ".join(f"{visible(text)} {p:.2f}" for text, p in tokens[:top])
+            row[f"after τ{t + 1}"] = " ".join(f"“{visible(text)}”\u00a0{p:.2f}" for text, p in tokens[:top])
         row |= {"answer": final(m.answer)}
         rows.append(row | ({"right": RIGHT[m.is_right]} if walk.example.solution else {}))
     return pd.DataFrame(rows)
@@ -177,8 +202,8 @@ def answers_html(walk: Walk, moment: Moment) -> str:
     verdicts = {True: "✓ right", False: "✗ wrong", None: ""}
     cells = Markup("").join(
         Markup(
-            '<div style="flex:1 1 13em;min-width:0"><b>{}</b> <span>{}</span>'
-            '<div style="white-space:pre-wrap;overflow-wrap:anywhere;max-height:14em;overflow-y:auto">{}</div></div>'
+            '<div style="flex:1 1 13em;min-width:0"><b>{}</b> <span>{}</span><div style="white-space:pre-wrap;'
+            'overflow-wrap:anywhere;line-height:1.4;max-height:14em;overflow-y:auto">{}</div></div>'
         ).format(name, verdicts[right], text)
         for name, (text, right) in said.items()
     )

@@ -22,6 +22,7 @@ from dmlr.page import data_uri, table
 from dmlr.walkthrough import Walk, explore
 from dmlr.what_if import Change, try_changes
 
+ALL = -1  # in the selector of think tokens
 WIDE = ipw.Layout(width="auto")
 
 
@@ -46,7 +47,8 @@ class Explorer:
         self.status = ipw.HTML()
         # choose
         options = [(f"{i} · {e.question[:90]}", i) for i, e in enumerate(self.examples)]
-        self.example = ipw.Dropdown(options=[("choose …", None), *options], description="example", layout=WIDE)
+        here = self.examples.index(walk.example) if walk.example in self.examples else None
+        self.example = ipw.Dropdown(options=options, value=here, description="example", layout=WIDE)
         self.upload = ipw.FileUpload(accept="image/*", description="image")
         self.question = ipw.Text(placeholder="a question of your own", layout=ipw.Layout(flex="1"))
         self.ask = ipw.Button(description="Ask")
@@ -54,7 +56,7 @@ class Explorer:
         self.slider = ipw.IntSlider(description="iteration", layout=ipw.Layout(flex="1"))
         self.play = ipw.Play(interval=700, show_repeat=False)
         ipw.jslink((self.play, "value"), (self.slider, "value"))
-        self.token = ipw.ToggleButtons(description="think token", style={"button_width": "auto"})
+        self.token = ipw.ToggleButtons(style={"button_width": "auto"})
         self.picture, self.tokens, self.answers = ipw.HTML(), ipw.HTML(), ipw.HTML()
         # what if
         self.drop = ipw.SelectMultiple(layout=ipw.Layout(width="20em", height="7em"))
@@ -80,7 +82,7 @@ class Explorer:
                 ipw.HBox([self.upload, self.question, self.ask]),
                 self.status,
                 ipw.HBox([self.play, self.slider]),
-                self.token,
+                ipw.HBox([ipw.Label("think token", layout=ipw.Layout(margin="2px 8px")), self.token]),
                 self.picture,
                 self.tokens,
                 self.answers,
@@ -103,8 +105,8 @@ class Explorer:
         last = len(walk.moments) - 1
         self.slider.max = self.play.max = last
         self.slider.value = 0
-        self.token.options = [("all", None), *((str(t + 1), t) for t in range(length))]
-        self.token.value = None
+        self.token.options = [("all", ALL), *((str(t + 1), t) for t in range(length))]
+        self.token.value = ALL
         self.drop.options = [
             (f"{t + 1}: {view.place(patch, grid)}", (t, patch))
             for t, patches in enumerate(walk.dmlr.reasoning.patches)
@@ -118,7 +120,8 @@ class Explorer:
 
     def draw(self) -> None:
         """The moment of the slider; figures are kept, so that moving back costs nothing."""
-        walk, t, token = self.walk, self.slider.value, self.token.value
+        walk, t = self.walk, self.slider.value
+        token = None if self.token.value == ALL else self.token.value
         moment, grid = walk.moments[t], walk.encoded.patch_grid
         if (t, token) not in self.drawn:
             image = walk.question.images[0] if walk.question.images else None
@@ -167,6 +170,8 @@ class Explorer:
     def _wonder(self, _) -> None:
         seed = None if self.seed.value == self.walk.config.seed else self.seed.value
         change = Change(frozenset(self.drop.value), frozenset(self.freeze.value), seed)
+        if change == Change():
+            raise ValueError("choose patches to leave out, think tokens to freeze, or another seed first")
         self.tried = [*try_changes(self.walk, [change]), *self.tried]
         self.outcomes.value = table(view.outcomes_table(self.walk, self.tried))
 

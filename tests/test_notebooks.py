@@ -212,28 +212,6 @@ def test_compare_without_runs_says_so(tmp_path):
     assert "No run under" in report.read_text(encoding="utf-8")
 
 
-def test_walkthrough_end_to_end_with_a_question_of_ones_own(tmp_path):
-    image = next((ROOT / "data" / "shapes" / "images").glob("*.png"))
-    given = {"question": f"How many circles are there? {ATTACK}", "image": str(image), "max_num_steps": 3}
-    report = notebooks.run(WALKTHROUGH, given, tmp_path / "walk.ipynb")
-    page = report.read_text(encoding="utf-8")
-    soup = BeautifulSoup(page, "html.parser")
-    assert ATTACK in soup.get_text()
-    assert external_requests(page) == []
-    captions = [caption.get_text() for caption in soup.find_all("figcaption")]
-    assert len(captions) == 3
-    reward = re.search(r"(-?[\d.]+) at first, (-?[\d.]+) in iteration (\d+)\.", captions[0]).groups()
-    first, best, iteration = float(reward[0]), float(reward[1]), int(reward[2])
-    kept = int(re.match(r"(\d+) patches kept", captions[1])[1])
-    if iteration:
-        assert best >= first
-        assert 4 <= kept <= 8  # one to two for each of four think tokens
-    else:
-        assert (best, kept) == (first, 0)
-    drawn = soup.find_all("figure")[1].img["alt"]
-    assert len(re.findall(r"\d+", drawn.partition("outlined:")[2])) == kept
-
-
 # nbval: stored outputs of the cells marked for it are compared with fresh ones
 
 

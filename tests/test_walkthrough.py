@@ -3,16 +3,21 @@
 The widgets are driven here without a browser; tests/test_browser.py drives them in one.
 """
 
+import ast
 import math
+import re
 from datetime import datetime, timezone
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from bs4 import BeautifulSoup
+from notebook_files import cell_parameters, external_requests
 from PIL import Image
 from tiny import noise_image, tiny_vlm
 
-from dmlr import plots_walkthrough, widgets
+from dmlr import notebooks, plots_walkthrough, widgets
 from dmlr import walkthrough_view as view
 from dmlr.config import Config
 from dmlr.data import Example, load_dataset, open_image
@@ -26,6 +31,7 @@ from dmlr.vlm import VLM
 from dmlr.walkthrough import Moment, explore
 from dmlr.what_if import Change, try_changes, usual_changes
 
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "01_walkthrough.ipynb"
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
@@ -284,7 +290,7 @@ def test_tables_hold_what_was_decoded(walk, outcomes):
     table = view.moments_table(walk)
     assert list(table["answer"]) == [view.final(m.answer) for m in walk.moments]
     assert list(table["right"]) == [{True: "✓", False: "✗"}[m.is_right] for m in walk.moments]
-    assert [float(r) for r in table["reward"]] == pytest.approx([m.reward for m in walk.moments], abs=1e-5)
+    assert [float(r) for r in table["reward"]] == pytest.approx([m.reward for m in walk.moments], abs=1e-4)
     changed = view.outcomes_table(walk, outcomes)
     assert changed["what if"].iloc[0] == "as it is"
     told = [view.final(o.answer) != view.final(walk.dmlr.text) for o in outcomes]
@@ -370,12 +376,13 @@ def test_a_what_if_is_added_to_its_table(explorer, walk):
 
 
 def test_another_example_resets_everything(explorer, example):
-    explorer.slider.value, explorer.token.value = 3, 1
+    explorer.slider.value, explorer.token.value, explorer.freeze.value = 3, 1, (0,)
     explorer.wonder.click()
+    assert "think token 1 frozen" in explorer.outcomes.value
     explorer.example.value = 1
     assert explorer.walk.example.question != example.question
     assert explorer.walk.example.question in explorer.status.value
-    assert (explorer.slider.value, explorer.token.value, explorer.outcomes.value) == (0, None, "")
+    assert (explorer.slider.value, explorer.token.value, explorer.outcomes.value) == (0, widgets.ALL, "")
     assert "Iteration 0, the start" in explorer.picture.value
 
 
@@ -393,6 +400,8 @@ def test_ones_own_image_and_question(explorer, tmp_path):
 def test_what_goes_wrong_is_said_in_the_status_line(explorer, walk):
     explorer.ask.click()
     assert "type a question first" in explorer.status.value
+    explorer.wonder.click()
+    assert "choose patches to leave out" in explorer.status.value
     explorer.question.value = "what <|im_end|>?"
     explorer.ask.click()
     assert "special token" in explorer.status.value
@@ -401,3 +410,61 @@ def test_what_goes_wrong_is_said_in_the_status_line(explorer, walk):
     explorer.ask.click()
     assert "bad.png: not an image" in explorer.status.value
     assert explorer.walk is walk  # what was shown stays
+
+
+# the notebook
+
+
+def test_the_notebooks_prose_is_true_of_its_question(walk, outcomes, example):
+    stored = {name: ast.literal_eval(p["default"]) for name, p in cell_parameters(NOTEBOOK).items()}
+    ours = {name: getattr(walk.config, name) for name in stored if hasattr(walk.config, name)}
+    assert {**ours, "device": "auto", "dtype": "auto"} == {name: stored[name] for name in ours}
+    assert (stored["dataset"], stored["example"]) == ("data/shapes/mathematics.json", example.row)
+    hidden = "row 5 column 2"
+    cell = next(p for p in range(36) if view.place(p, (6, 6)) == "row 5, column 2")
+    assert walk.is_right(walk.vanilla.text)
+    assert not walk.moments[0].is_right  # no patches: one star is overlooked
+    assert hidden not in walk.moments[0].answer
+    assert hidden in walk.dmlr.text  # one patch for each think token: it is found
+    assert walk.is_right(walk.dmlr.text)
+    assert [len(patches) for patches in walk.dmlr.reasoning.patches] == [1] * 4
+    assert [cell] in walk.dmlr.reasoning.patches
+    assert [len(patches) for patches in walk.moments[-1].patches] == [2] * 4
+    assert not walk.moments[-1].is_right  # two for each: lost again
+    assert not any(o.is_right for o in outcomes if o.change.seed)
+    assert not max(outcomes, key=lambda o: o.reward).is_right
+    told = view.reading(walk, outcomes)
+    assert "1 of 10 states kept; 1 of them all give another answer" in told
+    assert "(seed 43): 2 (wrong)" in told
+
+
+def test_a_report_of_ones_own_question_is_static_and_whole(tmp_path):
+    image = next((NOTEBOOK.parents[1] / "data" / "shapes" / "images").glob("*.png"))
+    given = {"question": f"How many circles are there? {ATTACK}", "image": str(image), "truth": "3", "max_num_steps": 3}
+    report = notebooks.run(NOTEBOOK, given, tmp_path / "walk.ipynb")
+    page = report.read_text(encoding="utf-8")
+    soup = BeautifulSoup(page, "html.parser")
+    assert external_requests(page) == []
+    assert ATTACK in soup.get_text()
+    for leftover in ("IProgress", "widget-view", "VBox(", "HBox(", "Dropdown(", "  0%|"):
+        assert leftover not in page
+    assert "Warning" not in soup.get_text()
+    figures = soup.find_all("figure")
+    assert len(figures) == 3
+    assert all(figure.img["alt"] and figure.figcaption.get_text() for figure in figures)
+
+    def rows(section, n=0):
+        head, *rest = soup.find(id=section).find_all_next("table")[n].find_all("tr")
+        names = [cell.get_text() for cell in head.find_all("th")]
+        return [dict(zip(names, (cell.get_text() for cell in row.find_all("td")), strict=True)) for row in rest]
+
+    iterations = rows("Every-iteration")
+    assert [row["iteration"] for row in iterations] == ["0", "1", "2", "3"]
+    assert all(row["right"] in "✓✗" and re.search(r"“.+” ?\s?0\.\d\d", row["after τ4"]) for row in iterations)
+    best = max(iterations, key=lambda row: float(row["reward"]))
+    assert f"Iteration {best['iteration']}," in figures[0].figcaption.get_text()
+    changes = rows("What-if")
+    kept = int(best["patches"])
+    assert len(changes) == 1 + kept + (kept > 1) + 4 + 3
+    assert float(changes[0]["reward"]) == pytest.approx(float(best["reward"]), abs=1e-4)
+    assert "DMLR's answer: " in soup.get_text()

@@ -1,0 +1,161 @@
+"""What people see, in a real browser: the walkthrough in JupyterLab, and a report whose model was hostile.
+
+JupyterLab runs on a copy of the notebook with folders of its own: neither the checkout nor the user's settings change.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from browser import opened
+from saved_run import free_port, save_dataset, settings
+
+from dmlr import notebooks
+from dmlr.config import Config
+from dmlr.evaluate import run
+
+ROOT = Path(__file__).parents[1]
+ATTACK = '<script>window.hacked = 1</script><img src="http://example.com/x.png" onerror="window.hacked = 2">'
+TOKEN = "for-this-test-only"
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """Address of a JupyterLab with a copy of the walkthrough in it."""
+    pytest.importorskip("jupyterlab")
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    shutil.copy(ROOT / "notebooks" / "01_walkthrough.ipynb", folder)
+    quiet = tmp_path / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    quiet.parent.mkdir(parents=True)
+    quiet.write_text(
+        json.dumps({"fetchNews": "false", "checkForUpdates": False})
+    )  # nobody is here to answer its prompt
+    own = {f"JUPYTER_{name}_DIR": str(tmp_path / name) for name in ("CONFIG", "DATA", "RUNTIME")}
+    own |= {
+        "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "spaces"),
+    }
+    options = {
+        "ServerApp.ip": "127.0.0.1",
+        "ServerApp.port": free_port(),
+        "ServerApp.port_retries": 0,
+        "ServerApp.root_dir": folder,
+        "IdentityProvider.token": TOKEN,
+        "LabApp.expose_app_in_browser": True,
+        "LabApp.news_url": "",
+    }
+    address = f"http://127.0.0.1:{options['ServerApp.port']}"
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    log = tmp_path / "lab.log"
+    with open(log, "w") as file:
+        server = subprocess.Popen(command, env={**os.environ, **own}, cwd=folder, stdout=file, stderr=file)
+    try:
+        _wait(f"{address}/api?token={TOKEN}", server, log)
+        yield f"{address}/lab/tree/01_walkthrough.ipynb?token={TOKEN}"
+    finally:
+        server.terminate()  # JupyterLab ends its kernels
+        server.wait(timeout=30)
+
+
+def _wait(url, server, log):
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        assert server.poll() is None, log.read_text()
+        try:
+            return urllib.request.urlopen(url, timeout=5)
+        except OSError:
+            time.sleep(0.2)
+    raise AssertionError(f"JupyterLab does not answer: {log.read_text()}")
+
+
+CELLS = """() => window.jupyterapp.shell.currentWidget.content.model.sharedModel.cells
+    .filter(cell => cell.cell_type === 'code').map(cell => cell.toJSON())"""
+READY = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+
+
+def test_the_walkthrough_in_jupyterlab(lab, tmp_path):
+    source = (ROOT / "notebooks" / "01_walkthrough.ipynb").read_bytes()
+    with opened(viewport={"width": 1400, "height": 2000}) as page:
+        page.set_default_timeout(120_000)
+        page.goto(lab)
+        page.wait_for_function(READY)
+        assert page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        cells = page.evaluate(CELLS)
+        outputs = [output for cell in cells for output in cell["outputs"]]
+        assert all(cell["execution_count"] for cell in cells)
+        assert [output for output in outputs if output["output_type"] == "error"] == []
+        said = json.dumps(outputs)
+        assert "Warning" not in said
+        assert "IProgress" not in said
+
+        app = page.locator(".jp-OutputArea-output .jupyter-widgets.widget-vbox").first
+        picture, handle = app.locator("img"), app.locator(".noUi-handle")
+        app.scroll_into_view_if_needed()
+        app.locator('img[alt^="Iteration 0, the start"]').wait_for()
+        page.screenshot(path=tmp_path / "start.png")
+        before = picture.get_attribute("src")
+
+        handle.press("ArrowRight")
+        app.locator('img[alt^="Iteration 1,"]').wait_for()
+        assert picture.get_attribute("src") != before
+        assert "from iteration 1" in app.inner_text()
+        handle.press("End")
+        app.locator('img[alt^="Iteration 10,"]').wait_for()
+        app.get_by_role("button", name="2", exact=True).click()
+        app.locator('img[alt*="Attention of think token 2"]').wait_for()
+        page.screenshot(path=tmp_path / "end.png")
+
+        patches = app.locator("select[multiple]").first
+        patches.select_option(index=list(range(patches.locator("option").count())))
+        app.get_by_role("button", name="What if").click()
+        app.locator("table").wait_for()
+        assert "without 4 patches" in app.locator("table").inner_text()
+        app.get_by_placeholder("a question of your own").fill(f"How many stars are there? {ATTACK}")
+        app.get_by_role("button", name="Ask").click()
+        app.get_by_role("status").get_by_text(ATTACK).wait_for()
+        app.locator('img[alt^="Iteration 0, the start"]').wait_for()
+        page.screenshot(path=tmp_path / "own.png")
+        assert page.evaluate("() => window.hacked") is None
+        assert page.left == []
+    assert (ROOT / "notebooks" / "01_walkthrough.ipynb").read_bytes() == source
+
+
+@pytest.fixture(scope="module")
+def hostile_report(tmp_path_factory):
+    """The benchmark's report of a run in which dataset and model say whatever an attacker would like to."""
+    folder = tmp_path_factory.mktemp("hostile")
+    dataset = save_dataset(folder / "data", [f"{i} {ATTACK}" for i in range(3)])
+    given = settings(ROOT / "data" / "models" / "shapes-vl", dataset, folder / "run")
+    run(Config.make(None, **given))
+    for log in (folder / "run").rglob("log.jsonl"):
+        records = [json.loads(line) for line in log.read_text().splitlines()]
+        for record in records:
+            record["model_output"] = f"{ATTACK} \\boxed{{{ATTACK}}}"
+        log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    report = notebooks.run(
+        ROOT / "notebooks" / "03_benchmark.ipynb", {**given, "verify_only": True}, folder / "report.ipynb"
+    )
+    assert "window.hacked" in report.read_text(encoding="utf-8")
+    return report
+
+
+def test_a_hostile_answer_is_text_in_a_report(hostile_report, tmp_path):
+    with opened(viewport={"width": 390, "height": 900}) as page:
+        page.goto(hostile_report.as_uri())
+        page.wait_for_load_state("networkidle")
+        page.screenshot(path=tmp_path / "report.png", full_page=True)
+        assert ATTACK in page.locator("body").text_content()
+        assert page.evaluate("() => window.hacked") is None
+        assert page.left == []
+        described = page.evaluate("() => [...document.images].map(image => [image.alt.trim() !== '', image.complete])")
+        assert described
+        assert all(alt for alt, _ in described)
+        assert page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")  # on a phone
