@@ -17,7 +17,7 @@ from dmlr.plots_walkthrough import Heat
 from dmlr.walkthrough import Moment, NextTokens, Walk
 from dmlr.what_if import Change, Outcome
 
-RIGHT = {True: "✓", False: "✗", None: "–"}
+RIGHT = {True: "✓", False: "✗", None: ""}
 _COLUMNS = 4  # think tokens in a table; more would not fit a page
 
 
@@ -130,9 +130,8 @@ def moments_table(walk: Walk, top: int = 2) -> pd.DataFrame:
         row = {"iteration": m.iteration, "σ": sigma, "reward": f"{m.reward:.4f}", "kept": "✓" if m.accepted else ""}
         row |= {"patches": sum(map(len, m.patches))}
         for t, tokens in enumerate(m.next_tokens[:_COLUMNS]):
-            row[f"after τ{t + 1}"] = " ".join(f"“{visible(text)}”\u00a0{p:.2f}" for text, p in tokens[:top])
-        row |= {"answer": final(m.answer)}
-        rows.append(row | ({"right": RIGHT[m.is_right]} if walk.example.solution else {}))
+            row[f"τ{t + 1}"] = " ".join(f"“{visible(text)}”\u00a0{p:.2f}" for text, p in tokens[:top])
+        rows.append(row | {"answer": f"{final(m.answer)} {RIGHT[m.is_right]}".rstrip()})
     return pd.DataFrame(rows)
 
 

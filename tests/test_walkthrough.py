@@ -288,8 +288,7 @@ def test_moments_to_print_hold_the_turns_and_the_best():
 
 def test_tables_hold_what_was_decoded(walk, outcomes):
     table = view.moments_table(walk)
-    assert list(table["answer"]) == [view.final(m.answer) for m in walk.moments]
-    assert list(table["right"]) == [{True: "✓", False: "✗"}[m.is_right] for m in walk.moments]
+    assert list(table["answer"]) == [f"{view.final(m.answer)} {'✓' if m.is_right else '✗'}" for m in walk.moments]
     assert [float(r) for r in table["reward"]] == pytest.approx([m.reward for m in walk.moments], abs=1e-4)
     changed = view.outcomes_table(walk, outcomes)
     assert changed["what if"].iloc[0] == "as it is"
@@ -460,7 +459,7 @@ def test_a_report_of_ones_own_question_is_static_and_whole(tmp_path):
 
     iterations = rows("Every-iteration")
     assert [row["iteration"] for row in iterations] == ["0", "1", "2", "3"]
-    assert all(row["right"] in "✓✗" and re.search(r"“.+” ?\s?0\.\d\d", row["after τ4"]) for row in iterations)
+    assert all(row["answer"][-1] in "✓✗" and re.search(r"“.+” ?\s?0\.\d\d", row["τ4"]) for row in iterations)
     best = max(iterations, key=lambda row: float(row["reward"]))
     assert f"Iteration {best['iteration']}," in figures[0].figcaption.get_text()
     changes = rows("What-if")
