@@ -24,8 +24,8 @@ $(INSTALLED): pyproject.toml
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[test]'
 	@touch $@
 
-demo: $(INSTALLED)  ## vanilla and DMLR on the embedded benchmark, tables and report; at most 10 minutes on two cores
-	@HF_HUB_OFFLINE=1 $(RUN) demo
+demo: $(INSTALLED)  ## vanilla and DMLR on the embedded benchmark, tables and report; ten minutes on two cores, MODEL=... for another
+	@$(if $(MODEL),,HF_HUB_OFFLINE=1) $(RUN) demo $(if $(MODEL),--model $(MODEL))
 
 bench: $(INSTALLED)  ## the loop beside the released behaviour on this machine; six minutes on two idle cores
 	@$(RUN) bench

@@ -22,15 +22,16 @@ WALKTHROUGH_RUN = root() / "reports" / "runs" / "01_walkthrough"
 README_MARKS = ("<!-- demo table: python -m dmlr readme -->", "<!-- end of the demo table -->")
 
 
-def demo() -> None:
-    """Runs the three notebooks, and ends with the result table and the report's path."""
+def demo(model: str = "") -> None:
+    """Runs the three notebooks with that model (none: the embedded one), and ends with the table and the reports."""
     began, notebooks = time.perf_counter(), root() / "notebooks"
+    chosen = {"model_name_or_path": model} if model else {}
     print("[1/3] 03_benchmark: three suites, vanilla and dmlr; the bar shows the time that is left", flush=True)
-    benchmark = run(notebooks / "03_benchmark.ipynb", read_parameters(notebooks / "params" / "demo.yaml"))
+    benchmark = run(notebooks / "03_benchmark.ipynb", read_parameters(notebooks / "params" / "demo.yaml") | chosen)
     print("\n[2/3] 04_compare: all runs in one table", flush=True)
     run(notebooks / "04_compare.ipynb")
     print("\n[3/3] 01_walkthrough: one question, seen from inside", flush=True)
-    walk = run(notebooks / "01_walkthrough.ipynb")
+    walk = run(notebooks / "01_walkthrough.ipynb", chosen)
     index = write_index()
     print(f"\n{result_table(benchmark.parent)}\n\nmade in {(time.perf_counter() - began) / 60:.1f} minutes")
     print(f"report:      {benchmark}\nwalkthrough: {walk}\nall runs:    {index}")
