@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 SAMPLES = 4000
+MIN_CLUSTERS = 5  # of fewer, resamples are too few different ones for an interval
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class Estimate:
     clusters: int
 
     def __str__(self) -> str:
-        return "nothing to measure" if math.isnan(self.value) else f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+        if math.isnan(self.low):
+            return "–" if math.isnan(self.value) else f"{self.value:.3g}"
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
     @property
     def sign(self) -> int:
@@ -78,9 +81,9 @@ class Bootstrap:
         return draws, float(values[used].mean()), int(used.sum()), int((counts > 0).sum())
 
     def _estimate(self, draws: np.ndarray, point: float, n: int, clusters: int) -> Estimate:
-        """Percentile interval; from a single cluster nothing can be said about its width."""
+        """With its percentile interval, nan where too few clusters tell."""
         draws = draws[~np.isnan(draws)]
-        if math.isnan(point) or not len(draws) or clusters < 2:
+        if math.isnan(point) or not len(draws) or clusters < MIN_CLUSTERS:
             return Estimate(point, math.nan, math.nan, n, clusters)
         low, high = np.quantile(draws, self.ends)
         return Estimate(point, float(low), float(high), n, clusters)

@@ -17,10 +17,12 @@ MORE, LESS = "214,120,20", "11,111,164"  # shades of values above and below zero
 
 
 def numbers(found: Estimate, unit: str = "", percent: bool = False) -> str:
-    """'+1.9 nats [+1.4, +2.45]'; of shares in points."""
+    """'+1.9 nats [+1.4, +2.45]'; of shares in points; without an interval where there is none."""
     scale, tail = (100, " points") if percent else (1, f" {unit}" if unit else "")
+    if math.isnan(found.value):
+        return "–"
     value, low, high = (f"{scale * number:+.3g}" for number in (found.value, found.low, found.high))
-    return f"{value}{tail} [{low}, {high}]"
+    return f"{value}{tail}" if math.isnan(found.low) else f"{value}{tail} [{low}, {high}]"
 
 
 def compared(first: str, second: str, measure: str, found: Estimate, unit: str = "", percent: bool = False) -> str:

@@ -106,10 +106,9 @@ def compiled(pattern: str, what: str) -> re.Pattern:
 
 
 def class_of(text: str, word: Span, classes: Mapping[str, re.Pattern]) -> str:
-    """The first class whose pattern fits the word exactly; patterns may look behind and ahead of it."""
+    """The first class whose pattern fits the word from its start to its end; patterns may look behind it."""
     for name, pattern in classes.items():
-        match = pattern.match(text, word.start)
-        if match and match.end() == word.end:
+        if pattern.fullmatch(text, word.start, word.end):
             return name
     return OTHER
 
