@@ -1,8 +1,6 @@
 """How the embedded model is made: its processor is Qwen's, and packed training is what happens at test time."""
 
-import json
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,8 +15,8 @@ from dmlr.latent import append_latents
 from dmlr.prompts import Prompts
 from dmlr.shapes import EASY, random_scene, render
 from dmlr.shapes_attention import TREE, tree_attention
+from dmlr.shapes_learner import Learner, Recipe
 from dmlr.shapes_packing import NO_LABEL, Phase, ask, batches, collate, interleaved, pack, pixel_rows
-from dmlr.shapes_training import Learner, Recipe, train
 from dmlr.shapes_vl import IM_END, build_model, build_processor, build_tokenizer, save_checkpoint, wordings
 from dmlr.vlm import VLM
 
@@ -164,24 +162,6 @@ def test_checkpoint_folder_is_an_ordinary_one(processor, tmp_path):
     encoded = vlm.encode("", "How many?", [Image.new("RGB", (400, 400))])
     assert encoded.patch_grid == (6, 6)
     assert vlm.model.generation_config.do_sample is False and IM_END in vlm.eos_ids
-
-
-def test_training_runs_and_continues(tmp_path):
-    """A few seconds; a second call has nothing left to do, one with more time goes on, another recipe is refused."""
-    recipe = Recipe(minutes=0.1, vision_minutes=0.03, hidden=64, layers=1, scenes=1, questions=3, processes=1)
-
-    def steps():
-        return json.loads((tmp_path / "model/training.json").read_text())["steps"]
-
-    train(tmp_path / "model", recipe, tmp_path / "state")
-    first = steps()
-    assert first > 0
-    train(tmp_path / "model", recipe, tmp_path / "state")
-    assert steps() == first
-    train(tmp_path / "model", replace(recipe, minutes=0.13), tmp_path / "state")
-    assert steps() > first
-    with pytest.raises(ValueError, match="another recipe"):
-        train(tmp_path / "model", replace(recipe, lr=1e-4), tmp_path / "state")
 
 
 def test_notebook_trains_and_examines(tmp_path):

@@ -1,0 +1,89 @@
+"""One update on several processes is the update on the mean of their gradients; a state is continued or refused."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dmlr.prompts import Prompts
+from dmlr.shapes import EASY
+from dmlr.shapes_learner import Learner, Recipe
+from dmlr.shapes_packing import Phase, collate, pack
+from dmlr.shapes_vl import build_tokenizer, wordings
+
+RECIPE = Recipe(hidden=64, layers=1, noise=0.0)
+PHASE = Phase(3, 0.5, 0.3, 0.05, EASY)
+
+
+def batch_of(seed):
+    """A batch, the same for the same seed, and how many tokens there are."""
+    texts = [
+        p.system + p.latent_task("How many red stars are there?", n) for p in wordings(Prompts()) for n in range(9)
+    ]
+    tokenizer = build_tokenizer(texts, 600)
+    made = pack(random.Random(seed), [Prompts()], tokenizer, PHASE.questions, PHASE.latent, PHASE.dense, PHASE.hard)
+    return collate([made], 640), len(tokenizer)
+
+
+def updated(rank=0, recipe=RECIPE):
+    batch, size = batch_of(rank)
+    learner = Learner(size, recipe, torch.device("cpu"))
+    learner.step(batch, 1e-3, PHASE, torch.Generator().manual_seed(0))
+    return learner
+
+
+def gradients(rank):
+    """Those of the first update of a process that is alone, before they are clipped."""
+    kept, clip = [], torch.nn.utils.clip_grad_norm_
+    try:
+        torch.nn.utils.clip_grad_norm_ = lambda parameters, most: kept.extend(
+            torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters
+        )
+        updated(rank)
+    finally:
+        torch.nn.utils.clip_grad_norm_ = clip
+    return kept
+
+
+def one_process(rank, meeting, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    torch.save([p.detach() for p in updated(rank).parameters], folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_make_the_update_of_their_mean_gradient(tmp_path):
+    torch.multiprocessing.spawn(one_process, ((tmp_path / "meeting").as_uri(), tmp_path), 2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(map(torch.equal, first, second))
+    mean = [(a + b) / 2 for a, b in zip(gradients(0), gradients(1), strict=True)]
+    learner = Learner(batch_of(0)[1], RECIPE, torch.device("cpu"))
+    start = [p.detach().clone() for p in learner.parameters]
+    for parameter, gradient in zip(learner.parameters, mean, strict=True):
+        parameter.grad = gradient
+    torch.nn.utils.clip_grad_norm_(learner.parameters, 1.0)
+    for optimizer in learner.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3
+        optimizer.step()
+    moved = [p.detach() - s for p, s in zip(learner.parameters, start, strict=True)]
+    by_two = [p - s for p, s in zip(first, start, strict=True)]
+    for expected, found in zip(moved, by_two, strict=True):
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=0.05)
+
+
+def test_a_state_is_continued_or_refused(tmp_path):
+    learner = updated()
+    learner.save_state(tmp_path, {"step": 1})
+    batch, size = batch_of(1)
+    again = Learner(size, replace(RECIPE, seed=7), torch.device("cpu"))
+    again.load_state(tmp_path)
+    for each in (learner, again):
+        each.step(batch, 1e-3, PHASE, torch.Generator().manual_seed(1))
+    assert all(map(torch.equal, learner.parameters, again.parameters))
+    with pytest.raises(RuntimeError, match="another model"):
+        Learner(size, replace(RECIPE, layers=2), torch.device("cpu")).load_state(tmp_path)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        Learner(size, replace(RECIPE, hidden=128), torch.device("cpu")).load_state(tmp_path)
