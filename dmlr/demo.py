@@ -17,8 +17,17 @@ from dmlr.parameters import read_parameters
 from dmlr.report_index import write_index
 from dmlr.results import find_runs, read_results
 
-BENCHMARK_RUN = root() / "reports" / "runs" / "shapes-vl_mathematics+visual+composition"
-WALKTHROUGH_RUN = root() / "reports" / "runs" / "01_walkthrough"
+RUNS = root() / "reports" / "runs"
+BENCHMARK_RUN = RUNS / "shapes-vl_mathematics+visual+composition"
+WALKTHROUGH_RUN = RUNS / "01_walkthrough"
+# Reports that git keeps, by name, and the folder of the run that makes each; the demo makes the first two.
+EXAMPLES = {
+    "benchmark": BENCHMARK_RUN,
+    "walkthrough": WALKTHROUGH_RUN,
+    "ablations": RUNS / "02_ablations",
+    "perception": RUNS / "05_perception_and_confidence",
+    "efficiency": RUNS / "06_efficiency",
+}
 README_MARKS = ("<!-- demo table: python -m dmlr readme -->", "<!-- end of the demo table -->")
 
 
@@ -43,7 +52,8 @@ def publish() -> None:
         raise RunError(f"no report in {missing[0]}: the demo has not run to its end; `make demo` does")
     write_readme_table()
     write_readme_figure()
-    keep_examples()
+    for line in keep_examples():
+        print(line)
 
 
 def result_table(run_folder: Path) -> str:
@@ -87,10 +97,18 @@ def write_readme_figure(picture: Path | None = None, report: Path | None = None)
     picture.write_bytes(base64.b64decode(found[-1]))
 
 
-def keep_examples() -> None:
-    """Copies the demo's two reports to reports/examples/, which is in git."""
-    for name, folder in {"benchmark": BENCHMARK_RUN, "walkthrough": WALKTHROUGH_RUN}.items():
-        (report,) = folder.glob("*.html")
-        target = root() / "reports" / "examples" / f"{name}.html"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(report, target)
+def keep_examples(target: Path | None = None) -> list[str]:
+    """Copies the newest report of every run in EXAMPLES to reports/examples/, which is in git; says what it did.
+
+    A run that is not there leaves the report of before.
+    """
+    target, said = target or root() / "reports" / "examples", []
+    target.mkdir(parents=True, exist_ok=True)
+    for name, folder in EXAMPLES.items():
+        reports = sorted(folder.glob("*.html"), key=lambda report: report.stat().st_mtime)
+        if reports:
+            shutil.copyfile(reports[-1], target / f"{name}.html")
+            said.append(f"{name}.html: {reports[-1].stat().st_size / 1e6:.1f} MB")
+        else:
+            said.append(f"{name}.html stays: python -m dmlr run notebooks/{folder.name}.ipynb makes it anew")
+    return said

@@ -26,7 +26,7 @@ from pygments.formatters import HtmlFormatter
 from traitlets import default
 
 from dmlr.config import root
-from dmlr.parameters import check_parameters, default_output, from_here
+from dmlr.parameters import check_parameters, default_output, from_here, literal
 from dmlr.policy import policy
 from dmlr.provenance import provenance
 
@@ -113,7 +113,7 @@ def render(executed: str | Path, report: str | Path) -> None:
         "title": title,
         "css": css(),
         "notebook": executed.stem,
-        "provenance": provenance(notebook.metadata, root()),
+        "provenance": provenance(notebook.metadata, root(), _defaults(executed, notebook)),
         "policy": policy(),
         "contents": [entry for entry in contents if entry[0] > 1],
     }
@@ -133,6 +133,12 @@ def _one_log(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode
     rest = [output for output in outputs if output not in log]
     merged = [nbformat.v4.new_output("stream", name="stderr", text="".join(output.text for output in log))]
     return rest + (merged if log else [])
+
+
+def _defaults(executed: Path, notebook: nbformat.NotebookNode) -> dict[str, Any]:
+    """The values in the parameters cell of a notebook that papermill has run."""
+    told = papermill.inspect_notebook(str(executed)) if "papermill" in notebook.metadata else {}
+    return {name: literal(parameter["default"]) for name, parameter in told.items()}
 
 
 def _fold_label(cell: Mapping[str, Any]) -> str:

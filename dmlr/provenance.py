@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 
-def provenance(metadata: Mapping[str, Any], project: Path) -> dict[str, str]:
+def provenance(metadata: Mapping[str, Any], project: Path, defaults: Mapping[str, Any] | None = None) -> dict[str, str]:
     """`started` (UTC), `took` and `command` of an executed notebook's metadata; what is not known is not there.
 
-    Paths inside `project` are given relative to it: the command is meant for its folder.
+    The command is meant for the folder `project`: paths in it are relative. It names the parameters that differ from
+    `defaults`, the notebook's own.
     """
     made = metadata.get("papermill") or {}
     found = {}
@@ -27,7 +28,8 @@ def provenance(metadata: Mapping[str, Any], project: Path) -> dict[str, str]:
     if made.get("input_path"):
         words = ["python", "-m", "dmlr", "run", _inside(made["input_path"], project)]
         for name, value in (made.get("parameters") or {}).items():
-            words += ["-p", name, _as_given(value, project)]
+            if name not in (defaults or {}) or defaults[name] != value:
+                words += ["-p", name, _as_given(value, project)]
         found["command"] = shlex.join(words)
     return found
 
