@@ -70,8 +70,8 @@ def reading(walk: Walk, outcomes: Sequence[Outcome]) -> str:
     others, changed = sum(s != answer for s in said), sum(final(o.answer) != answer for o in outcomes)
     lines = [
         f"DMLR's answer: {answer}{_judged(verdict)}.",
-        f"{kept} of {len(said)} states kept; {others} of them all give another answer.",
-        f"{changed} of {max(len(outcomes) - 1, 0)} changes give another answer.",
+        f"States tried: {len(said)}; kept: {kept}; with another answer: {others}.",
+        f"Changes tried: {sum(o.change != Change() for o in outcomes)}; with another answer: {changed}.",
     ]
     if outcomes:
         top = max(outcomes, key=lambda o: o.reward)
@@ -84,6 +84,11 @@ def reading(walk: Walk, outcomes: Sequence[Outcome]) -> str:
 
 def _judged(right: bool | None) -> str:
     return {True: " (right)", False: " (wrong)", None: ""}[right]
+
+
+def brightness(limit: float) -> str:
+    """What the brightness of a picture means; nothing without a picture."""
+    return f"An image token as bright as in the picture has {limit:.2f} of a think token's attention." if limit else ""
 
 
 # what figures draw

@@ -147,6 +147,7 @@ class Explorer:
     @reported
     def _choose(self, change) -> None:
         if change["new"] is not None:
+            self.upload.value = ()  # the next question is about the image shown
             example = self.examples[change["new"]]
             self._explore(example, [open_image(source) for source in example.images])
 

@@ -394,6 +394,11 @@ def test_ones_own_image_and_question(explorer, tmp_path):
     assert explorer.walk.question.text == f"What is there? {ATTACK}"
     assert "<script" not in explorer.status.value
     assert explorer.walk.dmlr.text
+    explorer.example.value = 1
+    shown = explorer.walk.question.images
+    explorer.question.value = "What else is there?"
+    explorer.ask.click()
+    assert explorer.walk.question.images == shown  # of the example, not the upload of before
 
 
 def test_what_goes_wrong_is_said_in_the_status_line(explorer, walk):
@@ -433,7 +438,8 @@ def test_the_notebooks_prose_is_true_of_its_question(walk, outcomes, example):
     assert not any(o.is_right for o in outcomes if o.change.seed)
     assert not max(outcomes, key=lambda o: o.reward).is_right
     told = view.reading(walk, outcomes)
-    assert "1 of 10 states kept; 1 of them all give another answer" in told
+    assert "States tried: 10; kept: 1; with another answer: 1." in told
+    assert "Changes tried: 12; with another answer: 6." in told
     assert "(seed 43): 2 (wrong)" in told
 
 
