@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,7 +48,7 @@ def accuracy_over(table: pd.DataFrame, axis_label: str, baseline: Accuracy, base
     style = {"marker": "o", "linestyle": "-" if numbers else "none", "linewidth": 1.6, "capsize": 3}
     axis.errorbar(places, value, error, color=shade, elinewidth=1.1, label="setting", **style)
     if not numbers:
-        axis.set_xticks(places, table["label"])
+        axis.set_xticks(places, [textwrap.fill(str(label), 14) for label in table["label"]])
         axis.margins(x=0.12)
     axis.set(xlabel=axis_label, ylabel="accuracy (%)")
     axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
