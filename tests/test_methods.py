@@ -122,43 +122,28 @@ class Literal:
 # methods in words
 
 
-def test_multimodal_cot(vlm):
-    config, model = Config(**BASE), eager(vlm).model
-    answers, ids = run(vlm, "multimodal-cot", QUESTIONS, config)
-    for row, (question, answer) in enumerate(zip(QUESTIONS, answers, strict=True)):
-        ask = PROMPTS.rationale.replace("{question}", question.text)
-        first = Literal(vlm, model, PROMPTS.helper, ask, question.images)
-        rationale = first.generate(12)
-        task = PROMPTS.solver[2].replace("{question}", question.text)
-        task = PROMPTS.rationale_answer.replace("{task}", task).replace("{rationale}", first.text(rationale))
-        second = Literal(vlm, model, PROMPTS.helper, task, question.images)
-        reply = second.generate(5)
-        assert (answer.details["rationale_prompt"], answer.details["rationale"]) == (
-            first.prompt,
-            first.text(rationale),
-        )
-        assert (ids[row], ids[4 + row]) == (rationale, reply)
-        assert (answer.prompt, answer.text) == (second.prompt, second.text(reply))
-        assert answer.num_new_tokens == len(rationale) + len(reply)
-
-
-def test_ccot(vlm):
+@pytest.mark.parametrize(
+    ("method", "said", "lengths", "system", "solver"),
+    [
+        ("multimodal-cot", "rationale", (12, 5), PROMPTS.helper, 2),  # answers only, whatever the config's solver is
+        ("ccot", "scene_graph", (11, 9), PROMPTS.system, 1),
+    ],
+)
+def test_two_calls(vlm, method, said, lengths, system, solver):
     config, model = Config(**BASE, solver_prompt_idx=1), eager(vlm).model
-    answers, ids = run(vlm, "ccot", QUESTIONS, config)
+    answers, ids = run(vlm, method, QUESTIONS, config)
     for row, (question, answer) in enumerate(zip(QUESTIONS, answers, strict=True)):
-        ask = PROMPTS.scene_graph.replace("{question}", question.text)
+        ask = getattr(PROMPTS, said).replace("{question}", question.text)
         first = Literal(vlm, model, PROMPTS.helper, ask, question.images)
-        graph = first.generate(11)
-        task = PROMPTS.solver[1].replace("{question}", question.text)
-        task = PROMPTS.scene_graph_answer.replace("{task}", task).replace("{scene_graph}", first.text(graph))
-        second = Literal(vlm, model, PROMPTS.system, task, question.images)
-        reply = second.generate(9)
-        assert (answer.details["scene_graph_prompt"], answer.details["scene_graph"]) == (
-            first.prompt,
-            first.text(graph),
-        )
-        assert (ids[row], ids[4 + row]) == (graph, reply)
+        told = first.generate(lengths[0])
+        task = PROMPTS.solver[solver].replace("{question}", question.text)
+        task = getattr(PROMPTS, f"{said}_answer").replace("{task}", task).replace(f"{{{said}}}", first.text(told))
+        second = Literal(vlm, model, system, task, question.images)
+        reply = second.generate(lengths[1])
+        assert (answer.details[f"{said}_prompt"], answer.details[said]) == (first.prompt, first.text(told))
+        assert (ids[row], ids[4 + row]) == (told, reply)
         assert (answer.prompt, answer.text) == (second.prompt, second.text(reply))
+        assert answer.num_new_tokens == len(told) + len(reply)
 
 
 def test_what_the_first_call_said_is_never_a_template(tmp_path):
