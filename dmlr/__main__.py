@@ -15,6 +15,7 @@ ELSEWHERE = {
     "data": ("benchmarks", "main_data"),
     "bench": ("bench", "main"),
     "doctor": ("doctor", "main"),
+    "table1": ("table1", "main"),
 }
 
 
@@ -39,14 +40,19 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("-f", "--file", action="append", default=[], help="YAML file of parameters; later files win")
     run.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     run.add_argument("--output", help="path of the executed copy (.ipynb); its report lies beside it")
+    run.add_argument(
+        "--dry-run", action="store_true", help="print what would be done, how long it takes, what would fail"
+    )
     commands.add_parser("report", help="write reports/index.html from the runs that are there")
-    commands.add_parser("demo", help="vanilla and DMLR on the embedded benchmark, with tables and reports")
+    show = commands.add_parser("demo", help="vanilla and DMLR on the embedded benchmark, with tables and reports")
+    show.add_argument("--model", default="", help="hub id or folder; the embedded model if none is given")
     commands.add_parser("readme", help="put the demo's table, figure and reports where git keeps them")
     commands.add_parser("check", help="what is wrong with a dataset file", add_help=False)
     commands.add_parser("judge", help="judge cases from a file", add_help=False)
     commands.add_parser("data", help="prepare a benchmark of the hub", add_help=False)
     commands.add_parser("bench", help="how fast the loop is, beside the released behaviour", add_help=False)
     commands.add_parser("doctor", help="what this machine has, and which models fit in it", add_help=False)
+    commands.add_parser("table1", help="every benchmark of Table 1 for one model, then one table", add_help=False)
     return parser
 
 
@@ -59,6 +65,8 @@ def _notebook_command(args: argparse.Namespace) -> int:
             for path in args.file:
                 given |= parameters.read_parameters(path)
             given |= dict(args.parameter)
+            if args.dry_run:
+                return _dry_run(args.notebook, given, args.output)
             report = notebooks.run(args.notebook, given, args.output)
             report_index.write_index()
             print(f"report: {report}")
@@ -67,11 +75,28 @@ def _notebook_command(args: argparse.Namespace) -> int:
         elif args.command == "readme":
             demo.publish()
         else:
-            demo.demo()
+            demo.demo(args.model)
     except (ConfigError, notebooks.RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _dry_run(notebook: str, given: dict, output: str | None) -> int:
+    """Prints the plan; 1 where the run would fail."""
+    from dmlr.data import DatasetError
+    from dmlr.dry_run import dry_run
+    from dmlr.families import ModelError
+    from dmlr.llm_settings import JudgeError
+
+    try:
+        text, errors = dry_run(notebook, given, output)
+    except (DatasetError, ModelError, JudgeError) as error:
+        raise ConfigError(str(error)) from error
+    print(text)
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    return 1 if errors else 0
 
 
 if __name__ == "__main__":

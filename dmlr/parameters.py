@@ -94,15 +94,20 @@ def _typed(name: str, value: Any, kind: str, default: Any) -> Any:
     return parsed
 
 
-def default_output(notebook: Path, values: Mapping[str, Any]) -> Path:
-    """Where an executed copy goes: into the run's own folder, with model, dataset and methods in its name."""
+def config_of(notebook: str | Path, values: Mapping[str, Any]) -> Config | None:
+    """The whole configuration of a notebook's run; None where its cell lacks some of Config's parameters."""
     cell = {name: literal(p["default"]) for name, p in papermill.inspect_notebook(str(notebook)).items()}
     told = {**cell, **values}
-    if not set(CONFIG_NAMES) <= set(told):
+    return Config.make(None, **{key: told[key] for key in CONFIG_NAMES}) if set(CONFIG_NAMES) <= set(told) else None
+
+
+def default_output(notebook: Path, values: Mapping[str, Any]) -> Path:
+    """Where an executed copy goes: into the run's own folder, with model, dataset and methods in its name."""
+    config = config_of(notebook, values)
+    if config is None:
         return root() / "reports" / "runs" / notebook.stem / f"{notebook.stem}.ipynb"
     from dmlr.evaluate import name, output_folder  # imports torch; a misspelt parameter does not wait for that
 
-    config = Config.make(None, **{key: told[key] for key in CONFIG_NAMES})
     several = ("+".join(name(part) for part in text.split(",")) for text in (config.dataset, config.methods))
     stem = "_".join([notebook.stem, name(config.model_name_or_path), *several])
     return output_folder(config) / f"{stem}.ipynb"

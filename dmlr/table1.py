@@ -1,0 +1,174 @@
+"""`python -m dmlr table1 MODEL`: every benchmark of Table 1 for one model, then all of them in one table.
+
+Each benchmark is one run of 03_benchmark in a folder of its own, with `resume`: what is finished is skipped, what died
+goes on, and what fails does not stop the others. Knows nothing about models or methods: parameters come from files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dmlr import notebooks, report_index
+from dmlr.config import ConfigError, check_names, root
+from dmlr.data import DatasetError
+from dmlr.dry_run import Plan, as_text, plan, shown
+from dmlr.families import ModelError
+from dmlr.llm_settings import JudgeError
+from dmlr.parameters import check_parameters, config_of, from_here, read_parameters
+from dmlr.provenance import in_words
+from dmlr.published import BENCHMARKS
+from dmlr.results import ResultsError, find_runs
+
+FOLDER = root() / "notebooks"
+BENCHMARK, COMPARE = FOLDER / "03_benchmark.ipynb", FOLDER / "04_compare.ipynb"
+OWN = ("output_dir", "resume", "verify_only")  # what this command decides itself
+# What makes one benchmark impossible and says nothing about the others.
+FAILURES = (ConfigError, DatasetError, JudgeError, ModelError, ResultsError, notebooks.RunError, OSError)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One benchmark of the table: its parameters, and where its run goes."""
+
+    name: str
+    given: Mapping[str, Any]
+    folder: Path
+
+    @property
+    def executed(self) -> Path:
+        """The executed copy of 03_benchmark; its report lies beside it."""
+        return self.folder / f"{self.name}.ipynb"
+
+    def plan(self) -> Plan:
+        """Raises what the run would raise at once (FAILURES)."""
+        values = from_here(check_parameters(BENCHMARK, self.given))
+        try:
+            return plan(config_of(BENCHMARK, values))
+        except DatasetError as error:
+            raise DatasetError(f"{error}{_how_to_make(self.name)}") from None
+
+
+def cells(
+    model: str, benchmarks: Sequence[str], files: Sequence[str], given: Mapping[str, Any], output: Path | None
+) -> list[Cell]:
+    """One cell for each benchmark: parameters of the model, of `files`, of the benchmark, then `given`; later ones win.
+
+    ConfigError for a file that is not there or not readable, and for a parameter that this command decides itself.
+    """
+    path = parameter_file("models", model)
+    shared = read_parameters(path)
+    for file in files:
+        shared |= read_parameters(file)
+    base = output or root() / "reports" / "runs" / "table1" / path.stem
+    made = []
+    for benchmark in benchmarks:
+        file = parameter_file("benchmarks", benchmark)
+        parameters = {**shared, **read_parameters(file), **given}
+        if taken := [name for name in OWN if name in parameters]:
+            raise ConfigError(f"{taken[0]} is what table1 sets itself; --output names the folder of all its runs")
+        folder = base.resolve() / file.stem
+        made.append(Cell(file.stem, {**parameters, "output_dir": str(folder), "resume": True}, folder))
+    return made
+
+
+def parameter_file(kind: str, name: str) -> Path:
+    """A file as given, else the one of that name in notebooks/params/<kind>. ConfigError names the nearest."""
+    if Path(name).is_file():
+        return Path(name)
+    known = {path.stem: path for path in (FOLDER / "params" / kind).glob("*.yaml")}
+    check_names([Path(name).stem if name.endswith(".yaml") else name], known, f"file of {kind}")
+    return known[Path(name).stem if name.endswith(".yaml") else name]
+
+
+def run_all(table: Sequence[Cell]) -> dict[str, str]:
+    """Runs what is not finished, then 04_compare over all; prints as it goes. Returns why cells failed, by name."""
+    failures: dict[str, str] = {}
+    for number, cell in enumerate(table, 1):
+        print(f"\n[{number}/{len(table)}] {cell.name}", flush=True)
+        try:
+            made = cell.plan()
+            if made.complete and cell.executed.with_suffix(".html").is_file():
+                print(f"finished already: {shown(cell.executed.with_suffix('.html'))}", flush=True)
+                continue
+            if made.errors:
+                raise ConfigError("; ".join(made.errors))
+            report = notebooks.run(BENCHMARK, cell.given, cell.executed)
+            print(f"report: {shown(report)}", flush=True)
+        except FAILURES as error:
+            failures[cell.name] = str(error)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+    everything = table[0].folder.parent
+    if find_runs(everything):
+        print("\n04_compare: all of them in one table", flush=True)
+        try:
+            compared = {"runs_folder": str(everything)}
+            print(f"report: {shown(notebooks.run(COMPARE, compared, everything / '04_compare.ipynb'))}", flush=True)
+        except FAILURES as error:
+            failures["04_compare"] = str(error)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        report_index.write_index()
+    return failures
+
+
+def dry_run(table: Sequence[Cell]) -> dict[str, str]:
+    """Prints each cell's plan and the time of all. Returns why cells would fail, by name."""
+    failures: dict[str, str] = {}
+    seconds: list[float | None] = []
+    for number, cell in enumerate(table, 1):
+        print(f"\n[{number}/{len(table)}] {cell.name}", flush=True)
+        try:
+            made = cell.plan()
+        except FAILURES as error:
+            failures[cell.name] = str(error)
+            print(f"error: {error}", flush=True)
+            continue
+        print(as_text(made), flush=True)
+        seconds.append(made.seconds)
+        if made.errors:
+            failures[cell.name] = "; ".join(made.errors)
+            print("\n".join(f"error: {error}" for error in made.errors), flush=True)
+    known = [each for each in seconds if each is not None]
+    rest = f"; unknown for {len(table) - len(known)} of {len(table)} benchmarks" if len(known) < len(table) else ""
+    print(f"\ntime of all that is still to do: {in_words(sum(known)) if known else 'unknown'}{rest}")
+    return failures
+
+
+def _how_to_make(name: str) -> str:
+    """The command that makes a benchmark's file, as the first lines of its parameter file tell it."""
+    text = (FOLDER / "params" / "benchmarks" / f"{name}.yaml").read_text(encoding="utf-8") if name in BENCHMARKS else ""
+    command = next((line.partition(": ")[2] for line in text.splitlines() if line.startswith("# Made by: ")), None)
+    return f" ({command} makes it)" if command else ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0, 1 when a benchmark failed or would fail, 2 for a misspelt option. ConfigError for a bad file."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dmlr table1", description="Every benchmark of Table 1 for one model, then all in one table."
+    )
+    parser.add_argument("model", help="parameter file of the model, or its name in notebooks/params/models")
+    parser.add_argument(
+        "--benchmarks", default=",".join(BENCHMARKS), help="names in notebooks/params/benchmarks, or files"
+    )
+    parser.add_argument("-f", "--file", action="append", default=[], help="YAML file of parameters over the model's")
+    parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    parser.add_argument("--output", type=Path, help="folder of all runs (default: reports/runs/table1/<model>)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would be done, how long it takes, what would fail"
+    )
+    try:
+        args = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    names = [name.strip() for name in args.benchmarks.split(",") if name.strip()]
+    if not names:
+        raise ConfigError("--benchmarks names none")
+    table = cells(args.model, names, args.file, dict(args.parameter), args.output)
+    failures = (dry_run if args.dry_run else run_all)(table)
+    if failures:
+        print(f"\n{len(failures)} failed, for the reasons above: {', '.join(failures)}", file=sys.stderr)
+    return 1 if failures else 0

@@ -1,0 +1,90 @@
+"""Parameter files: each parses, each name exists, each value is in range; models and data are those of the paper."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from dmlr import published
+from dmlr.benchmark_rows import BENCHMARKS
+from dmlr.benchmarks import main_data
+from dmlr.config import PRESETS, Config
+from dmlr.evaluate import plan
+from dmlr.known_models import PAPER_MODELS
+from dmlr.parameters import check_parameters, config_of, read_parameters
+
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "03_benchmark.ipynb"
+PARAMS = NOTEBOOK.parent / "params"
+MODELS = {path.stem: path for path in sorted((PARAMS / "models").glob("*.yaml"))}
+DATA = {path.stem: path for path in sorted((PARAMS / "benchmarks").glob("*.yaml"))}
+SUITES = [name for name in DATA if name.startswith("shapes-")]
+ITS_OWN = {"model_name_or_path", "methods", "banned_strings"}
+# A file's name, and how the model is called in the paper's table; VLAA-Thinker's size is not told there.
+ROWS = {name: name for name in ("qwen2.5-vl-3b", "qwen2.5-vl-7b", "qwen3-vl-4b", "qwen3-vl-8b")}
+ROWS |= {"r1-onevision-7b": "r1-onevision", "vlaa-thinker-3b": "vlaa-thinking", "vlaa-thinker-7b": "vlaa-thinking"}
+
+
+def test_there_is_a_file_for_every_model_and_every_benchmark_of_the_paper():
+    assert MODELS.keys() == {*ROWS, "shapes-vl"}
+    assert DATA.keys() == {*published.BENCHMARKS, *SUITES}
+    assert {read_parameters(MODELS[name])["model_name_or_path"] for name in ROWS} == set(PAPER_MODELS)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_combination_is_a_configuration(model):
+    for data in DATA.values():
+        values = read_parameters(MODELS[model]) | read_parameters(data)
+        config = Config.make(None, **values)
+        assert {name: getattr(config, name) for name in values} == values, "written in the type it has"
+    assert config_of(NOTEBOOK, check_parameters(NOTEBOOK, values)) == config.replace(
+        end_data_idx=None, batch_size=values.get("batch_size")
+    )
+
+
+@pytest.mark.parametrize("model", ROWS)
+def test_a_model_of_the_paper_has_the_papers_loop_and_its_rows_methods(model):
+    values = read_parameters(MODELS[model])
+    loop = {name: value for name, value in values.items() if name not in ITS_OWN}
+    assert loop == PRESETS["paper"] | {"max_new_tokens": 2048}
+    rows = {method for row, method, _ in published.TABLE_1 if row == ROWS[model]}
+    assert set(values["methods"].split(",")) == rows
+    assert values["methods"].startswith("vanilla,"), "the baseline comes first"
+
+
+def test_the_embedded_model_has_the_demos_values():
+    demo = read_parameters(PARAMS / "demo.yaml")
+    ours = read_parameters(MODELS["shapes-vl"])
+    about_data = {"dataset", "end_data_idx"}
+    assert {k: v for k, v in ours.items() if k not in ITS_OWN} == {k: v for k, v in demo.items() if k not in about_data}
+
+
+@pytest.mark.parametrize("name", published.BENCHMARKS)
+def test_a_benchmarks_file_is_what_its_command_writes(name, monkeypatch):
+    """The command in the first lines, through the real parser: the path that it would write is the file's dataset."""
+    command = re.search(r"^# Made by: python -m dmlr data (.+)$", DATA[name].read_text(), re.MULTILINE)[1]
+    asked = {}
+    monkeypatch.setattr("dmlr.benchmarks.prepare", lambda name, out, **more: asked.update(name=name, out=out, **more))
+    with pytest.raises(AttributeError):  # nothing was prepared
+        main_data(command.split())
+    file = f"{name}.json" if asked["sample"] is None else f"{name}-{asked['sample']}-seed{asked['seed']}.json"
+    values = read_parameters(DATA[name])
+    assert asked["name"] == name and values["dataset"] == f"{asked['out']}/{name}/{file}"
+    assert published.benchmark_of(values["dataset"]) == name
+    rows = BENCHMARKS[name].rows or 5900  # MM-Math's are not counted
+    asked_for = min(asked["sample"] or rows, values["end_data_idx"] or rows)
+    assert asked_for <= 1000, "the paper has at most 1000 of a benchmark"
+    assert asked_for == min(rows, 1000) or name == "hallusionbench"
+
+
+def test_of_hallusionbench_the_rows_with_an_image_are_asked():
+    assert BENCHMARKS["hallusionbench"].optional == ("non_image",), "they come last"
+    assert read_parameters(DATA["hallusionbench"])["end_data_idx"] == BENCHMARKS["hallusionbench"].rows - 178
+
+
+def test_the_embedded_suites_are_there():
+    assert len(SUITES) == 3
+    for name in SUITES:
+        config = Config.make(None, **read_parameters(DATA[name]))
+        (job, _) = plan(config)
+        assert len(job.examples) == len(json.loads((PARAMS.parents[1] / config.dataset).read_text()))
