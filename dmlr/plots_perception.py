@@ -157,7 +157,7 @@ def clouds(panels: Mapping[str, pd.DataFrame]) -> Figure:
             style = {"s": (90 if kind.endswith("start") else 34) if think else 11, "linewidth": 0.5 if think else 0}
             marker = "X" if kind.endswith("start") else "o"
             axis.scatter(some["x"], some["y"], color=shade, alpha=0.9 if think else 0.5, marker=marker, label=kind,
-                         edgecolor="white" if think else "none", zorder=3 if think else 2, **style)  # fmt: skip
+                         edgecolor="white" if think else "none", zorder=2 + think + kind.endswith("start"), **style)  # fmt: skip
         axis.set(title=title, xticks=[], yticks=[])
         axis.grid(visible=False)
     handles, labels = axes[0, 0].get_legend_handles_labels()

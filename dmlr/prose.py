@@ -16,12 +16,12 @@ from dmlr.bootstrap import Estimate
 MORE, LESS = "214,120,20", "11,111,164"  # shades of values above and below zero
 
 
-def numbers(found: Estimate, unit: str = "", percent: bool = False) -> str:
+def numbers(found: Estimate, unit: str = "", percent: bool = False, style: str = "+.3g") -> str:
     """'+1.9 nats [+1.4, +2.45]'; of shares in points; without an interval where there is none."""
     scale, tail = (100, " points") if percent else (1, f" {unit}" if unit else "")
     if math.isnan(found.value):
         return "–"
-    value, low, high = (f"{scale * number:+.3g}" for number in (found.value, found.low, found.high))
+    value, low, high = (f"{scale * number:{style}}" for number in (found.value, found.low, found.high))
     return f"{value}{tail}" if math.isnan(found.low) else f"{value}{tail} [{low}, {high}]"
 
 
