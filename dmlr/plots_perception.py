@@ -152,12 +152,10 @@ def clouds(panels: Mapping[str, pd.DataFrame]) -> Figure:
     fig, axes = figure(1, len(panels), (4.3 * len(panels), 4.0))
     for axis, (title, table) in zip(axes[0], panels.items(), strict=True):
         for kind, shade in KIND_COLOURS.items():
-            some = table[table["kind"] == kind]
-            think = kind.startswith("think")
-            style = {"s": (90 if kind.endswith("start") else 34) if think else 11, "linewidth": 0.5 if think else 0}
-            marker = "X" if kind.endswith("start") else "o"
-            axis.scatter(some["x"], some["y"], color=shade, alpha=0.9 if think else 0.5, marker=marker, label=kind,
-                         edgecolor="white" if think else "none", zorder=2 + think + kind.endswith("start"), **style)  # fmt: skip
+            some, think, start = table[table["kind"] == kind], kind.startswith("think"), kind.endswith("start")
+            style = {"alpha": 0.9, "edgecolor": "white", "linewidth": 0.5} if think else {"alpha": 0.5, "linewidth": 0}
+            style |= {"s": 90 if start else 34 if think else 11, "marker": "X" if start else "o"}
+            axis.scatter(some["x"], some["y"], color=shade, label=kind, zorder=2 + think + start, **style)
         axis.set(title=title, xticks=[], yticks=[])
         axis.grid(visible=False)
     handles, labels = axes[0, 0].get_legend_handles_labels()
