@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from dmlr.plots import METHOD_COLOURS, colour, figure, styled
 
@@ -77,6 +78,9 @@ def accuracy_for_time(table: pd.DataFrame) -> Figure:
             axis.scatter(x, y, s=60, color=colour(method, m), label=method, zorder=3)
         axis.set(title=dataset, xscale="log", xlabel="accuracy (%) per second")
         axis.margins(0.25)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
     axes[0, 0].set_ylabel("accuracy (%)")
     axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
