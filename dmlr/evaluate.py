@@ -112,7 +112,8 @@ def complain(results: dict[tuple[str, str], dict[str, Any]], folder: Path) -> No
 
 
 def plan(config: Config) -> list[Job]:
-    """The run's jobs in order. ConfigError for an unknown method, DatasetError for an unusable file."""
+    """The run's jobs in order. ConfigError for an unknown method and for two jobs of one name, DatasetError for an
+    unusable file."""
     methods = [m.strip() for m in config.methods.split(",") if m.strip()]
     check_names(methods, METHODS, what="method")
     datasets = [d.strip() for d in config.dataset.split(",") if d.strip()]
@@ -125,6 +126,11 @@ def plan(config: Config) -> list[Job]:
         lost = [p for p in problems if p.fatal and (p.row is None or _in_range(p.row, config))]
         for method in methods:
             jobs.append(Job(dataset, method, output_folder(config) / name(dataset) / method, inside, lost))
+    folders = [job.folder for job in jobs]
+    if doubled := next((folder for folder in folders if folders.count(folder) > 1), None):
+        raise ConfigError(
+            f"{doubled.parent.name}, {doubled.name} is there twice in one run, and its folder is {doubled}"
+        )
     return jobs
 
 

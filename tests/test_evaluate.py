@@ -13,7 +13,7 @@ from tiny import noise_image, tiny_vlm
 from dmlr import batches, evaluate, llm_judge
 from dmlr.__main__ import main
 from dmlr.config import Config, ConfigError
-from dmlr.data import DatasetError
+from dmlr.data import DatasetError, ImageError
 from dmlr.llm_judge import JudgeError
 from dmlr.results import ResultsError, read_log, read_results
 
@@ -297,3 +297,13 @@ def test_an_llm_judge_that_fails_counts_neither_way_and_verify_only_mends_it(vlm
     assert all_asked["llm_judge"]["cached"] == len(undecided)
     assert sum(sum(row.values()) for row in all_asked["llm_judge"]["agreement"].values()) == 6
     assert not any(key in path.read_text() for path in tmp_path.rglob("*.json*"))
+
+
+def test_two_jobs_never_share_a_folder(vlm, dataset, tmp_path):
+    """The second would move the first's log aside and write its results over."""
+    (tmp_path / "other").mkdir()
+    namesake = write(tmp_path / "other", json.loads(dataset.read_text()))
+    for datasets, methods in ((f"{dataset},{namesake}", "vanilla"), (dataset, "vanilla,dmlr, vanilla")):
+        with pytest.raises(ConfigError, match="data, vanilla is there twice in one run"):
+            run(vlm, datasets, tmp_path / "out", methods=methods)
+    assert not (tmp_path / "out").exists()
