@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dmlr.batches import InProcess, cut, prepare
 from dmlr.config import Config, ConfigError, check_names, locate
-from dmlr.data import Example, Problem, load_dataset, open_image
+from dmlr.data import Example, ImageError, Problem, load_dataset, open_image
 from dmlr.machine import environment  # noqa: F401 (notebooks take it from here)
 from dmlr.methods import METHODS, Answer
 from dmlr.metrics import efficiency
@@ -261,7 +261,10 @@ def error_record(row: int | None, idx: int | str | None, message: str) -> dict[s
 
 
 def save_extras(job: Job, example: Example, answer: Answer, config: Config) -> None:
-    """The reward CSV of one example and, on request, a drawing of its kept patches."""
+    """The reward CSV of one example and, on request, a drawing of its kept patches.
+
+    An image that is gone by now (one from a server is fetched again) costs its drawing alone.
+    """
     if answer.reasoning is None:
         return
     if config.save_reward_csv:
@@ -281,6 +284,8 @@ def save_results(
 ) -> dict[str, Any]:
     """results.json from the log; `made_on` (the environment) and `peak_memory` (bytes) are those of the answers."""
     return write_results(
+        except ImageError as error:
+            print(f"not drawn: {error}", file=sys.stderr, flush=True)
         job.folder,
         log.records(),
         model=config.model_name_or_path,

@@ -307,3 +307,14 @@ def test_two_jobs_never_share_a_folder(vlm, dataset, tmp_path):
         with pytest.raises(ConfigError, match="data, vanilla is there twice in one run"):
             run(vlm, datasets, tmp_path / "out", methods=methods)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_drawing_that_cannot_be_made_costs_no_run(vlm, dataset, tmp_path, monkeypatch, capsys):
+    """An image from a server is fetched again for the drawing, and may be gone by then."""
+
+    def gone(source):
+        raise ImageError(f"{source}: cannot be fetched")
+
+    monkeypatch.setattr(evaluate, "open_image", gone)
+    found = run(vlm, dataset, tmp_path / "out", methods="dmlr", visual_token_viz=True)["dmlr"]
+    assert found["total"] == 6 and "cannot be fetched" in capsys.readouterr().err
