@@ -191,17 +191,26 @@ def run_job(
 def verify(job: Job, config: Config, bar: tqdm, llm: JudgeSettings | None = None) -> dict[str, Any]:
     """Judges the saved answers again, without the model, under the configuration that made them.
 
-    Whether an LLM is asked is this configuration's choice; what it said before comes from its cache, and only what
-    failed, or is new, costs a request.
+    The dataset's ground truths are taken as they are now; its questions must be those that were answered, else
+    ResultsError. Whether an LLM is asked is this configuration's choice; what it said before comes from its cache, and
+    only what failed, or is new, costs a request.
     """
     bar.set_description(f"{name(job.dataset)} {job.method}: judging again")
     saved, before = read_run(job.folder)["config"], read_results(job.folder)
     examples = {e.row: e for e in job.examples}
     with RunLog(job.folder, saved, resume=True) as log:
-        for old in log.records():
-            if old["row"] in examples and old["stop_reason"] != "error":
-                log.append({**old, **verdict_of(examples[old["row"]], old["model_output"], old["stop_reason"])})
-                bar.update()
+        pairs = [(old, examples[old["row"]]) for old in log.records() if old["row"] in examples]
+        pairs = [(old, example) for old, example in pairs if old["stop_reason"] != "error"]
+        for old, example in pairs:
+            if (old["data_idx"], old["question"]) != (example.idx, example.question):
+                raise ResultsError(
+                    f"{job.folder}: row {example.row} of {job.dataset} is another question now than the one that was "
+                    "answered; only solutions may change between a run and verify_only"
+                )
+        for old, example in pairs:
+            verdict = verdict_of(example, old["model_output"], old["stop_reason"])
+            log.append({**old, **verdict, "ground_truth": example.solution})
+            bar.update()
         asked = ask_llm(log, job.examples, llm, every=config.llm_verify_all)
         memory = before.get("efficiency", {}).get("peak_memory_bytes")
         return save_results(job, log, Config.make(None, **saved), before["environment"], memory, llm_judge=asked)
@@ -275,6 +284,8 @@ def save_extras(job: Job, example: Example, answer: Answer, config: Config) -> N
         path = job.folder / config.visual_token_viz_dir / f"{example.row:05d}.png"
         try:
             save_kept_patches(path, open_image(example.image), answer.reasoning.patches, answer.reasoning.patch_grid)
+        except ImageError as error:
+            print(f"not drawn: {error}", file=sys.stderr, flush=True)
         except OSError as error:
             raise ResultsError(f"{path}: cannot be written: {error.strerror or error}") from None
 
@@ -284,8 +295,6 @@ def save_results(
 ) -> dict[str, Any]:
     """results.json from the log; `made_on` (the environment) and `peak_memory` (bytes) are those of the answers."""
     return write_results(
-        except ImageError as error:
-            print(f"not drawn: {error}", file=sys.stderr, flush=True)
         job.folder,
         log.records(),
         model=config.model_name_or_path,

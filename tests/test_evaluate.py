@@ -318,3 +318,18 @@ def test_a_drawing_that_cannot_be_made_costs_no_run(vlm, dataset, tmp_path, monk
     monkeypatch.setattr(evaluate, "open_image", gone)
     found = run(vlm, dataset, tmp_path / "out", methods="dmlr", visual_token_viz=True)["dmlr"]
     assert found["total"] == 6 and "cannot be fetched" in capsys.readouterr().err
+
+
+def test_verify_only_takes_the_datasets_ground_truth_and_refuses_other_questions(vlm, dataset, tmp_path):
+    first = run(vlm, dataset, tmp_path / "out", methods="vanilla")["vanilla"]
+    again = {"methods": "vanilla", "verify_only": True}
+    rows = json.loads(dataset.read_text())
+    rows[2]["solution"] = "\\boxed{4}"
+    dataset.write_text(json.dumps(rows))
+    assert run(None, dataset, tmp_path / "out", **again)["vanilla"]["entries"][2]["ground_truth"] == "\\boxed{4}"
+    log = (tmp_path / "out/data/vanilla/log.jsonl").read_bytes()
+    dataset.write_text(json.dumps(rows[1:]))  # every row has moved up: each answer would meet another's truth
+    with pytest.raises(ResultsError, match="row 0 .* another question"):
+        run(None, dataset, tmp_path / "out", **again)
+    assert (tmp_path / "out/data/vanilla/log.jsonl").read_bytes() == log
+    assert first["total"] == 6
