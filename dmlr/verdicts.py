@@ -59,17 +59,23 @@ def ask_llm(
 ) -> dict[str, Any] | None:
     """Logs an LLM's verdict on what the rules could not decide (`every`: on all of it) in place of theirs.
 
-    Returns what it cost and how it agrees with the rules, for results.json; None without settings. A failed call is
-    judge_failed, which counts neither way and is asked again by resume and by verify_only; whatever was answered
-    before comes from the judge's cache.
+    What an LLM decided in an earlier run, and is not asked about in this one, is the rules' again. Returns what it
+    cost and how it agrees with the rules, for results.json; None without settings. A failed call is judge_failed, which
+    counts neither way and is asked again by resume and by verify_only; whatever was answered before comes from the
+    judge's cache.
     """
+    by_row = {example.row: example for example in examples}
+    wanted = ("correct", "wrong", "unparsed") if every else ("unparsed",)
+    judged = [record for record in log.records() if record["row"] in by_row]
+    records = [record for record in judged if settings is not None and record.get("rule_verdict") in wanted]
+    asked = {record["row"] for record in records}
+    for old in judged:
+        if old["row"] not in asked and str(old["rule"]).startswith("llm:"):
+            log.append(old | verdict_of(by_row[old["row"]], old["model_output"], old["stop_reason"]))
     if settings is None:
         return None
     from dmlr.llm_judge import LLMJudge, agreement, shared_cache  # the client takes a second to import
 
-    by_row = {example.row: example for example in examples}
-    wanted = ("correct", "wrong", "unparsed") if every else ("unparsed",)
-    records = [r for r in log.records() if r["row"] in by_row and r.get("rule_verdict") in wanted]
     cases = []
     for record in records:
         example = by_row[record["row"]]

@@ -333,3 +333,28 @@ def test_verify_only_takes_the_datasets_ground_truth_and_refuses_other_questions
         run(None, dataset, tmp_path / "out", **again)
     assert (tmp_path / "out/data/vanilla/log.jsonl").read_bytes() == log
     assert first["total"] == 6
+
+
+def test_an_llms_verdicts_go_when_it_is_no_longer_asked(vlm, dataset, tmp_path, monkeypatch):
+    """Results that say "judged by rules" hold what the rules said, also after a run that an LLM judged."""
+    monkeypatch.setattr(llm_judge, "shared_cache", lambda: tmp_path / "cache")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-this-test")
+    rows = json.loads(dataset.read_text())
+    for row, entry in zip(
+        rows[:2], run(vlm, dataset, tmp_path / "x", methods="vanilla")["vanilla"]["entries"], strict=False
+    ):
+        row["solution"] = entry["model_output"]  # which the rules find correct
+    dataset.write_text(json.dumps(rows))
+    plain = run(vlm, dataset, tmp_path / "plain", methods="vanilla")["vanilla"]
+    assert {entry["rule_verdict"] for entry in plain["entries"]} == {"correct", "unparsed"}
+    llm = {"methods": "vanilla", "use_llm_verify": True}
+    with JudgeServer(says({"answer": "a dog", "verdict": "correct"})) as server:
+        monkeypatch.setenv("OPENAI_API_BASE_URL", server.url)
+        run(vlm, dataset, tmp_path / "out", **llm, llm_verify_all=True)
+        some = run(vlm, dataset, tmp_path / "out", **llm, resume=True)["vanilla"]
+    by_llm = {e["row"] for e in some["entries"] if e["rule"].startswith("llm:")}
+    assert by_llm == {
+        e["row"] for e in some["entries"] if e["rule_verdict"] == "unparsed" and e["model_output"].strip()
+    }
+    none = run(vlm, dataset, tmp_path / "out", methods="vanilla", resume=True)["vanilla"]
+    assert none["llm_judge"] is None and comparable(none) == comparable(plain)
