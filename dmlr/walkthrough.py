@@ -6,7 +6,7 @@ or widgets.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from dmlr.config import Config
 from dmlr.data import Example
 from dmlr.decoding import Decoded
 from dmlr.encode import Encoded
+from dmlr.footprint import Work
 from dmlr.injection import Patches, interleave, reward_slots
 from dmlr.latent import append_latents, latent_answers, prefill_latent, question_noise, score_ids, with_notes
 from dmlr.methods import METHODS
@@ -98,7 +99,7 @@ def _moments(walk: Walk, top: int) -> list[Moment]:
     patches = [nothing, *(step.tried.patches.tolist()[0] for step in steps)]
     states = State(torch.cat([start, *(step.tried.latents for step in steps)]), patches_of(patches, start.device))
     decoded = answers_from(walk.vlm, walk.prefix, walk.config, states)
-    tokens = next_tokens(walk.vlm, walk.prefix, states, top)
+    tokens = next_tokens(walk.vlm, walk.prefix, walk.config, states, top)
     attention = [trace.start_attention, *(step.attention for step in steps)]
     rewards = [float(trace.start_reward), *(float(step.reward) for step in steps)]
     accepted = [False, *(bool(step.accepted) for step in steps)]
@@ -137,27 +138,36 @@ def patches_of(rows: Sequence[Sequence[Sequence[int]]], device: torch.device) ->
     )
 
 
+def parts(vlm: VLM, prefix: Prefix, config: Config, states: State) -> Iterator[tuple[Prefix, State]]:
+    """S states of the one question in `prefix`, as many at a time as fit, each with a copy of the prefix of its own."""
+    length = states.latents.shape[1]
+    slots = length * (1 + states.patches.index.shape[2])
+    work = Work(prefix.mask.shape[1], 0, slots, length, slots, 1, config.max_new_tokens)
+    size = vlm.fitting_batch(work)
+    for first in range(0, len(states.latents), size):
+        rows = slice(first, first + size)
+        patches = Patches(states.patches.index[rows], states.patches.count[rows]).trimmed()
+        yield prefix.select(prefix.next_position.new_zeros(len(patches.count))), State(states.latents[rows], patches)
+
+
 def answers_from(vlm: VLM, prefix: Prefix, config: Config, states: State) -> list[Decoded]:
     """Answers decoded from S states of the one question in `prefix`, which is left as it was."""
-    size, said = vlm.fitting_batch(prefix.mask.shape[1] + config.max_new_tokens), []
-    for first in range(0, len(states.latents), size):
-        part = slice(first, first + size)
-        patches = Patches(states.patches.index[part], states.patches.count[part])
-        copies = prefix.select(prefix.next_position.new_zeros(len(patches.count)))
-        append_latents(vlm, copies, states.latents[part], patches.trimmed())
+    said = []
+    for copies, part in parts(vlm, prefix, config, states):
+        append_latents(vlm, copies, part.latents, part.patches)
         said += decode(vlm, copies, config)
     return said
 
 
 @torch.no_grad()
-def next_tokens(vlm: VLM, prefix: Prefix, states: State, top: int) -> list[NextTokens]:
+def next_tokens(vlm: VLM, prefix: Prefix, config: Config, states: State, top: int) -> list[NextTokens]:
     """Per state and think token, the `top` most probable next tokens: what the reward reads with "think"."""
-    copies = prefix.select(prefix.next_position.new_zeros(len(states.latents)))
-    embeds, filled = interleave(states.latents[:, None], copies.images, states.patches)
-    logits, _ = vlm.extend(copies, embeds[:, 0], filled, read=reward_slots(states.patches, "think"))
-    best = logits.softmax(dim=-1).topk(min(top, logits.shape[-1]), dim=-1)
-    spelled = {i: vlm.tokenizer.decode([i]) for i in best.indices.unique().tolist()}
-    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return [
-        [[(spelled[i], p) for i, p in zip(*token, strict=True)] for token in zip(*row, strict=True)] for row in rows
-    ]
+    found = []
+    for copies, part in parts(vlm, prefix, config, states):
+        embeds, filled = interleave(part.latents[:, None], copies.images, part.patches)
+        logits, _ = vlm.extend(copies, embeds[:, 0], filled, read=reward_slots(part.patches, "think"))
+        best = logits.softmax(dim=-1).topk(min(top, logits.shape[-1]), dim=-1)
+        spelled = {i: vlm.tokenizer.decode([i]) for i in best.indices.unique().tolist()}
+        for row in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+            found.append([[(spelled[i], p) for i, p in zip(*token, strict=True)] for token in zip(*row, strict=True)])
+    return found

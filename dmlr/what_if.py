@@ -12,7 +12,7 @@ import torch
 
 from dmlr.latent import question_noise
 from dmlr.optimize import State, optimize, score
-from dmlr.walkthrough import Walk, answers_from, patches_of
+from dmlr.walkthrough import Walk, answers_from, parts, patches_of
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,12 @@ def usual_changes(walk: Walk, seeds: int = 3) -> list[Change]:
 
 
 def _rewards(walk: Walk, states: State) -> list[float]:
-    prefix = walk.prefix.select(walk.prefix.next_position.new_zeros(len(states.latents)))
-    reward, _, _ = score(
-        walk.vlm, prefix, walk.config, walk.ids, states.latents[:, None], states.patches, with_attention=False
-    )
-    return reward[:, 0].tolist()
+    found = []
+    for prefix, part in parts(walk.vlm, walk.prefix, walk.config, states):
+        latents = part.latents[:, None]
+        reward, _, _ = score(walk.vlm, prefix, walk.config, walk.ids, latents, part.patches, with_attention=False)
+        found += reward[:, 0].tolist()
+    return found
 
 
 def _noise(walk: Walk, seed: int | None, freeze: frozenset[int]) -> torch.Tensor:

@@ -164,6 +164,23 @@ def test_every_kind_of_loop_can_be_walked_through(tiny, settings):
     assert try_changes(shown, usual_changes(shown))[0].answer == shown.dmlr.text
 
 
+def test_as_many_states_go_together_as_fit(tiny, monkeypatch):
+    config = Config.make("demo", device="cpu", dtype="float32", max_num_steps=4, max_new_tokens=6, top_k=5)
+
+    def all_of_it():
+        shown = explore(tiny, config, own("what?"), [noise_image(0)])
+        outcomes = try_changes(shown, usual_changes(shown))
+        probabilities = [p for m in shown.moments for tokens in m.next_tokens for _, p in tokens]
+        rewards = [o.reward for o in outcomes]
+        return [m.answer for m in shown.moments] + [o.answer for o in outcomes], probabilities + rewards
+
+    together = all_of_it()
+    monkeypatch.setattr(type(tiny), "fitting_batch", lambda *_: 2)
+    apart = all_of_it()
+    assert apart[0] == together[0]
+    assert apart[1] == pytest.approx(together[1], abs=1e-5)
+
+
 def test_a_reward_that_is_no_number_is_said_and_shown(tiny):
     config = Config.make("demo", device="cpu", dtype="float32", max_num_steps=2, sigma=1e38, lr=1e38, max_new_tokens=4)
     shown = explore(tiny, config, own("what?"), [noise_image(0)])
