@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
 
 TREE = "tree"  # the name under which transformers finds `_attend`
 
@@ -130,3 +131,4 @@ def _attend(module, query, key, value, attention_mask, scaling=None, tree: Tree 
 
 
 AttentionInterface.register(TREE, _attend)
+AttentionMaskInterface.register(TREE, lambda *args, **kwargs: None)  # the tree is the mask

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from dmlr.config import locate
 from dmlr.shapes import GRID
 from dmlr.shapes_attention import TREE
 from dmlr.shapes_packing import IMAGE_TOKENS, KINDS, NO_LABEL, Batch, Phase
@@ -29,6 +30,8 @@ class Recipe:
     """Everything that decides the weights but the clock: `minutes` are real ones, and what is asked, and the learning
     rate, follow the time gone. Two runs of one recipe are two draws, not the same weights."""
 
+    family: str = "qwen2_5_vl"  # or qwen3_vl
+    start: str = ""  # checkpoint whose tokenizer it takes, and its language model as far as names and shapes agree
     minutes: float = 50.0
     vision_minutes: float = 1.5  # labels per merged token only
     hidden: int = 192
@@ -57,23 +60,27 @@ class Learner:
 
     def __init__(self, vocab_size: int, recipe: Recipe, device: torch.device):
         self.recipe, self.device = recipe, device
-        self.model = build_model(vocab_size, recipe.seed, hidden=recipe.hidden, layers=recipe.layers).to(device).train()
+        sizes = {"hidden": recipe.hidden, "layers": recipe.layers}
+        self.model = build_model(vocab_size, recipe.seed, recipe.family, **sizes).to(device).train()
+        if recipe.start:
+            start_from(self.model, recipe.start)
         self.model.set_attn_implementation({"text_config": TREE, "vision_config": "sdpa"})
         self.head = torch.nn.Linear(recipe.hidden, KINDS + 2 * GRID).to(device)
         self.parameters = [*self.model.parameters(), *self.head.parameters()]
-        matrices = [p for name, p in self.model.named_parameters() if p.dim() == 2 and "embed_tokens" not in name]
+        matrices = [p for name, p in self.model.named_parameters() if p.dim() == 2 and "embed" not in name]
         others = [p for p in self.parameters if all(p is not q for q in matrices)]
         self.optimizers = (
             torch.optim.Muon(matrices, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, weight_decay=0.0, betas=(0.9, 0.97)),
         )
 
-    def features(self, batch: Batch) -> torch.Tensor:
-        """Merged visual features, [B, IMAGE_TOKENS, D]."""
+    def features(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Merged visual features, [B, IMAGE_TOKENS, D], and the deep ones (DeepStack), [B * IMAGE_TOKENS, D] each."""
         count = len(batch.ids)
         grid = torch.tensor([[1, 2 * GRID, 2 * GRID]] * count, device=self.device)
-        flat = torch.cat(self.model.model.get_image_features(batch.pixels, grid).pooler_output)
-        return flat.view(count, IMAGE_TOKENS, -1)
+        seen = self.model.model.get_image_features(batch.pixels, grid)
+        deep = [torch.cat(list(level)) for level in getattr(seen, "deepstack_features", None) or ()]
+        return torch.cat(list(seen.pooler_output)).view(count, IMAGE_TOKENS, -1), deep
 
     def token_loss(self, features: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, float]:
         """Cross-entropies of what lies under each merged token, of its row and of its column.
@@ -87,22 +94,29 @@ class Learner:
         right = torch.stack([x.argmax(-1) == y for x, y in zip(logits, labels, strict=True)]).all(dim=0)
         return loss, right.float().mean().item()
 
-    def answer_loss(self, features: torch.Tensor, batch: Batch, noise: torch.Generator) -> tuple:
-        """Cross-entropies of the answers' tokens and of the guesses at think tokens, and the accuracy of the former."""
+    def hidden(
+        self, features: torch.Tensor, deep: list[torch.Tensor], batch: Batch, noise: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """The language model over packed scenes, [B, S, D]; with `noise` on their think tokens."""
         embedding = self.model.get_input_embeddings()
         embeds = embedding(batch.ids).clone()  # [B, S, D]
         features = features.to(embeds.dtype)
-        embeds[(batch.ids == IMAGE_PAD) & (batch.patch < 0)] = features.flatten(0, 1)
+        seen = (batch.ids == IMAGE_PAD) & (batch.patch < 0)
+        embeds[seen] = features.flatten(0, 1)
         rows, slots = (batch.patch >= 0).nonzero(as_tuple=True)
         embeds[rows, slots] = features[rows, batch.patch[rows, slots]]
-        embeds = embeds + self._noise(embeds, batch, embedding.weight[ENDOFTEXT].detach(), noise)
-        hidden = self.model.model.language_model(
+        if noise is not None:
+            embeds = embeds + self._noise(embeds, batch, embedding.weight[ENDOFTEXT].detach(), noise)
+        return self.model.model.language_model(
             inputs_embeds=embeds,
             position_ids=batch.positions,
-            attention_mask={"full_attention": None},
             use_cache=False,
             tree=batch.tree(),
+            **({"visual_pos_masks": seen, "deepstack_visual_embeds": deep} if deep else {}),
         ).last_hidden_state
+
+    def answer_loss(self, hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Cross-entropies of the answers' tokens and of the guesses at think tokens, and the accuracy of the former."""
         answered = batch.labels != NO_LABEL
         labels = torch.where(answered, batch.labels, batch.guesses)
         # The same number of positions in every step: one compiled kernel instead of one per batch.
@@ -128,11 +142,13 @@ class Learner:
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = lr
         with torch.autocast(self.device.type, torch.bfloat16):
-            features = self.features(batch)
+            features, deep = self.features(batch)
             loss, under = self.token_loss(features, batch)
             told = {"token_accuracy": under}
             if now:
-                answers, guesses, told["answer_token_accuracy"] = self.answer_loss(features, batch, noise)
+                answers, guesses, told["answer_token_accuracy"] = self.answer_loss(
+                    self.hidden(features, deep, batch, noise), batch
+                )
                 told |= {"loss": answers.item(), "guess_loss": guesses.item()}
                 loss = answers + now.guess * guesses + self.recipe.auxiliary * loss
         loss.backward()
@@ -190,3 +206,12 @@ def _unshared(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def start_from(model: torch.nn.Module, checkpoint: str) -> None:
+    """The language model's weights of another checkpoint, as far as names and shapes agree; the others stay."""
+    theirs, mine = load_file(Path(locate(checkpoint)) / "model.safetensors"), model.state_dict()
+    with torch.no_grad():
+        for name, value in theirs.items():
+            if "language_model" in name and name in mine and mine[name].shape == value.shape:
+                mine[name].copy_(value)

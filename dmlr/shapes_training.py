@@ -23,8 +23,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import AutoProcessor
+from transformers import AutoProcessor, AutoTokenizer
 
+from dmlr.config import locate
 from dmlr.prompts import Prompts
 from dmlr.shapes import EASY, Difficulty, random_scene
 from dmlr.shapes_learner import STATE, Learner, Recipe
@@ -74,7 +75,7 @@ def train(folder: str | Path, recipe: Recipe, state_folder: str | Path) -> None:
     told = state_folder / "recipe.json"
     if told.exists() and json.loads(told.read_text()) | {"minutes": 0} != asdict(recipe) | {"minutes": 0}:
         raise ValueError(f"{state_folder} holds a run of another recipe; name another folder or remove it")
-    _make_processor_once(state_folder)
+    _make_processor_once(state_folder, recipe)
     told.write_text(json.dumps(asdict(recipe)))
     if torch.cuda.is_available() or recipe.processes == 1:
         _work(0, 1, folder, recipe, state_folder)
@@ -84,7 +85,7 @@ def train(folder: str | Path, recipe: Recipe, state_folder: str | Path) -> None:
     torch.multiprocessing.spawn(_work, (recipe.processes, folder, recipe, state_folder, meeting), recipe.processes)
 
 
-def _make_processor_once(state_folder: Path) -> None:
+def _make_processor_once(state_folder: Path, recipe: Recipe) -> None:
     """What the weights mean depends on the tokenizer, and that on the wording of every question: never made again."""
     kept = state_folder / PROCESSOR
     if kept.exists():
@@ -92,7 +93,8 @@ def _make_processor_once(state_folder: Path) -> None:
     if (state_folder / STATE).exists():
         raise ValueError(f"{state_folder} holds a state without its {PROCESSOR}; name another folder or remove it")
     half = state_folder / f"{PROCESSOR}.part"
-    build_processor(build_tokenizer(corpus(), 768)).save_pretrained(half)
+    start = AutoTokenizer.from_pretrained(locate(recipe.start)) if recipe.start else None
+    build_processor(start or build_tokenizer(corpus(), 768), recipe.family).save_pretrained(half)
     half.rename(kept)
 
 

@@ -13,9 +13,12 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 from dmlr.prompts import Prompts
@@ -86,8 +89,21 @@ def build_tokenizer(texts: list[str], vocab_size: int = 1024) -> PreTrainedToken
     return fast
 
 
-def build_config(vocab_size: int, hidden: int = 256, layers: int = 5, vision_hidden: int = 160, vision_blocks: int = 3):
-    """A Qwen2.5-VL configuration a thousand times smaller than the smallest published one.
+FAMILIES = {
+    "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
+    "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
+}
+
+
+def build_config(
+    vocab_size: int,
+    hidden: int = 256,
+    layers: int = 5,
+    vision_hidden: int = 160,
+    vision_blocks: int = 3,
+    family: str = "qwen2_5_vl",
+):
+    """A Qwen2.5-VL or Qwen3-VL configuration a thousand times smaller than the smallest published one.
 
     Differences in kind: every vision block attends to the whole image, and the embeddings are tied. The rotary base
     must leave half of each head's pairs nearly still over a prompt's length, or attention cannot find content far
@@ -107,31 +123,48 @@ def build_config(vocab_size: int, hidden: int = 256, layers: int = 5, vision_hid
         "num_heads": vision_hidden // 32, "out_hidden_size": hidden, "patch_size": 14, "spatial_merge_size": 2,
         "temporal_patch_size": 2, "window_size": CELL * GRID, "fullatt_block_indexes": list(range(vision_blocks)),
     }  # fmt: skip
-    return Qwen2_5_VLConfig(
+    if family == "qwen3_vl":  # DeepStack: features of all blocks but the last enter the first language layers
+        text |= {"head_dim": 32}
+        text["rope_parameters"] |= {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
+        vision |= {
+            "num_position_embeddings": (2 * GRID) ** 2,
+            "deepstack_visual_indexes": list(range(vision_blocks - 1)),
+        }
+        del vision["window_size"], vision["fullatt_block_indexes"]
+    return FAMILIES[family][0](
         text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=IMAGE_PAD,
         video_token_id=VIDEO_PAD, vision_start_token_id=VISION_START, vision_end_token_id=VISION_END,
         bos_token_id=ENDOFTEXT, eos_token_id=IM_END, pad_token_id=ENDOFTEXT,
     )  # fmt: skip
 
 
-def build_model(vocab_size: int, seed: int = 0, **sizes: int) -> Qwen2_5_VLForConditionalGeneration:
+def build_model(vocab_size: int, seed: int = 0, family: str = "qwen2_5_vl", **sizes: int) -> PreTrainedModel:
     """A randomly initialised model in float32."""
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(build_config(vocab_size, **sizes))
+    model = FAMILIES[family][1](build_config(vocab_size, family=family, **sizes))
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=[IM_END, ENDOFTEXT], pad_token_id=ENDOFTEXT, bos_token_id=ENDOFTEXT
     )
     return model
 
 
-def build_processor(tokenizer: PreTrainedTokenizerFast):
-    """Qwen2.5-VL's processor; any image becomes about GRID x GRID merged tokens."""
-    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor
-    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+def build_processor(tokenizer: PreTrainedTokenizerFast, family: str = "qwen2_5_vl"):
+    """The family's processor; any image becomes about GRID x GRID merged tokens."""
+    from transformers import (
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )
 
     area = (GRID * CELL) ** 2
     size = {"shortest_edge": area, "longest_edge": area}
     images = Qwen2VLImageProcessor(patch_size=14, merge_size=2, temporal_patch_size=2, size=size)
+    if family == "qwen3_vl":
+        tokenizer.image_token, tokenizer.video_token = "<|image_pad|>", "<|video_pad|>"
+        videos = Qwen3VLVideoProcessor(patch_size=14, merge_size=2, temporal_patch_size=2)
+        return Qwen3VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE)
     videos = Qwen2VLVideoProcessor(patch_size=14, merge_size=2, temporal_patch_size=2)
     return Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE)
 

@@ -17,7 +17,7 @@ from dmlr.shapes import EASY, random_scene, render
 from dmlr.shapes_attention import TREE, tree_attention
 from dmlr.shapes_learner import Learner, Recipe
 from dmlr.shapes_packing import NO_LABEL, Phase, ask, batches, collate, interleaved, pack, pixel_rows
-from dmlr.shapes_vl import IM_END, build_model, build_processor, build_tokenizer, save_checkpoint, wordings
+from dmlr.shapes_vl import FAMILIES, IM_END, build_model, build_processor, build_tokenizer, save_checkpoint, wordings
 from dmlr.vlm import VLM
 
 PROMPTS = Prompts()
@@ -41,9 +41,12 @@ def test_pixels_are_those_of_the_processor(processor):
     np.testing.assert_allclose(pixel_rows(image), expected, atol=2e-3)
 
 
-def test_packed_branches_equal_separate_conversations(processor, monkeypatch):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_branches_equal_separate_conversations(processor, family):
     """Loss positions of a packed scene have the logits that the core computes for each conversation alone."""
-    model = build_model(len(processor.tokenizer), seed=3, hidden=64, layers=2, vision_hidden=64, vision_blocks=1)
+    sizes = {"hidden": 64, "layers": 2, "vision_hidden": 64, "vision_blocks": 2}
+    model = build_model(len(processor.tokenizer), 3, family, **sizes)
+    processor = build_processor(processor.tokenizer, family)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -54,20 +57,9 @@ def test_packed_branches_equal_separate_conversations(processor, monkeypatch):
     packed = pack(random.Random(8), [PROMPTS], processor.tokenizer, 6)
     batch = collate([packed], len(packed.ids) + 7)
     with torch.no_grad():
-        embeds = model.get_input_embeddings()(batch.ids)
-        features = learner.features(batch)
-        image = (batch.ids == model.config.image_token_id) & (batch.patch < 0)
-        embeds[image] = features.flatten(0, 1)
-        rows, slots = (batch.patch >= 0).nonzero(as_tuple=True)
-        embeds[rows, slots] = features[rows, batch.patch[rows, slots]]
-        hidden = model.model.language_model(
-            inputs_embeds=embeds,
-            position_ids=batch.positions,
-            attention_mask={"full_attention": None},
-            use_cache=False,
-            tree=batch.tree(),
-        ).last_hidden_state
-        logits = model.lm_head(hidden)[0]
+        features, deep = learner.features(batch)
+        logits = model.lm_head(learner.hidden(features, deep, batch))[0]
+    assert len(deep) == (family == "qwen3_vl")
 
     # The same scene and questions, drawn again in the same order, one by one through the core.
     rng = random.Random(8)
