@@ -27,6 +27,7 @@ from dmlr.data import Example, ImageError, Problem, load_dataset, open_image
 from dmlr.machine import environment  # noqa: F401 (notebooks take it from here)
 from dmlr.methods import METHODS, Answer
 from dmlr.metrics import efficiency
+from dmlr.records import error_record, record_of
 from dmlr.results import (
     ResultsError,
     RunLog,
@@ -41,12 +42,6 @@ from dmlr.vlm import VLM
 if TYPE_CHECKING:
     from dmlr.llm_settings import JudgeSettings
     from dmlr.workers import Workers
-
-# What metrics and figures group records by, copied from the dataset where it is there.
-GROUPS = (
-    *("suite", "category", "subcategory", "l2_category", "answer_type", "level"),
-    *("pair_id", "figure_group", "question_group", "boxes"),
-)
 
 
 @dataclass(frozen=True)
@@ -216,57 +211,12 @@ def verify(job: Job, config: Config, bar: tqdm, llm: JudgeSettings | None = None
         return save_results(job, log, Config.make(None, **saved), before["environment"], memory, llm_judge=asked)
 
 
-def record_of(example: Example, answer: Answer) -> dict[str, Any]:
-    """One line of the log: everything a reader needs to check the verdict."""
-    record = {
-        "row": example.row,
-        "data_idx": example.idx,
-        "question": example.question,
-        "prompt": answer.prompt,
-        "image_path": shown_path(example.images),
-        "model_output": answer.text,
-        **verdict_of(example, answer.text, answer.stop_reason),
-        "ground_truth": example.solution,
-        "best_reward": None,
-        "best_reward_step": None,
-        "stop_reason": answer.stop_reason,
-        "error": answer.error,
-        "num_new_tokens": answer.num_new_tokens,
-        "seconds": answer.seconds,
-    }
-    if reasoning := answer.reasoning:
-        record |= {
-            "best_reward": reasoning.best_reward,
-            "best_reward_step": reasoning.best_step,
-            "initial_reward": reasoning.start_reward,
-            "rewards": [step["reward"] for step in reasoning.steps],
-            "patch_counts": [step["patch_count"] for step in reasoning.steps],
-            "patches": reasoning.patches,
-            "patch_grid": list(reasoning.patch_grid),
-        }
-    if answer.details:
-        record["details"] = answer.details
-    return record | {key: example.meta[key] for key in GROUPS if key in example.meta}
-
-
 def pace(records: Iterable[dict[str, Any]], memory: int | None) -> str:
     """What a progress bar says of recent records beside their number per second."""
     told = efficiency(list(records))
     speeds = [(told["iterations_per_second"], "it/s"), (told["tokens_per_second"], "tok/s")]
     said = "".join(f", {value:.3g} {unit}" for value, unit in speeds if value)
     return f"{said}, {memory / 2**30:.1f} GiB" if memory else said
-
-
-def shown_path(images: tuple[str, ...]) -> str | list[str] | None:
-    """As in the dataset file: one path, or several; images that lie in the file itself are not copied."""
-    paths = [path for path in images if not path.startswith("data:")]
-    return (paths[0] if len(paths) == 1 else paths) if paths else None
-
-
-def error_record(row: int | None, idx: int | str | None, message: str) -> dict[str, Any]:
-    """A row of the dataset that never became an example."""
-    example = Example(-1 if row is None else row, idx, "", "")
-    return record_of(example, Answer("", "", "error", error=message))
 
 
 def save_extras(job: Job, example: Example, answer: Answer, config: Config) -> None:
