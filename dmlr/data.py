@@ -25,6 +25,7 @@ _LITERAL_NEWLINE = re.compile(
     r"(?<!\\)\\n(?!(?:e|eq|eg|u|i|abla|ot|otin|mid|leq|geq|less|gtr|parallel|exists|sub|sup|subseteq|supseteq|cong|sim|"
     r"atural|earrow|warrow|ewline|oindent|onumber|ormalsize|ewcommand|prec|succ|rightarrow|leftarrow)(?![A-Za-z]))"
 )
+_HALF = re.compile("[\ud800-\udfff]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -87,6 +88,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[Example | None, Notes]]:
             notes.add("not_an_object", f"expected an object with prompt and solution, found {type(row).__name__}", True)
             yield None, notes
             continue
+        row = _whole_characters(row, notes)
         idx = _checked_idx(row, seen, notes)
         question = _checked_prompt(row, notes)
         solution = _checked_solution(row, notes)
@@ -131,6 +133,15 @@ def _read(path: str | Path) -> tuple[Path, list]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON value")
+
+
+def _whole_characters(row: dict, notes: Notes) -> dict:
+    """The row in text that can be written: JSON may hold half of a character (\\ud83d), no file or page can."""
+    text = json.dumps(row, ensure_ascii=False)
+    if not _HALF.search(text):
+        return row
+    notes.add("half_characters", "holds half of a character (a lone surrogate); it is read as a question mark")
+    return json.loads(text.encode("utf-8", "replace"))
 
 
 def _checked_idx(row: dict, seen: dict[str, int], notes: Notes) -> int | str:

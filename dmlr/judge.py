@@ -249,5 +249,6 @@ def main_judge(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
     for verdict in verdicts:
-        print(json.dumps(asdict(verdict), ensure_ascii=False), flush=True)
+        line = json.dumps(asdict(verdict), ensure_ascii=False)
+        print(line.encode("utf-8", "replace").decode(), flush=True)  # half a character (\ud83d) cannot be printed
     return 0

@@ -117,6 +117,20 @@ def test_what_is_missing_but_bearable(write):
     assert kinds(problems) == ["idx_missing", "solution_missing", "solution_empty"]
 
 
+def test_half_a_character_is_read_as_a_question_mark(write):
+    """Nothing can write it down, so the first file or page would fail on it, with all other rows."""
+    whole = row(prompt="A smile \U0001f600?", idx=1)
+    examples, problems = load_dataset(write([row(prompt="A smile \ud83d?", idx="q\ud83d", hint=["\ude00"]), whole]))
+    assert [(e.idx, e.question) for e in examples] == [("q?", "A smile ??"), (1, "A smile \U0001f600?")]
+    assert examples[0].meta == {"hint": ["?"]} and kinds(problems) == ["half_characters"]
+
+
+def test_what_is_nested_deeply_is_still_a_row(write):
+    deep = "[" * 400 + "]" * 400
+    [example], _ = load_dataset(write('[{"prompt": "q?", "solution": "3", "idx": 0, "more": ' + deep + "}]"))
+    assert example.question == "q?"
+
+
 def test_a_row_may_have_several_images_or_none(write, tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "second.png")
     path = write(

@@ -201,6 +201,9 @@ def test_the_command_prints_one_verdict_a_line(tmp_path, capsys):
     )
     assert main_judge([str(path)]) == 0
     assert [json.loads(line)["status"] for line in capsys.readouterr().out.splitlines()] == ["wrong", "correct"]
+    path.write_text(json.dumps([{"prediction": "\\boxed{\ud83d}", "ground_truth": "Paris"}]))  # half a character
+    assert main_judge([str(path)]) == 0
+    assert json.loads(capsys.readouterr().out)["answer"] == "?"
     path.write_text('{"prediction": "7"}')
     assert main_judge([str(path)]) == 2
     assert main_judge([str(tmp_path / "none.json")]) == 2
