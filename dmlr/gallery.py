@@ -25,8 +25,8 @@ def cards(results: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[dict[str
     """A card per example of every dataset: what is gained or lost by any method first, else as in the datasets.
 
     results: by (dataset, method), as evaluate.run gives them; every method is compared with the first.
-    A card: dataset, idx, category, question, truth, images, patches, grid, changes [one per further method] and answers
-    [name, text, right, note]. Patches are those of the first method that kept any.
+    A card: dataset, idx, category, question, truth, images, methods, changes [one per method after the first], kept
+    [(patches, grid) or None per method] and answers [name, text, right, note, change].
     """
     methods = list(dict.fromkeys(method for _, method in results))
     found = []
@@ -45,8 +45,9 @@ def cards(results: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[dict[str
 
 def _card(dataset: str, records: Mapping[str, Mapping[str, Any]], methods: list[str]) -> dict[str, Any]:
     record = next(iter(records.values()))
-    kept = next(((m, r) for m, r in records.items() if any(r.get("patches") or []) and r.get("patch_grid")), None)
     paths = record.get("image_path")
+    changes = [change(records.get(methods[0]), records.get(method)) for method in methods[1:]]
+    told = dict(zip(methods[1:], changes, strict=True)) if len(methods) > 2 else {}
     return {
         "dataset": dataset,
         "idx": record["data_idx"],
@@ -54,12 +55,18 @@ def _card(dataset: str, records: Mapping[str, Mapping[str, Any]], methods: list[
         "question": record["question"],
         "truth": record.get("ground_truth") or "not given",
         "images": [paths] if isinstance(paths, str) else list(paths or []),
-        "patches": kept[1]["patches"] if kept else [],
-        "grid": tuple(kept[1]["patch_grid"]) if kept else None,
-        "patches_of": kept[0] if kept else "",
-        "changes": [change(records.get(methods[0]), records.get(method)) for method in methods[1:]],
-        "answers": [_answer(method, records[method]) for method in methods if method in records],
+        "methods": methods,
+        "changes": changes,
+        "kept": [_kept(records.get(method) or {}) for method in methods],
+        "answers": [
+            _answer(method, records[method]) | {"change": told.get(method)} for method in methods if method in records
+        ],
     }
+
+
+def _kept(record: Mapping[str, Any]) -> tuple[list, tuple] | None:
+    patches, grid = record.get("patches") or [], record.get("patch_grid")
+    return (patches, tuple(grid)) if any(patches) and grid else None
 
 
 def _answer(method: str, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,23 +75,22 @@ def gallery(
 ) -> str:
     """HTML cards, every text escaped; from two cards on with a search box and filters.
 
-    A card: idx, question, truth, answers [name, text, right, note] and, where it has them, dataset, category, image or
-    images (PIL images or paths, relative ones under `folder`), patches with their grid (height, width), outlined on the
-    first image, and patches_of, the method that kept them; changes, one of gallery.CHANGES per method after the first.
-    An image is embedded once, `largest` pixels wide or high; one that cannot be read is named instead. Cards beyond
-    `most` are counted and left out.
+    A card: idx, question, truth, answers [name, text, right, note] and, where it has them, what gallery.cards gives:
+    dataset, category, image or images (PIL images or paths, relative ones under `folder`), methods, changes, and kept,
+    the patches that are outlined on the first image for the method chosen. An image is embedded once, `largest` pixels
+    wide or high; one that cannot be read is named instead. Cards beyond `most` are counted and left out.
     """
     shown, pictures = [], {}
     for card in cards[:most]:
         shown.append({**card, **_pictures(card, pictures, folder, largest)})
-        shown[-1]["change"] = next(iter(card.get("changes") or []), "")
-        shown[-1]["changes"] = "|".join(card.get("changes") or [])
+        changes = card.get("changes") or []
+        shown[-1] |= {"change": changes[0] if len(changes) == 1 else "", "changes": "|".join(changes)}
     return _template("gallery.html.j2").render(
         cards=shown,
         images={found.id: found for found in pictures.values() if isinstance(found, Thumbnail)}.values(),
         filters=_filters(shown) if len(shown) > 1 else [],
         left_out=len(cards) - len(shown),
-        drawn=any(picture["outlines"] for card in shown for picture in card["pictures"]),
+        drawn=sorted({position for card in shown for picture in card["pictures"] for position, _ in picture["kept"]}),
         colours=TOKEN_COLOURS,
         script=Markup(gallery_script()),
     )
@@ -118,12 +117,15 @@ def _pictures(
         if isinstance(found, str):
             unread.append(found)
             continue
-        drawn = card["patches"] if position == 0 and card.get("grid") else []
-        lines = outlines(drawn, card["grid"], (found.width, found.height)) if drawn else []
-        lines = [(token % len(TOKEN_COLOURS), line) for token, line in lines]
-        kept = f" with the patches outlined that {card.get('patches_of') or 'a method'} kept" if lines else ""
-        alt = f"Image of example {card['idx']}{kept}"
-        pictures.append({"id": found.id, "width": found.width, "height": found.height, "alt": alt, "outlines": lines})
+        size = (found.width, found.height)
+        kept = [
+            (method, [(token % len(TOKEN_COLOURS), line) for token, line in outlines(*drawn, size)])
+            for method, drawn in enumerate(card.get("kept") or [])
+            if drawn and position == 0
+        ]
+        names = ", ".join(card["methods"][method] for method, _ in kept)
+        alt = f"Image of example {card['idx']}" + (f"; outlined are the patches kept by {names}" if names else "")
+        pictures.append({"id": found.id, "width": size[0], "height": size[1], "alt": alt, "kept": kept})
     return {"pictures": pictures, "unread": unread}
 
 
@@ -134,10 +136,10 @@ def _filters(cards: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return {"name": name, "label": label, "options": [("", everything), *((v, v) for v in values)]}
 
     changes = {change for card in cards for change in card["changes"].split("|") if change}
-    methods = list(dict.fromkeys(answer["name"] for card in cards for answer in card["answers"]))
+    methods = next((card["methods"] for card in cards if card.get("methods")), [])
     found = []
     if changes and len(methods) > 2:
-        options = [(str(i), name) for i, name in enumerate(methods[1:])]
+        options = [(str(i), name) for i, name in enumerate(methods) if i]
         found.append({"name": "method", "label": f"{methods[0]} against", "options": options})
     if changes:
         label = f"From {methods[0]} to {methods[1]}" if len(methods) == 2 else "Outcome"

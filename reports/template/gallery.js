@@ -11,10 +11,10 @@
       text: element.textContent.toLowerCase(),
       dataset: element.dataset.dataset,
       category: element.dataset.category,
-      changes: element.dataset.changes.split("|"), // one per method after the baseline
+      changes: element.dataset.changes.split("|"), // one per method after the first
     }));
     const value = (name) => field(name)?.value ?? "";
-    const change = (card) => card.changes[Number(value("method"))];
+    const change = (card) => card.changes[Number(value("method") || 1) - 1];
 
     const count = () => {
       for (const option of field("change")?.options ?? []) {
@@ -38,6 +38,7 @@
       }
       controls.querySelector("output").textContent = `${shown} of ${cards.length} shown`;
       gallery.classList.toggle("dmlr-bare", field("patches")?.checked === false);
+      if (value("method")) gallery.dataset.method = value("method");
     };
     const reset = () => {
       for (const select of controls.querySelectorAll("select")) select.selectedIndex = 0;
