@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dmlr.data import DatasetError, Example, Notes, Problem, read_rows
-from dmlr.extract import normalize_text, parse_options, split_choice, unbox
+from dmlr.extract import normalize_text, options_of, split_choice, unbox
 from dmlr.images import ImageError, open_image, shorten
 
 MANY = 20  # questions whose first option is never right: by chance, with two options each, once in a million files
@@ -68,10 +68,7 @@ def _chosen(example: Example, options: dict[str, str]) -> str | None:
 
 
 def _options(example: Example) -> dict[str, str]:
-    choices = example.meta.get("choices")
-    if isinstance(choices, list) and choices:
-        return {chr(65 + i): str(choice) for i, choice in enumerate(choices[:26])}
-    return parse_options(example.question)
+    return options_of(example.meta.get("choices"), example.question)
 
 
 def _check_twin(example: Example, twin: Example, notes: Notes) -> None:

@@ -7,7 +7,9 @@ whether an answer is right.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 _LETTER = r"[A-Za-z]"
 _LINE_OPTION = re.compile(rf"^[ \t]*(?:\(({_LETTER})\)|({_LETTER})[.):])[ \t]*(.*)$", re.MULTILINE)
@@ -183,6 +185,25 @@ def parse_options(question: str | None) -> dict[str, str]:
         [(mark[1].upper(), question[mark.end() : end].split("\n")[0]) for mark, end in zip(marks, ends, strict=False)]
     )
     return inline if len(inline) > len(by_line) else by_line
+
+
+def options_of(choices: Sequence[Any] | Mapping[str, Any] | None, question: str | None) -> dict[str, str]:
+    """Options by upper-case letter: those given, as texts in order or by letter, else those named in the question."""
+    if isinstance(choices, Mapping):
+        return {str(letter).upper(): as_text(text) for letter, text in choices.items()}
+    if isinstance(choices, Iterable) and not isinstance(choices, str) and (choices := list(choices)):
+        texts = [as_text(choice) for choice in choices][:26]
+        # Choices such as "(a) Open" bring their letter along.
+        parts = [split_choice(text) for text in texts]
+        if all(part and part[0] == chr(65 + i) and part[1] for i, part in enumerate(parts)):
+            texts = [part[1] for part in parts]
+        return {chr(65 + i): text for i, text in enumerate(texts)}
+    return parse_options(question if isinstance(question, str) else None)
+
+
+def as_text(value: Any) -> str:
+    """A value as text, None as none at all."""
+    return value if isinstance(value, str) else "" if value is None else str(value)
 
 
 def _last_run(found: list[tuple[str, str]]) -> dict[str, str]:

@@ -10,14 +10,14 @@ import ast
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dmlr.choice import as_choice, compare_choice, compare_yes_no
 from dmlr.expressions import LATEX, equal, is_prose, looks_like_math
-from dmlr.extract import Candidate, candidates, normalize_text, parse_options, split_choice, unbox
+from dmlr.extract import Candidate, as_text, candidates, normalize_text, options_of, unbox
 from dmlr.quantities import Number, Tolerance, find_number, find_numbers, parse_number
 
 MAX_CHARACTERS = 20_000  # of a prediction, its end, where answers stand; and of a ground truth
@@ -61,13 +61,13 @@ def judge(
     within `relative_tolerance` (a share of the truth) counts as equal, where a benchmark says so. The most
     explicit part of the prediction that can be read as this kind of answer decides, the others are not looked at.
     """
-    truth = _tidy(_text(ground_truth))
+    truth = _tidy(as_text(ground_truth))
     if not truth.strip():
         return Verdict("unparsed", "no_ground_truth", "")
-    found = candidates(_tidy(_text(prediction)))
+    found = candidates(_tidy(as_text(prediction)))
     if not found:
         return Verdict("unparsed", "no_answer", "")
-    options = _options(choices, question)
+    options = options_of(choices, question)
     compare, rule = _comparison(truth, options, kind, Tolerance(_decimals(precision), _share(relative_tolerance)))
     decided = ((candidate, outcome) for candidate in found if (outcome := compare(candidate)) is not None)
     if rule == "text":  # "The answer is 42" may be all of the truth, or 42 may: any part that equals it will do
@@ -75,10 +75,6 @@ def judge(
     for candidate, (right, answer) in decided:
         return Verdict("correct" if right else "wrong", f"{rule}:{candidate.rule}", _clip(answer))
     return Verdict("unparsed", rule, _clip(found[0].text))
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else "" if value is None else str(value)
 
 
 def _tidy(text: str) -> str:
@@ -102,22 +98,9 @@ def _clip(text: str) -> str:
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
 
-def _options(choices: Sequence[Any] | Mapping[str, Any] | None, question: str | None) -> dict[str, str]:
-    if isinstance(choices, Mapping):
-        return {str(letter).upper(): _text(text) for letter, text in choices.items()}
-    if isinstance(choices, Iterable) and not isinstance(choices, str) and (choices := list(choices)):
-        texts = [_text(choice) for choice in choices][:26]
-        # Choices such as "(a) Open" bring their letter along.
-        parts = [split_choice(text) for text in texts]
-        if all(part and part[0] == chr(65 + i) and part[1] for i, part in enumerate(parts)):
-            texts = [part[1] for part in parts]
-        return {chr(65 + i): text for i, text in enumerate(texts)}
-    return parse_options(question if isinstance(question, str) else None)
-
-
 def _comparison(truth: str, options: dict[str, str], kind: str | None, tolerance: Tolerance):
     """(compare, name of the rule) for the kind of this ground truth; compare(candidate) -> (right, answer) | None."""
-    kind = _KIND.get(_text(kind).strip().lower())
+    kind = _KIND.get(as_text(kind).strip().lower())
     inner = unbox(truth)
     if (choice := as_choice(inner, options, kind)) is not None:
         letter, text = choice

@@ -18,6 +18,7 @@ from dmlr import images
 from dmlr.check import check_dataset, main_check, report
 from dmlr.data import DatasetError, load_dataset
 from dmlr.images import ImageError, open_image
+from dmlr.judge import judge
 
 OFFICIAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "official"
 
@@ -213,6 +214,15 @@ def test_check_holds_solutions_against_options(write, changes, kind):
 )
 def test_check_accepts_every_form_of_a_right_solution(write, solution):
     assert check_dataset(write([row(prompt=OPTIONS, solution=solution)])) == []
+
+
+@pytest.mark.parametrize("choices", [["(a) Open", "(b) Closed"], {"A": "Open", "B": "Closed"}])
+@pytest.mark.parametrize("solution", ["Open", "(a) Open", "A"])
+def test_check_reads_choices_as_the_judge_does(write, choices, solution):
+    """What the judge accepts as the truth is no problem, and what is none of its options is one."""
+    assert judge("Open", solution, choices=choices).status == "correct"
+    assert check_dataset(write([row(solution=solution, choices=choices)])) == []
+    assert kinds(check_dataset(write([row(solution="Ajar", choices=choices)]))) == ["solution_not_an_option"]
 
 
 def test_check_finds_twins(write):
