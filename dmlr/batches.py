@@ -17,6 +17,7 @@ from dmlr.data import Example, ImageError, open_image
 from dmlr.machine import environment, peak_memory
 from dmlr.methods import METHODS, Answer, Question
 from dmlr.vlm import VLM
+from dmlr.workload import workload
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class ModelFacts:
 
     @classmethod
     def of(cls, vlm: VLM, config: Config) -> ModelFacts:
-        fitting = vlm.fitting_batch(1024 + config.max_new_tokens)
+        fitting = vlm.fitting_batch(workload(config, vlm.context_length))
         return cls(str(vlm.dtype), vlm.device.type, fitting, environment())
 
 

@@ -69,7 +69,7 @@ def describe(config: Config, examples: Sequence[Example]) -> Model:
     weights, free, batch = parameters.bytes(itemsize, config.load_in_bits), 0, MOST["cpu"]
     if device == here == "cuda":
         free = torch.cuda.mem_get_info()[0]
-        batch = max(1, fitting_batch(shape, itemsize, work, free - weights))
+        batch = max(1, fitting_batch(shape, itemsize, workload(config, context), free - weights))
     elif device == here:
         free = psutil.virtual_memory().available
     elif device == "cuda":

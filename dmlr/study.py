@@ -27,6 +27,7 @@ from dmlr.prompting import prefill_task, prompts_of
 from dmlr.verdicts import verdict_of
 from dmlr.vlm import VLM
 from dmlr.words import Span
+from dmlr.workload import workload
 
 T = TypeVar("T")
 
@@ -68,7 +69,7 @@ def study(vlm: VLM, config: Config, rules: Rules) -> tuple[list[Studied], list[t
     """Every example of the config's datasets and range; and those left out: dataset, row, reason."""
     found, lost = [], []
     jobs = plan(config.replace(methods="dmlr"))
-    size = config.batch_size or vlm.fitting_batch(1024 + config.max_new_tokens)
+    size = config.batch_size or vlm.fitting_batch(workload(config, vlm.context_length))
     bar = tqdm(total=sum(len(job.examples) for job in jobs), unit="ex", disable=config.verbose == 0)
     for job in jobs:
         dataset = name(job.dataset)

@@ -12,10 +12,12 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
+from dmlr import footprint
 from dmlr.config import Config
 from dmlr.decoding import decode
 from dmlr.encode import Encoded, Encoder
 from dmlr.families import family_of
+from dmlr.footprint import Shape, Work
 from dmlr.kv_cache import AttentionProbe, KVCache, at_least_float32
 from dmlr.loading import load_checkpoint
 from dmlr.prefix import Prefix
@@ -98,17 +100,13 @@ class VLM:
         """Tokens before and after an image, [0 or 1] each."""
         return tuple(torch.tensor(ids, dtype=torch.long, device=self.device) for ids in self.family.marks)
 
-    def fitting_batch(self, positions: int) -> int:
-        """Examples of so many positions that go through together: by half of the GPU's free memory, at most 64; 16 on
-        a CPU. An estimate: who asks for too much is answered by an out-of-memory error, and halves the batch."""
+    def fitting_batch(self, work: Work) -> int:
+        """Examples that ask for so much and go through together: by the GPU's free memory (footprint.py); 16 on a CPU.
+        An estimate: who asks for too much is answered by an out-of-memory error, and halves the batch."""
         if self.device.type != "cuda":
-            return 16
-        text, bytes_ = self.text_config, self.dtype.itemsize
-        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        cache = 2 * text.num_hidden_layers * text.num_key_value_heads * head * bytes_  # keys and values of one position
-        prefill = 8 * text.intermediate_size * bytes_  # activations of one position in one layer
+            return footprint.MOST["cpu"]
         free, _ = torch.cuda.mem_get_info(self.device)
-        return int(max(1, min(64, 0.5 * free / (positions * (cache + prefill)))))
+        return max(1, footprint.fitting_batch(Shape.of(self.model.config), self.dtype.itemsize, work, free))
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings [..., D] of token ids [...]."""

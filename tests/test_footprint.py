@@ -6,6 +6,7 @@ import pytest
 import torch
 from live_memory import LiveTensors
 from tiny import noise_image, tiny_vlm
+from tiny_families import TINY
 
 from dmlr.answers import Question
 from dmlr.bench import random_prompt, random_vlm
@@ -61,11 +62,22 @@ def test_fewer_bits_shrink_what_is_linear_and_nothing_else():
 # memory
 
 
-def test_the_cache_takes_what_the_formula_says(embedded):
-    for vlm in (embedded, tiny_vlm()):
-        prefix = vlm.prefill([vlm.encode("be brief", "how many?", [noise_image(0)])] * 2)
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in prefix.cache.layers)
-        assert held == 2 * prefix.cache.length * Shape.of(vlm.model.config).cache(vlm.dtype.itemsize)
+@pytest.mark.parametrize("family", TINY)
+def test_every_family_has_the_parameters_and_the_cache_that_its_settings_say(family):
+    vlm = TINY[family]()
+    settings = type(vlm.model.config).from_dict(vlm.model.config.to_dict())
+    shape, found = Shape.of(settings), Parameters.of(settings)
+    assert found.total == sum(p.numel() for p in vlm.model.parameters())
+    assert found.language + found.vision < found.total
+    encoded = vlm.encode("be brief", "how many?", [noise_image(0)])
+    with LiveTensors(vlm.model) as live:
+        prefix = vlm.prefill([encoded] * 4)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in prefix.cache.layers)
+    assert held == 4 * prefix.cache.length * shape.cache(vlm.dtype.itemsize)
+    work = Work(prompt=len(encoded.input_ids), image_tokens=len(encoded.image_columns), new_tokens=0)
+    assert peak(shape, 4, work, 4) > live.peak / 2, (
+        "as small as these are, what is counted per image is not all there is"
+    )
 
 
 def example(vlm, config, prompt, batch):
@@ -157,6 +169,16 @@ def test_the_batch_that_fits_is_the_largest_that_does(kind):
         assert batch == 0 or peak(shape, 2, work, batch) <= USABLE[kind] * free
         assert batch == MOST[kind] or peak(shape, 2, work, batch + 1) > USABLE[kind] * free
     assert fitting_batch(shape, 2, work, -(10**9), kind) == 0
+
+
+def test_a_models_own_batch_is_by_what_the_gpu_has_free(embedded, monkeypatch):
+    work = Work(prompt=1000, image_tokens=36, new_tokens=10)
+    assert embedded.fitting_batch(work) == MOST["cpu"]
+    monkeypatch.setattr(VLM, "device", torch.device("cuda"))
+    each = peak(Shape.of(embedded.model.config), 4, work, 1)
+    for free, batch in ((0, 1), (3.5 * each / USABLE["cuda"], 3), (10**12, MOST["cuda"])):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**12))
+        assert embedded.fitting_batch(work) == batch
 
 
 # what a run asks for

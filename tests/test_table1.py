@@ -74,7 +74,7 @@ def test_a_plan_counts_what_a_run_left_and_takes_its_time_from_there(tmp_path, m
 class _NoModel:
     """Enough of a model for a run to come to the place where it looks at its folder."""
 
-    dtype, device = "torch.float32", type("Device", (), {"type": "cpu"})
+    dtype, device, context_length = "torch.float32", type("Device", (), {"type": "cpu"}), 1024
 
     def fitting_batch(self, *args):
         return 1
