@@ -119,21 +119,26 @@ def find_numbers(text: str) -> list[Number]:
 
 
 def find_number(text: str, last: bool) -> Number | None:
-    """The first or last number in prose; None when there is none, or when it is one of several ("5 or 12").
+    """The first or last number in prose that is not denied ("not 5"); None without one, or if it is one of several
+    ("5 or 12").
 
     Members of a tuple, set or list in brackets are not looked at.
     """
     text = _BRACKETS.sub(_blank_tuple, plain(text))
-    if not (spans := _spans(text)):
+    spans = _spans(text)
+    said = [i for i, (_, start, _) in enumerate(spans) if not _DENIED.search(text[max(0, start - 20) : start])]
+    if not said:
         return None
-    number, start, end = spans[-1 if last else 0]
-    if last and len(spans) > 1 and _JOIN.fullmatch(text[spans[-2][2] : start]):
+    at = said[-1 if last else 0]
+    number, start, end = spans[at]
+    if at > 0 and _JOIN.fullmatch(text[spans[at - 1][2] : start]):
         return None
-    if not last and len(spans) > 1 and _JOIN.fullmatch(text[end : spans[1][1]]):
+    if not last and at + 1 < len(spans) and _JOIN.fullmatch(text[end : spans[at + 1][1]]):
         return None
     return number
 
 
+_DENIED = re.compile(r"(?i)(?:\b(?:not|neither|nor)|n['’]t)(?:\s+(?:be|equal\s+to))?[\s*$]*$")
 _BRACKETS = re.compile(r"[\[({][^\[\](){}]*[\])}]")
 
 

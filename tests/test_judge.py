@@ -148,6 +148,14 @@ def test_a_choice_needs_no_list_of_options_when_the_truth_names_both(truth, pred
         (r"The angle is $90^\circ$.", "B", {"choices": ["80", "90"]}, "correct"),
         (r"The share is 5\% of it.", "B", {"choices": ["4%", "5%"]}, "correct"),
         (r"It costs \$5 or so.", "B", {"choices": ["$4", "$5"]}, "correct"),
+        # a number that is denied is not the answer
+        ("The answer is not 5, it is 6.", "5", {}, "wrong"),
+        ("The answer is not 5, it is 6.", "6", {}, "correct"),
+        ("The answer is not 5.", "5", {}, "unparsed"),
+        ("So there are 6 cups, not 5.", "6", {}, "correct"),
+        ("So there are 6 cups, not 5.", "5", {}, "wrong"),
+        ("The answer is not 5 or 6.", "6", {}, "unparsed"),
+        ("It isn't 5 but 6 cups.", "6", {}, "correct"),
         # free text
         ("paris.", "Paris", {}, "correct"),
         ("London", "Paris", {}, "wrong"),
