@@ -1,0 +1,498 @@
+"""Reports: every question on one page, light, searchable; whatever a model said is text, and one script may run."""
+
+import base64
+import hashlib
+import http.server
+import json
+import os
+import re
+import shlex
+import threading
+from pathlib import Path
+
+import click.testing
+import nbformat
+import numpy as np
+import papermill.cli
+import pytest
+from browser import opened
+from bs4 import BeautifulSoup
+from notebook_files import cell_parameters, external_requests
+from PIL import Image
+
+from dmlr import demo, gallery, notebooks, page, report_index
+from dmlr.__main__ import _parser
+from dmlr.images import ImageError
+from dmlr.parameters import check_parameters, read_parameters
+from dmlr.policy import gallery_script, policy
+from dmlr.provenance import in_words, provenance
+from dmlr.thumbnails import outlines, thumbnail
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+ATTACK = """"><script>window.hacked = 1</script><img src=x onerror="window.hacked = 2"> 'quoted'"""
+STATES = {"correct": True, "wrong": False, "unparsed": False, "error": None}
+
+
+def record(idx, state, **more):
+    """A record as evaluate.py writes them, with the keys that a gallery reads."""
+    right, verdict = STATES[state], None if state == "error" else state
+    stop = "error" if state == "error" else "eos_token"
+    told = {"data_idx": idx, "question": f"question {idx}?", "ground_truth": "7", "is_correct": right}
+    return {**told, "verdict": verdict, "stop_reason": stop, "model_output": f"answer {idx}", **more}
+
+
+def results(**states):
+    """Results by (dataset, method) of one dataset "suite": a state per example, by method."""
+    return {
+        ("suite", method): {"entries": [record(i, state) for i, state in enumerate(line.split())]}
+        for method, line in states.items()
+    }
+
+
+def sha256(script):
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def cards_of(html):
+    return BeautifulSoup(html, "html.parser").select("article.dmlr-card")
+
+
+# records -> cards
+
+
+def test_a_change_is_of_two_verdicts():
+    right, wrong, unparsed, error = (record(0, state) for state in STATES)
+    assert gallery.change(wrong, right) == gallery.change(unparsed, right) == "gained"
+    assert gallery.change(right, wrong) == gallery.change(right, unparsed) == "lost"
+    assert gallery.change(right, right) == "both right"
+    assert gallery.change(wrong, unparsed) == "both wrong"
+    assert [gallery.change(*pair) for pair in [(error, right), (right, error), (None, right), (right, None)]] == [
+        "not judged"
+    ] * 4
+
+
+def test_what_a_method_changed_comes_first():
+    found = gallery.cards(
+        results(
+            vanilla="correct correct wrong wrong error",
+            dmlr="correct wrong wrong wrong correct",
+            ltpo="correct correct wrong correct correct",
+        )
+    )
+    assert [card["idx"] for card in found] == [1, 3, 0, 2, 4]
+    assert found[0]["changes"] == ["lost", "both right"]
+    assert found[1]["changes"] == ["both wrong", "gained"]
+    assert found[-1]["changes"] == ["not judged", "not judged"]
+    assert [answer["name"] for answer in found[0]["answers"]] == ["vanilla", "dmlr", "ltpo"]
+
+
+def test_a_card_says_verdict_rule_reward_and_error():
+    told = {"rule": "number:boxed", "initial_reward": 0.5, "best_reward": 0.75, "category": "sums"}
+    run = {
+        ("suite", "vanilla"): {"entries": [record(3, "error", error="RuntimeError: no memory", model_output="")]},
+        ("suite", "dmlr"): {"entries": [record(3, "unparsed", **told)]},
+    }
+    (card,) = cards_of(page.gallery(gallery.cards(run)))
+    text = re.sub(r"\s+", " ", card.get_text())
+    assert "vanilla error RuntimeError: no memory" in text
+    assert "dmlr ✗ wrong unparsed · number:boxed · reward 0.5000 → 0.7500 answer 3" in text
+    assert "not judged · suite · example 3" in text
+
+
+def test_runs_that_have_not_the_same_examples_still_show_all_of_them():
+    run = results(vanilla="correct wrong", dmlr="wrong")
+    run["other", "dmlr"] = {"entries": [record("x", "correct")]}
+    found = {(card["dataset"], card["idx"]): card for card in gallery.cards(run)}
+    assert found["suite", 1]["changes"] == ["not judged"]
+    assert [answer["name"] for answer in found["other", "x"]["answers"]] == ["dmlr"]
+    assert len(cards_of(page.gallery(list(found.values())))) == 3
+
+
+# cards -> HTML
+
+
+def test_hostile_text_stays_text_everywhere():
+    hostile = {"question": ATTACK, "ground_truth": ATTACK, "model_output": ATTACK, "rule": ATTACK, "category": ATTACK}
+    run = {
+        (ATTACK, method): {"entries": [record(f"{i} {ATTACK}", "wrong", **hostile) for i in range(3)]}
+        for method in ("vanilla", ATTACK)
+    }
+    run["b", "vanilla"] = {"entries": [record(0, "correct", image_path=f"/{ATTACK}.png", category="c")]}
+    html = page.gallery(gallery.cards(run))
+    soup = BeautifulSoup(html, "html.parser")
+    assert external_requests(html) == []
+    assert len(soup.find_all("script")) == 1
+    assert not soup.find("img")
+    # Question, truth, where it is from (dataset, category, example); of both methods: rule, answer; the second's name.
+    for card in cards_of(html)[:3]:
+        assert card.get_text().count("window.hacked = 1") == 5 + 4 + 1
+        assert card["data-dataset"] == card["data-category"] == ATTACK
+    assert {option["value"] for option in soup.select('select[name="category"] option')} == {"", ATTACK, "c"}
+
+
+def test_an_image_is_stored_once_and_its_patches_are_outlined(tmp_path):
+    for name, colour in (("a", "red"), ("b", "blue"), ("same", "red")):
+        Image.new("RGB", (120, 60), colour).save(tmp_path / f"{name}.png")
+    kept = {"patches": [[0, 7], [7, 99]], "patch_grid": [2, 4]}
+    paths = [str(tmp_path / f"{name}.png") for name in "aaab"]
+    records = [record(i, "correct", image_path=path) for i, path in enumerate(paths)]
+    records.append(record(4, "correct", image_path=[str(tmp_path / "same.png"), str(tmp_path / "b.png")], **kept))
+    html = page.gallery(gallery.cards({("suite", "dmlr"): {"entries": records}}))
+    soup = BeautifulSoup(html, "html.parser")
+    stored = {image["id"] for image in soup.select("defs image")}
+    assert len(soup.select("defs image")) == len(stored) == 2
+    assert {use["href"].removeprefix("#") for use in soup.find_all("use")} == stored
+    assert [len(card.find_all("svg")) for card in cards_of(html)] == [1, 1, 1, 1, 2]
+    assert all(svg["role"] == "img" and svg["aria-label"] for svg in soup.select("article svg"))
+    first, second = cards_of(html)[4].find_all("path")
+    assert (first["class"], second["class"]) == (["token0"], ["token1"])
+    assert first["d"].count("M") == 2
+    assert second["d"].count("M") == 1  # index 99 is no cell of this image
+
+
+def test_outlines_are_the_cells_and_nest():
+    ((group, path), (other, nested)) = outlines([[5], [5]], (2, 4), (80, 40))
+    assert (group, other) == (0, 1)
+    left, top, wide, high = map(float, re.fullmatch(r"M(\S+) (\S+)h(\S+)v(\S+)h\S+z", path).groups())
+    assert 20 < left < 23  # row 1, column 1 of cells of 20 × 20
+    assert 20 < top < 23
+    assert 16 < wide == high < 20
+    assert float(re.match(r"M(\S+)", nested)[1]) > left
+    assert outlines([[], [8], [-1]], (2, 4), (80, 40)) == []
+
+
+def test_a_thumbnail_that_cannot_be_made_is_named_and_nothing_is_downloaded(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    cards = [
+        {"idx": i, "question": "q", "truth": "t", "answers": [], "image": name}
+        for i, name in enumerate(["broken.png", "https://example.com/a.png", None])
+    ]
+    found = cards_of(page.gallery(cards, tmp_path))
+    assert "no image: " in found[0].get_text()
+    assert "not downloaded" in found[1].get_text()
+    assert "no image" not in found[2].get_text()
+    with pytest.raises(ImageError):
+        thumbnail(tmp_path / "broken.png")
+
+
+def test_a_thousand_photographs_stay_below_fifteen_megabytes(tmp_path):
+    """Bytes per card, of pictures with as much detail as photographs have: sums of noise at many scales."""
+    draw = np.random.default_rng(0)
+    entries = []
+    for i in range(12):
+        layers = [draw.normal(0, 60 / 1.6**k, (3 * 2**k, 4 * 2**k, 3)) for k in range(8)]
+        sizes = [
+            np.stack([np.asarray(Image.fromarray(c).resize((512, 384), Image.Resampling.BICUBIC)) for c in layer], -1)
+            for layer in (np.moveaxis(noise, -1, 0).astype(np.float32) for noise in layers)
+        ]
+        Image.fromarray(np.clip(128 + sum(sizes), 0, 255).astype(np.uint8)).save(tmp_path / f"{i}.jpg", quality=92)
+        kept = {"patches": [list(range(16))] * 4, "patch_grid": [14, 18], "model_output": "word " * 60}
+        entries.append(record(i, "correct", image_path=str(tmp_path / f"{i}.jpg"), **kept))
+    run = {("suite", "vanilla"): {"entries": entries}, ("suite", "dmlr"): {"entries": entries}}
+    size = len(page.gallery(gallery.cards(run)).encode()) - len(page.gallery([]).encode())
+    assert 1000 * size / 12 < 15e6
+    with_text_only = [{k: v for k, v in entry.items() if k != "image_path"} for entry in entries]
+    run = {("suite", "vanilla"): {"entries": with_text_only}, ("suite", "dmlr"): {"entries": with_text_only}}
+    assert len(page.gallery(gallery.cards(run)).encode()) < 12 * 3000 + 15_000
+
+
+def test_cards_beyond_the_most_are_counted():
+    html = page.gallery(gallery.cards(results(vanilla="wrong " * 5, dmlr="wrong wrong wrong wrong correct")), most=3)
+    assert [card["data-changes"] for card in cards_of(html)] == ["gained", "both wrong", "both wrong"]
+    assert "2 more examples are not shown" in html
+
+
+# the page
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """A report with a gallery of six questions and two methods; two of them say hostile things."""
+    folder = tmp_path_factory.mktemp("report")
+    run = results(vanilla="wrong correct correct correct wrong wrong", dmlr="correct wrong correct correct wrong error")
+    for result in run.values():
+        for entry in result["entries"]:
+            entry["category"] = "even" if entry["data_idx"] % 2 == 0 else "odd"
+        result["entries"][2]["model_output"] = ATTACK
+    Image.new("RGB", (90, 90), "white").save(folder / "white.png")
+    run["suite", "dmlr"]["entries"][0] |= {"patches": [[0], [3]], "patch_grid": [2, 2]}
+    run["suite", "vanilla"]["entries"][0]["image_path"] = str(folder / "white.png")
+    html = page.gallery(gallery.cards(run))
+    executed = nbformat.v4.new_notebook()
+    executed.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    executed.metadata["papermill"] = {
+        "input_path": str(ROOT / "notebooks" / "03_benchmark.ipynb"), "duration": 63.4,
+        "start_time": "2026-01-02T03:04:05+00:00",
+        "parameters": {"dataset": f"{ROOT}/data/a b.json,c", "resume": True, "seed": 42},
+    }  # fmt: skip
+    shown = nbformat.v4.new_output("display_data", {"text/html": html})
+    executed.cells = [nbformat.v4.new_markdown_cell("# A title"), nbformat.v4.new_code_cell("1", outputs=[shown])]
+    executed.cells.append(nbformat.v4.new_code_cell("seed: int = 42", metadata={"tags": ["parameters"]}))
+    nbformat.write(executed, folder / "executed.ipynb")
+    notebooks.render(folder / "executed.ipynb", folder / "report.html")
+    return folder / "report.html"
+
+
+def test_the_policy_allows_the_pages_script_and_no_other(report):
+    soup = BeautifulSoup(report.read_text(encoding="utf-8"), "html.parser")
+    content = soup.find("meta", attrs={"http-equiv": "Content-Security-Policy"})["content"]
+    assert content == policy()
+    rules = dict(rule.split(" ", 1) for rule in content.split("; "))
+    (script,) = soup.find_all("script")
+    assert rules == {
+        "default-src": "'none'",
+        "img-src": "data:",
+        "style-src": "'unsafe-inline'",
+        "script-src": f"'{sha256(script.string)}'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    assert "</script" not in gallery_script()
+
+
+def test_the_header_says_when_how_long_and_by_which_command(report):
+    soup = BeautifulSoup(report.read_text(encoding="utf-8"), "html.parser")
+    head = soup.select_one(".masthead")
+    assert "DMLR · executed · 2026-01-02 03:04 UTC · took 1 min 3 s" in head.get_text()
+    command = "python -m dmlr run notebooks/03_benchmark.ipynb -p dataset 'data/a b.json,c' -p resume true"
+    assert head.code.get_text() == command
+
+
+def test_provenance_is_what_is_known():
+    assert provenance({}, ROOT) == {}
+    given = {"label": "a 'b' $(c)", "n": None, "x": 0.5, "flag": False}
+    told = provenance({"papermill": {"input_path": "/elsewhere/n.ipynb", "parameters": given}}, ROOT)
+    assert list(told) == ["command"]
+    words = shlex.split(told["command"])
+    assert words[:5] == ["python", "-m", "dmlr", "run", "/elsewhere/n.ipynb"]
+    assert words[5:] == "-p|label|a 'b' $(c)|-p|n|none|-p|x|0.5|-p|flag|false".split("|")
+    assert [in_words(seconds) for seconds in (0.4, 59.6, 3600, 7860)] == ["0 s", "1 min 0 s", "1 h 0 min", "2 h 11 min"]
+
+
+SHOWN = "() => [...document.querySelectorAll('.dmlr-card')].filter(c => c.checkVisibility()).map(c => c.textContent)"
+
+
+def test_the_gallery_filters_in_a_browser(report):
+    with opened() as tab:
+        tab.goto(report.as_uri())
+        count = tab.locator(".dmlr-controls output")
+
+        def shown():
+            return sorted(int(re.search(r"example (\d)", text)[1]) for text in tab.evaluate(SHOWN))
+
+        assert count.inner_text() == "6 of 6 shown"
+        outcome = tab.get_by_label("From vanilla to dmlr")
+        assert outcome.locator("option").all_inner_texts() == [
+            "all outcomes", "gained (1)", "lost (1)", "both wrong (1)", "both right (2)", "not judged (1)",
+        ]  # fmt: skip
+        outcome.select_option("both right")
+        assert (shown(), count.inner_text()) == ([2, 3], "2 of 6 shown")
+        tab.get_by_label("Category").select_option("odd")
+        assert shown() == [3]
+        tab.get_by_role("button", name="Reset").click()
+        assert shown() == [0, 1, 2, 3, 4, 5]
+        assert tab.evaluate("() => document.activeElement.name") == "text"  # the search box, ready for the keyboard
+        tab.keyboard.type("QUESTION answer 4")
+        assert shown() == [4]
+        tab.keyboard.type(" nowhere")
+        assert (shown(), count.inner_text()) == ([], "0 of 6 shown")
+        tab.get_by_role("button", name="Reset").press("Enter")
+        path = tab.locator(".dmlr-card path").first
+        assert path.is_visible()
+        tab.get_by_label("kept patches").press("Space")
+        assert not path.is_visible()
+        tab.get_by_label("From vanilla to dmlr").select_option("lost")
+        tab.emulate_media(media="print")  # on paper: all cards, no controls
+        assert len(tab.evaluate(SHOWN)) == 6
+        assert not count.is_visible()
+        assert tab.left == []
+        assert tab.evaluate("() => window.hacked") is None
+
+
+def test_between_three_methods_the_reader_chooses(tmp_path):
+    Image.new("RGB", (60, 60), "white").save(tmp_path / "white.png")
+    run = results(vanilla="wrong wrong correct", dmlr="correct wrong correct", ltpo="wrong correct wrong")
+    for (_, method), result in run.items():
+        result["entries"][2]["image_path"] = str(tmp_path / "white.png")
+        if method != "vanilla":
+            result["entries"][2] |= {"patches": [[0 if method == "dmlr" else 3]], "patch_grid": [2, 2]}
+    path = tmp_path / "page.html"
+    path.write_text(f"<!DOCTYPE html><meta charset=utf-8>{page.gallery(gallery.cards(run))}", encoding="utf-8")
+    with opened() as tab:
+        tab.goto(path.as_uri())
+        for position, method in ((1, "dmlr"), (2, "ltpo")):
+            tab.get_by_label("vanilla against").select_option(label=method)
+            kept = [tab.locator(f".method{i} path").is_visible() for i in (1, 2)]
+            assert kept == [position == 1, position == 2]  # of the method chosen
+            tab.get_by_label("Outcome").select_option("gained")
+            (text,) = tab.evaluate(SHOWN)
+            assert f"example {position - 1}" in text
+            assert re.search(rf"{method}\s+✓ right\s+gained", text)
+            tab.get_by_label("Outcome").select_option("")
+
+
+@pytest.fixture
+def outside():
+    """An address outside the page, and the list of what was asked of it."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+
+
+def test_a_script_that_slips_through_does_not_run(report, outside, tmp_path):
+    """Were escaping ever forgotten, the policy still stops scripts, handlers and requests; without it they run."""
+    html, (address, asked) = report.read_text(encoding="utf-8"), outside
+    raw = f'<script>window.hacked = 1</script><img src="{address}/x.png"><script src="{address}/x.js"></script>'
+    raw += '<img src="data:image/png;base64,AA" onerror="window.handled = 1">'
+    guarded, bare = tmp_path / "guarded.html", tmp_path / "bare.html"
+    guarded.write_text(html.replace("answer 4", raw), encoding="utf-8")
+    bare.write_text(html.replace("answer 4", raw).replace(policy(), ""), encoding="utf-8")
+    hacked = "() => [window.hacked, window.handled]"
+    with opened() as tab:
+        tab.goto(guarded.as_uri(), wait_until="networkidle")
+        assert (tab.evaluate(hacked), asked) == ([None, None], [])
+        assert tab.locator(".dmlr-controls output").inner_text() == "6 of 6 shown"  # our own script did run
+        tab.goto(bare.as_uri(), wait_until="networkidle")
+        assert (tab.evaluate(hacked), sorted(set(asked))) == ([1, 1], ["/x.js", "/x.png"])
+
+
+def test_a_report_is_readable_on_a_phone_and_without_scripts(report):
+    with opened(viewport={"width": 390, "height": 800}, color_scheme="dark") as tab:
+        tab.goto(report.as_uri())
+        assert tab.evaluate("() => document.documentElement.scrollWidth") == 390
+        paper, ink = (
+            tab.evaluate(f"() => getComputedStyle(document.body).{name}") for name in ("backgroundColor", "color")
+        )
+        luminance = lambda text: sum(map(int, re.findall(r"\d+", text)[:3]))  # noqa: E731
+        assert luminance(paper) < 150 < 600 < luminance(ink)
+    with opened(java_script_enabled=False) as tab:
+        tab.goto(report.as_uri())
+        assert [card.is_visible() for card in tab.locator(".dmlr-card").all()] == [True] * 6
+        assert not tab.locator(".dmlr-controls").is_visible()
+
+
+# the index
+
+
+def saved(folder, method, states, when=None):
+    target = folder / "suite" / method / "results.json"
+    target.parent.mkdir(parents=True)
+    (result,) = results(**{method: states}).values()
+    target.write_text(json.dumps({"model": "a/model", "dataset": "suite.json", "method": method, **result}))
+    if when:
+        os.utime(target, (when, when))
+
+
+def test_the_index_is_sorted_has_headline_numbers_and_survives_a_broken_run(tmp_path):
+    saved(tmp_path / "runs" / "old", "vanilla", "wrong correct", when=1e9)
+    for method, states in {"vanilla": "wrong wrong", "dmlr": "correct correct"}.items():
+        saved(tmp_path / "runs" / "new", method, states)
+    (tmp_path / "runs" / "new" / "a.html").write_text("<title>The &lt;report&gt;</title>")
+    broken = tmp_path / "runs" / "old" / "suite" / "dmlr" / "results.json"
+    broken.parent.mkdir()
+    broken.write_text("{")
+    os.utime(broken, (1e9, 1e9))
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "b.html").write_text("<title>Another</title>")
+    html = report_index.write_index(tmp_path).read_text(encoding="utf-8")
+    soup = BeautifulSoup(html, "html.parser")
+    runs = soup.select("ul.runs > li")
+    assert [run.h3.get_text() for run in runs] == ["new", "old"]
+    assert runs[0].a["href"] == "runs/new/a.html"
+    assert runs[0].a.get_text() == "The <report>"
+    rows = [[cell.get_text() for cell in row.find_all("td")] for row in runs[0].select("tbody tr")]
+    assert [row[:3] + row[4:7] for row in rows] == [
+        ["suite", "vanilla", "0.0%", "", "", "2"],
+        ["suite", "dmlr", "100.0%", "+100.0", "0.5", "2"],
+    ]
+    assert "not valid JSON" in runs[1].get_text()
+    assert str(tmp_path) not in html
+    assert [link["href"] for link in soup.find(id="other-reports").find_all_next("a")] == ["examples/b.html"]
+    assert external_requests(html) == []
+
+
+# the cost of reading
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_help_shows_type_and_meaning_of_every_parameter(path):
+    said = click.testing.CliRunner().invoke(papermill.cli.papermill, [str(path), "--help-notebook"])
+    assert said.exit_code == 0, said.output
+    known = cell_parameters(path)
+    assert known
+    for name, parameter in known.items():
+        assert parameter["inferred_type_name"] in ("str", "int", "float", "bool"), name
+        assert len(parameter["help"]) > 5, f"{path.name}: {name} has no help"
+        assert f"  {name}: {parameter['inferred_type_name']} (default" in said.output
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_opens_with_what_it_shows_how_long_it_takes_and_what_it_follows(path):
+    opening = nbformat.read(path, as_version=4).cells[0].source
+    assert opening.startswith("# ")
+    assert re.search(r"(second|minute|quarter of an hour)", opening), "how long it takes"
+    assert "CPU" in opening or "laptop" in opening, "on what"
+    if not path.stem.startswith("00"):  # how the embedded model is made follows no figure
+        assert re.search(r"\b([Ff]igures?|Tables?) \d", opening), "which figure or table it follows"
+        assert "arxiv.org/abs/2512.12623" in opening
+
+
+def test_examples_are_the_newest_reports_and_others_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "EXAMPLES", {"one": tmp_path / "one", "two": tmp_path / "02_two"})
+    (tmp_path / "one").mkdir()
+    for name, when in (("new", 2e9), ("old", 1e9)):
+        (tmp_path / "one" / f"{name}.html").write_text(name)
+        os.utime(tmp_path / "one" / f"{name}.html", (when, when))
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "two.html").write_text("of before")
+    said = demo.keep_examples(tmp_path / "kept")
+    assert [(tmp_path / "kept" / f"{name}.html").read_text() for name in ("one", "two")] == ["new", "of before"]
+    assert "notebooks/02_two.ipynb" in said[1]
+
+
+EXAMPLES = sorted((ROOT / "reports" / "examples").glob("*.html"))
+
+
+def test_example_reports_are_those_that_the_command_keeps():
+    assert {path.stem for path in EXAMPLES} == set(demo.EXAMPLES)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_reports_are_small_whole_and_ask_for_nothing(path):
+    html = path.read_text(encoding="utf-8")
+    assert len(html.encode()) < 2.5e6
+    soup = BeautifulSoup(html, "html.parser")
+    allowed = soup.find("meta", attrs={"http-equiv": "Content-Security-Policy"})["content"]
+    assert allowed.startswith("default-src 'none'; img-src data:; ")
+    scripts = [script.extract().string for script in soup.find_all("script")]
+    assert all(f"script-src '{sha256(script)}'" in allowed for script in scripts)
+    assert external_requests(str(soup)) == []
+    assert "Traceback (most recent" not in html
+    assert soup.find_all("img") and all(image.get("alt") for image in soup.find_all("img"))
+    assert "took" in soup.select_one(".masthead").get_text()
+
+
+def test_every_run_that_the_readme_shows_would_start():
+    """The README's own commands: their notebooks, parameter files and parameters exist and are in range."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)).replace("\\\n", " ")
+    commands = [shlex.split(found, comments=True) for found in re.findall(r"python -m dmlr (run .*)", blocks)]
+    assert len(commands) > 8
+    for command in commands:
+        arguments = _parser().parse_args(command)
+        given = {}
+        for file in arguments.file:
+            given |= read_parameters(ROOT / file)
+        check_parameters(ROOT / arguments.notebook, given | dict(arguments.parameter))
