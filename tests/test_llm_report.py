@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from bs4 import BeautifulSoup
 from judge_server import JudgeServer, says
+from notebook_files import external_requests
 
 from dmlr import llm_report, notebooks
 from dmlr.config import Config
@@ -37,7 +38,7 @@ def server(monkeypatch, tmp_path):
 def shown(page):
     """Of the LLM's section: rows of its first and its last table, the sentence between them; and the page's text."""
     soup = BeautifulSoup(page, "html.parser")
-    assert not soup.find_all("script")
+    assert external_requests(page) == []
     first = soup.find("h3", string="The LLM judge")
     rows = [[cell.get_text() for cell in row.find_all("td")] for row in first.find_next("table").find("tbody")("tr")]
     second = soup.find("h3", string="Rules against LLM")
