@@ -31,15 +31,15 @@ def cards(results: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[dict[str
     methods = list(dict.fromkeys(method for _, method in results))
     found = []
     for dataset in dict.fromkeys(dataset for dataset, _ in results):
+        # By row as well: a row that never became an example may have no data_idx.
         by_method = {
-            m: {record["data_idx"]: record for record in results[dataset, m]["entries"]}
+            m: {(record.get("row"), record["data_idx"]): record for record in results[dataset, m]["entries"]}
             for m in methods
             if (dataset, m) in results
         }
-        for idx in dict.fromkeys(idx for records in by_method.values() for idx in records):
-            found.append(
-                _card(dataset, {m: records[idx] for m, records in by_method.items() if idx in records}, methods)
-            )
+        for key in dict.fromkeys(key for records in by_method.values() for key in records):
+            of_key = {method: records[key] for method, records in by_method.items() if key in records}
+            found.append(_card(dataset, of_key, methods))
     return sorted(found, key=lambda card: min((CHANGES.index(c) for c in card["changes"]), default=0) > 1)
 
 

@@ -109,6 +109,13 @@ def test_runs_that_have_not_the_same_examples_still_show_all_of_them():
     assert len(cards_of(page.gallery(list(found.values())))) == 3
 
 
+def test_rows_without_an_index_have_a_card_each():
+    lost = [record(None, "error", row=row, question="", error=f"row {row}: no prompt") for row in (4, 9)]
+    found = gallery.cards({("suite", "vanilla"): {"entries": lost}, ("suite", "dmlr"): {"entries": lost}})
+    assert [card["answers"][1]["text"] for card in found] == ["row 4: no prompt", "row 9: no prompt"]
+    assert len(cards_of(page.gallery(found))) == 2
+
+
 # cards -> HTML
 
 
