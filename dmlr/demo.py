@@ -33,6 +33,8 @@ README_MARKS = ("<!-- demo table: python -m dmlr readme -->", "<!-- end of the d
 
 def demo(model: str = "") -> None:
     """Runs the three notebooks with that model (none: the embedded one), and ends with the table and the reports."""
+    from dmlr.evaluate import name  # imports torch
+
     began, notebooks = time.perf_counter(), root() / "notebooks"
     chosen = {"model_name_or_path": model} if model else {}
     print("[1/3] 03_benchmark: three suites, vanilla and dmlr; the bar shows the time that is left", flush=True)
@@ -40,7 +42,8 @@ def demo(model: str = "") -> None:
     print("\n[2/3] 04_compare: all runs in one table", flush=True)
     run(notebooks / "04_compare.ipynb")
     print("\n[3/3] 01_walkthrough: one question, seen from inside", flush=True)
-    walk = run(notebooks / "01_walkthrough.ipynb", chosen)
+    place = root() / "reports" / "runs" / f"01_walkthrough_{name(model)}" / "01_walkthrough.ipynb" if model else None
+    walk = run(notebooks / "01_walkthrough.ipynb", chosen, place)
     index = write_index()
     print(f"\n{result_table(benchmark.parent)}\n\nmade in {(time.perf_counter() - began) / 60:.1f} minutes")
     print(f"report:      {benchmark}\nwalkthrough: {walk}\nall runs:    {index}")

@@ -23,7 +23,16 @@ from dmlr.forecast import Model, Pace, describe, earlier_pace, earlier_results, 
 from dmlr.json_files import as_plain
 from dmlr.parameters import check_parameters, config_of, default_output, from_here
 from dmlr.provenance import in_words
-from dmlr.results import FREE_PARAMETERS, LOG, RESULTS, ResultsError, read_log, read_run
+from dmlr.results import (
+    FREE_PARAMETERS,
+    LOG,
+    RESULTS,
+    ResultsError,
+    differences,
+    read_log,
+    read_run,
+    with_defaults,
+)
 from dmlr.verdicts import llm_settings
 
 
@@ -109,9 +118,8 @@ def changed(job: evaluate.Job, config: Config) -> list[str]:
     """Parameters, and the dataset's content, that are other than those of the folder's log. dtype and device are the
     model's to say, which is not loaded here."""
     saved = read_run(job.folder)
-    before, now, facts = saved.get("config") or {}, as_plain(config), saved.get("facts") or {}
-    names = sorted((before.keys() | now.keys()) - FREE_PARAMETERS - {"dataset", "dtype", "device"})
-    found = [f"{n} was {before.get(n)!r} and is now {now.get(n)!r}" for n in names if before.get(n) != now.get(n)]
+    facts, free = saved.get("facts") or {}, FREE_PARAMETERS | {"dataset", "dtype", "device"}
+    found = differences(with_defaults(saved.get("config")), as_plain(config), free)
     checksum = hashlib.sha256(Path(locate(job.dataset)).read_bytes()).hexdigest()
     return found + (["the dataset file has changed"] if facts.get("dataset") not in (None, checksum) else [])
 

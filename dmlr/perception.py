@@ -40,9 +40,7 @@ class Chain:
     ends: list[int]  # [T], where each token's text ends in `text`
     log_probs: torch.Tensor  # [T], given the image
     perturbed: dict[str, torch.Tensor]  # the same given each perturbed image; empty for a question without one
-    attention: (
-        torch.Tensor
-    )  # [T, N], of the position that predicts each token; nan for the first (see `forced`)
+    attention: torch.Tensor  # [T, N], of the position that predicts each token; nan for the first (see `forced`)
     patch_grid: tuple[int, int]
     truth: list[float] = field(default_factory=list)  # see confidence.py; empty unless asked for
 

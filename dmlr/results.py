@@ -13,11 +13,13 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from dmlr.config import Config
 from dmlr.json_files import as_plain, write_json
 from dmlr.outcomes import tally
 
@@ -150,17 +152,26 @@ def _read_sidecar(folder: Path) -> dict[str, dict]:
         raise ResultsError(f"{folder / SIDECAR}: cannot tell which configuration made the log ({error})") from None
 
 
+def with_defaults(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A saved configuration, with the defaults of parameters that there were not yet when it was saved."""
+    return {field.name: field.default for field in fields(Config)} | dict(config or {})
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Iterable[str] = ()) -> list[str]:
+    """What was one thing and is now another, but for the names that are `free` to change."""
+    names = sorted((before.keys() | now.keys()) - set(free))
+    return [
+        f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+
+
 def _check_same(folder: Path, saved: dict[str, dict], config: dict, facts: dict | None) -> None:
-    changes = []
     old_facts = saved.get("facts") or {}
     facts = old_facts if facts is None else facts
-    for old, new, free in (
-        (saved.get("config", {}), config, FREE_PARAMETERS | facts.keys()),
-        (old_facts, facts, frozenset()),
-    ):
-        for name in sorted((old.keys() | new.keys()) - free):
-            if old.get(name) != new.get(name):
-                changes.append(f"{name} was {old.get(name)!r} and is now {new.get(name)!r}")
+    before, now = with_defaults(saved.get("config")), with_defaults(config)
+    changes = differences(before, now, FREE_PARAMETERS | facts.keys()) + differences(old_facts, facts)
     if changes:
         raise ResultsError(
             f"{folder}: cannot resume under another configuration: {'; '.join(changes)}; "

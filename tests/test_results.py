@@ -102,6 +102,16 @@ def test_damage_before_the_last_line_is_an_error_that_names_the_line(tmp_path):
     assert (tmp_path / LOG).read_bytes() == b"garbage\n" + content
 
 
+def test_a_run_from_before_a_parameter_existed_goes_on_at_its_default(tmp_path):
+    now = Config().as_dict()
+    before = {name: value for name, value in now.items() if name != "deep_patches"}
+    with RunLog(tmp_path, before) as log:
+        log.append(record(0))
+    RunLog(tmp_path, now, resume=True).close()
+    with pytest.raises(ResultsError, match="deep_patches was False and is now True"):
+        RunLog(tmp_path, now | {"deep_patches": True}, resume=True)
+
+
 def test_resume_under_another_configuration_names_the_difference(tmp_path):
     config = Config()
     with RunLog(tmp_path, config, facts={"method": "dmlr"}) as log:
