@@ -7,6 +7,7 @@ questions) are the same run repeated; everything else that differs is a setting 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import pandas as pd
 from dmlr import metrics, published
 from dmlr.benchmark_rows import BENCHMARKS
 from dmlr.config import Config
-from dmlr.results import FREE_PARAMETERS, find_runs, read_results
+from dmlr.results import FREE_PARAMETERS, ResultsError, find_runs, read_results
 
 # The parameters that make a setting; not among them: what stands in a column of its own, and what changes no record.
 _BESIDE = FREE_PARAMETERS | {"dataset", "model_name_or_path", "device", "seed"}
@@ -72,11 +73,15 @@ class Run:
 def load_runs(root: str | Path, baseline: str) -> list[Run]:
     """Every run under a folder, by model, dataset and run, the baseline first; of the entries what tables need.
 
-    Raises ResultsError for a results.json that cannot be read.
+    A results.json that cannot be read costs itself only, with a warning that says why.
     """
     root, found = Path(root), {}
     for path in sorted(find_runs(root), key=lambda path: (path.name != baseline, path)):
-        content = read_results(path)
+        try:
+            content = read_results(path)
+        except ResultsError as error:
+            warnings.warn(f"left out: {error}", stacklevel=2)
+            continue
         entries = [{key: entry[key] for key in (*_KEPT, *GROUPS) if key in entry} for entry in content["entries"]]
         told = [str(content.get(name)) for name in ("model", "dataset", "method")]
         judge, beside = _judge(content.get("llm_judge")), found.get(path.parent / baseline)

@@ -28,6 +28,7 @@ def write_run(root, label, method, outcomes, dataset="data/mmvp/mmvp.json", mode
             entry |= {"stop_reason": "error", "is_correct": None, "verdict": None}
         entries.append(entry | {key: values[i] for key, values in fields.items()})
     write_results(folder, entries, model=model, dataset=dataset, config=config, method=method, **more)
+    return folder
 
 
 def table(root, make, baseline="vanilla"):
@@ -175,6 +176,14 @@ def test_a_run_without_a_judged_answer_has_no_number(tmp_path):
     assert table(tmp_path, comparison.table_1)[0]["MMVP"] == "–"
 
 
+def test_a_broken_run_costs_itself_only(tmp_path):
+    broken = write_run(tmp_path, "broken", "vanilla", [True])
+    write_run(tmp_path, "fine", "vanilla", [True])
+    (broken / "results.json").write_text('{"entries": [')
+    with pytest.warns(UserWarning, match="left out: .*broken.*not valid JSON"):
+        assert [run.label for run in load_runs(tmp_path, "vanilla")] == ["fine"]
+
+
 def test_where_a_run_lies_is_its_name(tmp_path):
     write_run(tmp_path / "deep", "a", "vanilla", [True])
     assert [run.label for run in load_runs(tmp_path, "vanilla")] == ["deep/a"]
@@ -187,10 +196,11 @@ def test_where_a_run_lies_is_its_name(tmp_path):
 def test_only_the_papers_models_methods_and_benchmarks_have_its_numbers():
     assert published.accuracy("Qwen/Qwen2.5-VL-7B-Instruct", "icot", "data/mmmath/mmmath.json") == 37.0
     assert published.accuracy("models/Qwen3-VL-4B-Instruct/", "dmlr", "mmvp-100-seed0.json") == 72.3
+    assert published.accuracy("Fancy-MLLM/R1-Onevision-7B", "vanilla", "mathvista.json") == 51.2
     for model, method, dataset in [
         ("Qwen/Qwen2.5-VL-72B-Instruct", "vanilla", "mmvp.json"),
         ("someone/Qwen2.5-VL-7B-Instruct-tuned", "vanilla", "mmvp.json"),
-        ("UCSC/VLAA-Thinker-Qwen2.5-VL-7B", "vanilla", "mmvp.json"),
+        ("UCSC-VLAA/VLAA-Thinker-Qwen2.5VL-7B", "vanilla", "mmvp.json"),
         ("Qwen/Qwen2.5-VL-7B-Instruct", "ltpo", "mmvp.json"),
         ("Qwen/Qwen2.5-VL-3B-Instruct", "icot", "mmvp.json"),
         ("Qwen/Qwen2.5-VL-7B-Instruct", "vanilla", "data/shapes/visual.json"),
