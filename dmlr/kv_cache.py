@@ -83,6 +83,10 @@ class KVCache(Cache):
         for layer in self.layers:
             layer.length += count
 
+    def place(self) -> tuple[int, ...]:
+        """Where its keys are in memory."""
+        return tuple(layer.keys.data_ptr() for layer in self.layers)
+
     def branch(self) -> KVCache:
         """A cache that continues from here. It shares the storage: be done with it before the original goes on."""
         twin = KVCache()

@@ -7,6 +7,7 @@ Examples of a batch do not influence each other: every decision is per row, and 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from dmlr.config import Config
+from dmlr.cuda_graphs import Replayed
 from dmlr.injection import Patches, choose_patches, interleave, patch_caps, reward_slots
 from dmlr.prefix import Prefix
 from dmlr.rewards import REWARDS, parse_score
@@ -112,7 +114,7 @@ def optimize(vlm: VLM, prefix: Prefix, config: Config, noise: torch.Tensor, scor
     """
     latents = initial_latents(vlm, prefix, config)  # T, [B, L, D]
     noise = noise.to(latents.device)
-    reward_of = partial(score, vlm, prefix, config, score_ids)
+    reward_of = scorer(vlm, prefix, config, score_ids)
     retrieval = Retrieval(prefix, config)
     budget, kept = retrieval.first_budget, retrieval.nothing  # kept is V_best
 
@@ -189,6 +191,23 @@ class Retrieval:
         """attention: [B, L, N]. The shapes in iteration t are known without looking at the rows."""
         width = min(self.widest, self.first + t * self.growth)
         return choose_patches(attention, self.image_mask, kept, budget, self.caps, width)
+
+
+def scorer(vlm: VLM, prefix: Prefix, config: Config, score_ids: torch.Tensor) -> Callable[..., tuple]:
+    """`score` of this batch; with `cuda_graphs` on a GPU its kernels are recorded once per shapes and replayed."""
+    plain = partial(score, vlm, prefix, config, score_ids)
+    if not (config.cuda_graphs and vlm.on_one_gpu) or config.use_auto_grad or config.disable_conf_reward:
+        return plain
+
+    def of_tensors(latents, index, count, with_attention):
+        return plain(latents, Patches(index, count), with_attention)
+
+    replayed = Replayed(of_tensors, place=prefix.cache.place)
+
+    def scored(latents, patches, with_attention=True, with_gradient=False):
+        return replayed(latents, patches.index, patches.count, with_attention=with_attention)
+
+    return scored
 
 
 def score(

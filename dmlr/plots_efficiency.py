@@ -16,6 +16,8 @@ RATIOS = {
     "iteration_batch_1": "an iteration, batch 1",
     "iteration_batch_8": "an iteration, batch 8",
     "iteration_batch_32": "an iteration, batch 32",
+    "replayed_batch_1": "the same, CUDA graphs, batch 1",
+    "replayed_batch_32": "the same, CUDA graphs, batch 32",
     "iteration_16_patches": "an iteration, 16 patches per think token",
     "example": "a whole example in a batch",
     "memory": "memory over the weights, 1024 image tokens",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dmlr.config import Config
+from dmlr.cpu_linear import through_onednn
 from dmlr.encode import Encoded
 from dmlr.vlm import VLM
 
@@ -233,7 +234,7 @@ def eager(vlm: VLM) -> VLM:
     import copy
 
     twin = copy.copy(vlm)
-    twin.model = copy.deepcopy(vlm.model)
+    twin.model = through_onednn(copy.deepcopy(vlm.model), False)
     # `encode` and `family` may stay those of the original: the reference does not run them
     twin.model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
     return twin

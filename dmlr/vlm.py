@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from dmlr import footprint
 from dmlr.config import Config
+from dmlr.cpu_linear import through_onednn
 from dmlr.decoding import decode
 from dmlr.encode import Encoded, Encoder
 from dmlr.families import family_of
@@ -39,7 +40,7 @@ class VLM:
         max_pixels: int | None = None,
         deep_patches: bool = False,
     ):
-        self.model = model.eval().requires_grad_(False)
+        self.model = through_onednn(model.eval().requires_grad_(False))
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.family = family_of(model, processor, min_pixels, max_pixels)
         self.deep_levels = self.family.deep_levels if deep_patches else 0
@@ -68,6 +69,11 @@ class VLM:
         embedding = self.model.get_input_embeddings()
         hook = getattr(embedding, "_hf_hook", None)
         return torch.device(hook.execution_device) if hook else embedding.weight.device
+
+    @property
+    def on_one_gpu(self) -> bool:
+        """No part of it on another GPU, the CPU or a disk."""
+        return self.device.type == "cuda" and {p.device for p in self.model.parameters()} == {self.device}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -251,10 +257,4 @@ class VLM:
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., V] in float32 or more."""
-        head = self.model.get_output_embeddings()
-        plain = type(head) is torch.nn.Linear and head.bias is None and not hasattr(head, "_hf_hook")
-        if plain and hidden.device.type == "cpu":
-            # For a few rows MKL multiplies a tall matrix from the left up to four times faster than from the right.
-            logits = (head.weight @ hidden.reshape(-1, hidden.shape[-1]).mT).mT
-            return at_least_float32(logits.contiguous().view(*hidden.shape[:-1], -1))
-        return at_least_float32(head(hidden).to(self.device))
+        return at_least_float32(self.model.get_output_embeddings()(hidden).to(self.device))

@@ -1,0 +1,36 @@
+"""Linear layers on a CPU through oneDNN instead of MKL.
+
+torch multiplies float32 matrices with MKL. For the few rows of an iteration oneDNN, which torch brings too, takes half
+of its time on this project's machines (AMD), and half for prefill as well; the sums differ in their last bits. Knows
+nothing about models.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+class Linear(torch.nn.Linear):
+    """torch.nn.Linear; float32 on a CPU goes through oneDNN where no gradient is wanted."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., out]"""
+        wants_gradient = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        if x.device.type != "cpu" or x.dtype != torch.float32 or self.weight.dtype != x.dtype or wants_gradient:
+            return super().forward(x)
+        return multiply(x, self.weight, self.bias)
+
+
+def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x @ weight.T + bias, by the operator that torch.compile takes too; not differentiable."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def through_onednn(model: torch.nn.Module, yes: bool = True) -> torch.nn.Module:
+    """The model with its linear layers in that class (or back in torch's own), in place; weights stay what they are."""
+    before, after = (torch.nn.Linear, Linear) if yes else (Linear, torch.nn.Linear)
+    if not yes or torch.backends.mkldnn.is_available():
+        for module in model.modules():
+            if type(module) is before:
+                module.__class__ = after
+    return model

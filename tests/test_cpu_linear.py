@@ -1,0 +1,64 @@
+"""Linear layers through oneDNN: the same product, the same gradients, torch's own class wherever it does not apply."""
+
+import copy
+
+import pytest
+import torch
+from tiny import tiny_vlm
+
+from dmlr import cpu_linear
+from dmlr.cpu_linear import Linear, through_onednn
+from dmlr.reference import eager
+
+
+def pair(bias=True, dtype=torch.float32):
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(96, 40, bias=bias, dtype=dtype).requires_grad_(False)
+    return plain, through_onednn(copy.deepcopy(plain))
+
+
+@pytest.mark.parametrize("shape", [(96,), (1, 96), (3, 17, 96), (2, 0, 96), (640, 96)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_it_is_the_product_to_rounding(shape, bias):
+    plain, fast = pair(bias)
+    x = torch.randn(shape)
+    exact = torch.nn.functional.linear(x.double(), plain.weight.double(), plain.bias.double() if bias else None)
+    assert fast(x).shape == exact.shape and fast(x).is_contiguous()
+    torch.testing.assert_close(fast(x).double(), exact, atol=2e-6, rtol=0)
+
+
+def test_inputs_may_lie_in_memory_as_they_like():
+    plain, fast = pair()
+    x = torch.randn(96, 5, 7).permute(1, 2, 0)
+    torch.testing.assert_close(fast(x), plain(x), atol=2e-6, rtol=0)
+    torch.testing.assert_close(fast(x[:, ::2]), plain(x[:, ::2]), atol=2e-6, rtol=0)
+
+
+def test_float32_without_a_gradient_takes_it_and_all_else_does_not(monkeypatch):
+    taken = []
+    multiply = cpu_linear.multiply
+    monkeypatch.setattr(cpu_linear, "multiply", lambda *given: taken.append(1) or multiply(*given))
+    _, fast = pair()
+    fast(torch.randn(2, 96))
+    assert taken == [1]
+    pair(dtype=torch.bfloat16)[1](torch.randn(2, 96, dtype=torch.bfloat16))
+    fast.to("meta")(torch.randn(2, 96, device="meta"))
+    plain, fast = pair()
+    x, y = (torch.ones(2, 96, requires_grad=True) for _ in range(2))
+    fast(x).sum().backward()
+    plain(y).sum().backward()
+    assert torch.equal(x.grad, y.grad) and taken == [1]
+    with torch.no_grad():
+        fast(x)
+    assert taken == [1, 1]
+
+
+def test_a_model_gets_it_and_the_reference_does_not():
+    """What it is measured and checked against is torch as everybody has it."""
+    vlm = tiny_vlm()
+    before = {name: parameter.data_ptr() for name, parameter in vlm.model.named_parameters()}
+    assert {type(m) for m in vlm.model.modules() if isinstance(m, torch.nn.Linear)} == {Linear}
+    assert {type(m) for m in eager(vlm).model.modules() if isinstance(m, torch.nn.Linear)} == {torch.nn.Linear}
+    assert {type(m) for m in vlm.model.modules() if isinstance(m, torch.nn.Linear)} == {Linear}
+    through_onednn(vlm.model, False)
+    assert {name: parameter.data_ptr() for name, parameter in vlm.model.named_parameters()} == before
