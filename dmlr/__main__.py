@@ -14,7 +14,7 @@ ELSEWHERE = {
     "judge": ("judge", "main_judge"),
     "data": ("benchmarks", "main_data"),
     "bench": ("bench", "main"),
-    "doctor": ("doctor", "main"),
+    "doctor": ("planning.doctor", "main"),
     "table1": ("table1", "main"),
 }
 
@@ -57,7 +57,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _notebook_command(args: argparse.Namespace) -> int:
-    from dmlr import demo, notebooks, parameters, report_index
+    from dmlr import demo, notebooks, parameters
+    from dmlr.report import index as report_index
 
     try:
         if args.command == "run":
@@ -85,9 +86,9 @@ def _notebook_command(args: argparse.Namespace) -> int:
 def _dry_run(notebook: str, given: dict, output: str | None) -> int:
     """Prints the plan; 1 where the run would fail."""
     from dmlr.data import DatasetError
-    from dmlr.dry_run import dry_run
     from dmlr.families import ModelError
-    from dmlr.llm_settings import JudgeError
+    from dmlr.judge.llm_settings import JudgeError
+    from dmlr.planning.dry_run import dry_run
 
     try:
         text, errors = dry_run(notebook, given, output)

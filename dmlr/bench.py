@@ -23,7 +23,7 @@ from dmlr.encode import Encoded
 from dmlr.evaluate import environment
 from dmlr.json_files import write_json
 from dmlr.kv_cache import ATTENTION
-from dmlr.latent import append_latents, question_noise
+from dmlr.methods.latent import append_latents, question_noise
 from dmlr.optimize import initial_latents, optimize
 from dmlr.peak_memory import peak_bytes
 from dmlr.reference import Reference, eager

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dmlr.data import DatasetError, Example, Notes, Problem, read_rows
-from dmlr.extract import normalize_text, options_of, split_choice, unbox
 from dmlr.images import ImageError, open_image, shorten
+from dmlr.judge.extract import normalize_text, options_of, split_choice, unbox
 
 MANY = 20  # questions whose first option is never right: by chance, with two options each, once in a million files
 _ROWS_SHOWN = 8

@@ -14,7 +14,7 @@ from dmlr.config import root
 from dmlr.metrics import paired, summary
 from dmlr.notebooks import RunError, run
 from dmlr.parameters import read_parameters
-from dmlr.report_index import write_index
+from dmlr.report.index import write_index
 from dmlr.results import find_runs, read_results
 
 RUNS = root() / "reports" / "runs"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
-from dmlr.family import Grid
+from dmlr.families.family import Grid
 
 if TYPE_CHECKING:
     from dmlr.vlm import VLM

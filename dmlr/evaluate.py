@@ -24,6 +24,7 @@ from tqdm import tqdm
 from dmlr.batches import InProcess, cut, prepare
 from dmlr.config import Config, ConfigError, check_names, locate
 from dmlr.data import Example, ImageError, Problem, load_dataset, open_image
+from dmlr.judge.verdicts import ask_llm, llm_settings, verdict_of
 from dmlr.machine import environment  # noqa: F401 (notebooks take it from here)
 from dmlr.methods import METHODS, Answer
 from dmlr.metrics import efficiency
@@ -36,11 +37,10 @@ from dmlr.results import (
     write_results,
     write_reward_csv,
 )
-from dmlr.verdicts import ask_llm, llm_settings, verdict_of
 from dmlr.vlm import VLM
 
 if TYPE_CHECKING:
-    from dmlr.llm_settings import JudgeSettings
+    from dmlr.judge.llm_settings import JudgeSettings
     from dmlr.workers import Workers
 
 

@@ -27,8 +27,8 @@ from traitlets import default
 
 from dmlr.config import root
 from dmlr.parameters import check_parameters, default_output, from_here, literal
-from dmlr.policy import policy
-from dmlr.provenance import provenance
+from dmlr.report.policy import policy
+from dmlr.report.provenance import provenance
 
 
 class RunError(RuntimeError):

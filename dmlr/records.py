@@ -6,7 +6,7 @@ from typing import Any
 
 from dmlr.answers import Answer
 from dmlr.data import Example
-from dmlr.verdicts import verdict_of
+from dmlr.judge.verdicts import verdict_of
 
 # What metrics and figures group records by, copied from the dataset where it is there.
 GROUPS = (

@@ -1,7 +1,7 @@
 """Sweeps: a few settings of one configuration, each a run of its own; runs that exist are reused.
 
 Every setting is asked the same questions, so each is compared in pairs with the baseline's run. Knows nothing about
-what the parameters mean, but for `sigma_percent`; figures are in `plots_sweep.py`.
+what the parameters mean, but for `sigma_percent`; figures are in `plots/sweep.py`.
 """
 
 from __future__ import annotations

@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dmlr import notebooks, report_index
+from dmlr import notebooks
+from dmlr.comparison.published import BENCHMARKS
 from dmlr.config import ConfigError, check_names, root
 from dmlr.data import DatasetError
-from dmlr.dry_run import Plan, as_text, plan, shown
 from dmlr.families import ModelError
-from dmlr.llm_settings import JudgeError
+from dmlr.judge.llm_settings import JudgeError
 from dmlr.parameters import check_parameters, config_of, from_here, read_parameters
-from dmlr.provenance import in_words
-from dmlr.published import BENCHMARKS
+from dmlr.planning.dry_run import Plan, as_text, plan, shown
+from dmlr.report import index as report_index
+from dmlr.report.provenance import in_words
 from dmlr.results import ResultsError, find_runs
 
 FOLDER = root() / "notebooks"

@@ -1,6 +1,6 @@
 """The model: prefill, extend, append.
 
-The only file that runs transformers' models (loading.py loads them, families.py says how architectures differ,
+The only file that runs transformers' models (loading.py loads them, families/ says how architectures differ,
 kv_cache.py holds their caches). It knows nothing about rewards, which patches are chosen, or what the extra embeddings
 mean: it runs embeddings over a cached prefix and returns logits and attention.
 """
@@ -12,20 +12,20 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from dmlr import footprint
 from dmlr.config import Config
 from dmlr.cpu_linear import through_onednn
 from dmlr.decoding import decode
 from dmlr.encode import Encoded, Encoder
 from dmlr.families import family_of
-from dmlr.footprint import Shape, Work
 from dmlr.kv_cache import AttentionProbe, KVCache, at_least_float32
 from dmlr.loading import load_checkpoint
+from dmlr.planning import footprint
+from dmlr.planning.footprint import Shape, Work
 from dmlr.prefix import Prefix
 
 
 class VLM:
-    """A frozen vision-language model with its processor, of one of the architectures in families.py.
+    """A frozen vision-language model with its processor, of one of the architectures in families/.
 
     min_pixels, max_pixels: limits of image sizes in merged visual tokens, as far as the family can choose; none: the
     processor's own. deep_patches: interleaved patches bring their deep features too, where the model has any
@@ -107,8 +107,10 @@ class VLM:
         return tuple(torch.tensor(ids, dtype=torch.long, device=self.device) for ids in self.family.marks)
 
     def fitting_batch(self, work: Work) -> int:
-        """Examples that ask for so much and go through together: by the GPU's free memory (footprint.py); 16 on a CPU.
-        An estimate: who asks for too much is answered by an out-of-memory error, and halves the batch."""
+        """Examples that ask for so much and go through together: by the GPU's free memory; 16 on a CPU.
+
+        An estimate (planning/footprint.py): who asks for too much gets an out-of-memory error, and halves the batch.
+        """
         if self.device.type != "cuda":
             return footprint.MOST["cpu"]
         free, _ = torch.cuda.mem_get_info(self.device)

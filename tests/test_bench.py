@@ -8,7 +8,7 @@ import torch
 from dmlr import bench
 from dmlr.answers import Question
 from dmlr.config import Config, ConfigError, locate
-from dmlr.latent import question_noise
+from dmlr.methods.latent import question_noise
 from dmlr.optimize import initial_latents, optimize
 from dmlr.reference import Reference, eager
 

@@ -20,17 +20,17 @@ import pytest
 from huggingface_hub import close_session, constants
 from PIL import Image
 
-from dmlr.benchmark_rows import BENCHMARKS, choice_fields, inline_options
 from dmlr.benchmarks import BenchmarkError, main_data, prepare, sample_rows
+from dmlr.benchmarks.hub import SourceError, leaves_folder, open_folder, shards
+from dmlr.benchmarks.manifest import ManifestError, ManifestFolder
+from dmlr.benchmarks.rows import BENCHMARKS, choice_fields, inline_options
 from dmlr.check import check_dataset
 from dmlr.config import ConfigError
 from dmlr.data import load_dataset
-from dmlr.hub import SourceError, leaves_folder, open_folder, shards
 from dmlr.images import open_image
 from dmlr.judge import judge
-from dmlr.manifest import ManifestError, ManifestFolder
+from dmlr.judge.verdicts import hints
 from dmlr.metrics import category_mean, group_accuracy, pair_accuracy
-from dmlr.verdicts import hints
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 TEXTS = pa.list_(pa.string())

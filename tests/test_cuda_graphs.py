@@ -16,7 +16,7 @@ from dmlr.answers import Question
 from dmlr.config import Config
 from dmlr.cuda_graphs import Recording, Replayed
 from dmlr.injection import Patches
-from dmlr.latent import question_noise
+from dmlr.methods.latent import question_noise
 from dmlr.optimize import optimize, score
 from dmlr.vlm import VLM
 

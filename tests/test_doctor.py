@@ -10,13 +10,13 @@ import pytest
 import torch
 from tiny import tiny_vlm
 
-from dmlr import doctor
 from dmlr.__main__ import main
 from dmlr.config import Config
-from dmlr.fits import GIB, fit
-from dmlr.footprint import USABLE, Shape, peak
-from dmlr.known_models import PAPER_MODELS, paper_settings
-from dmlr.workload import workload
+from dmlr.planning import doctor
+from dmlr.planning.fits import GIB, fit
+from dmlr.planning.footprint import USABLE, Shape, peak
+from dmlr.planning.known_models import PAPER_MODELS, paper_settings
+from dmlr.planning.workload import workload
 
 SECRET = "sk-do-not-print-me"
 

@@ -9,13 +9,13 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGe
 
 from dmlr.config import Config, locate
 from dmlr.data import load_dataset, open_image
-from dmlr.latent import append_latents, prefill_latent, question_noise
 from dmlr.methods import METHODS, Question
+from dmlr.methods.latent import append_latents, prefill_latent, question_noise
 from dmlr.optimize import initial_latents, optimize
 from dmlr.prompts import Prompts
 from dmlr.reference import Reference, eager
-from dmlr.shapes_evaluation import accuracy, load_suite
-from dmlr.shapes_suites import chance_level
+from dmlr.shapes.evaluation import accuracy, load_suite
+from dmlr.shapes.suites import chance_level
 from dmlr.vlm import VLM
 
 SUITES = ("mathematics", "visual", "composition")

@@ -10,11 +10,12 @@ from judge_server import JudgeServer, refuses, says
 from PIL import Image
 from tiny import noise_image, tiny_vlm
 
-from dmlr import batches, evaluate, llm_judge
+from dmlr import batches, evaluate
 from dmlr.__main__ import main
 from dmlr.config import Config, ConfigError
 from dmlr.data import DatasetError, ImageError
-from dmlr.llm_judge import JudgeError
+from dmlr.judge import llm_judge
+from dmlr.judge.llm_judge import JudgeError
 from dmlr.results import ResultsError, read_log, read_results
 
 FAST = {"max_num_steps": 2, "max_new_tokens": 4, "batch_size": 4, "verbose": 0, "end_data_idx": None}

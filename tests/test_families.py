@@ -14,8 +14,8 @@ from transformers import AutoModelForImageTextToText, Gemma3Config, LlamaConfig
 from dmlr.answers import NO_IMAGE, Question
 from dmlr.config import Config
 from dmlr.families import FAMILIES, ModelError, check_known
-from dmlr.latent import append_latents, question_noise
 from dmlr.methods import METHODS
+from dmlr.methods.latent import append_latents, question_noise
 from dmlr.optimize import initial_latents, optimize
 from dmlr.prompts import Prompts
 from dmlr.reference import Reference, eager

@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmlr import mathcheck
-from dmlr.extract import boxed_groups, candidates, last_boxed, normalize_text, parse_options, split_choice
-from dmlr.judge import judge, main_judge
-from dmlr.quantities import find_numbers, parse_number
+from dmlr.judge import judge, main_judge, mathcheck
+from dmlr.judge.extract import boxed_groups, candidates, last_boxed, normalize_text, parse_options, split_choice
+from dmlr.judge.quantities import find_numbers, parse_number
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "judge" / "cases.json"
 # Entries whose label our own reading finds false, by position: why.

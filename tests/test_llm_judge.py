@@ -32,11 +32,10 @@ from judge_server import (
     without,
 )
 
-from dmlr import llm_judge
 from dmlr.json_files import as_plain
-from dmlr.judge import Verdict, judge, main_judge
-from dmlr.llm_judge import JudgeError, JudgeSettings, LLMJudge, agreement, decide
-from dmlr.llm_prompt import data_message, read_reply
+from dmlr.judge import Verdict, judge, llm_judge, main_judge
+from dmlr.judge.llm_judge import JudgeError, JudgeSettings, LLMJudge, agreement, decide
+from dmlr.judge.llm_prompt import data_message, read_reply
 
 KEY = "sk-very-secret-0123456789"
 PARIS = {"prediction": "I believe that it is the city of Paris", "ground_truth": "Paris", "question": "Which city?"}
@@ -186,7 +185,7 @@ def test_a_cache_that_cannot_be_used_is_an_error_and_one_that_is_lost_a_warning(
 JUDGE_ALONE = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
-from dmlr.llm_judge import JudgeSettings, LLMJudge
+from dmlr.judge.llm_judge import JudgeSettings, LLMJudge
 cases = [{"prediction": "x", "ground_truth": "y", "question": str(i)} for i in range(40)]
 print("ready", flush=True)
 LLMJudge(JudgeSettings(sys.argv[1], "m", "k"), "cache", concurrency=2, timeout=20).judge_many(cases)

@@ -11,9 +11,10 @@ from bs4 import BeautifulSoup
 from judge_server import JudgeServer, says
 from notebook_files import external_requests
 
-from dmlr import llm_report, notebooks
+from dmlr import notebooks
 from dmlr.config import Config
 from dmlr.evaluate import run
+from dmlr.judge import llm_report
 from dmlr.results import find_runs, read_results
 
 BENCHMARK = Path(__file__).parents[1] / "notebooks" / "03_benchmark.ipynb"

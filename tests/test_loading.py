@@ -16,7 +16,7 @@ from dmlr.answers import Question
 from dmlr.config import Config, ConfigError
 from dmlr.families import ModelError
 from dmlr.kv_cache import ATTENTION
-from dmlr.latent import question_noise
+from dmlr.methods.latent import question_noise
 from dmlr.optimize import optimize
 from dmlr.vlm import VLM
 

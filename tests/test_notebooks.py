@@ -12,9 +12,11 @@ from bs4 import BeautifulSoup
 from notebook_files import external_requests, filled, nbval, notebook
 from PIL import Image
 
-from dmlr import demo, notebooks, page, report_index
+from dmlr import demo, notebooks
 from dmlr.__main__ import main
 from dmlr.judge import judge
+from dmlr.report import index as report_index
+from dmlr.report import page
 from dmlr.results import find_runs, read_results
 
 ROOT = Path(__file__).parents[1]

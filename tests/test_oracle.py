@@ -6,7 +6,7 @@ from tiny import noise_image, tiny_vlm
 
 from dmlr.answers import Question
 from dmlr.config import Config
-from dmlr.latent import append_latents, question_noise
+from dmlr.methods.latent import append_latents, question_noise
 from dmlr.optimize import initial_latents, optimize
 from dmlr.prompts import Prompts
 from dmlr.reference import Reference, eager

@@ -121,9 +121,11 @@ def test_the_readme_names_files_that_exist():
 
 def test_the_readmes_tree_names_every_module_and_notebook():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    modules = [path.name for path in (ROOT / "dmlr").glob("*.py") if not path.name.startswith("__")]
-    files = modules + [path.name for path in (ROOT / "notebooks").glob("*.ipynb")]
-    assert [name for name in files if name not in readme] == []
+    tree = readme.partition("## What is where")[2].partition("\n## ")[0]
+    modules = [path for path in (ROOT / "dmlr").rglob("*.py") if not path.name.startswith("__")]
+    files = [path.name for path in modules] + [f"{path.parent.name}/" for path in modules]
+    files += [path.name for path in (ROOT / "notebooks").glob("*.ipynb")]
+    assert [name for name in files if name not in tree] == []
 
 
 def test_no_file_names_a_private_place():

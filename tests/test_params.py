@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from dmlr import published
-from dmlr.benchmark_rows import BENCHMARKS
 from dmlr.benchmarks import main_data
+from dmlr.benchmarks.rows import BENCHMARKS
+from dmlr.comparison import published
 from dmlr.config import PRESETS, Config
 from dmlr.evaluate import plan
-from dmlr.known_models import PAPER_MODELS
 from dmlr.parameters import check_parameters, config_of, read_parameters
+from dmlr.planning.known_models import PAPER_MODELS
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "03_benchmark.ipynb"
 PARAMS = NOTEBOOK.parent / "params"

@@ -12,16 +12,18 @@ from notebook_files import external_requests, filled, nbval
 from PIL import Image
 from tiny import noise_image, tiny_vlm
 
-from dmlr import confidence, geometry, notebooks, perception, prose, study, study_tables, words
+from dmlr import notebooks, study
 from dmlr.answers import Answer, Question
-from dmlr.bootstrap import Bootstrap, Estimate
-from dmlr.boxes import BoxError, boxes_of, centre, share_inside, share_kept, touched
 from dmlr.config import Config, ConfigError, root
-from dmlr.latent import dmlr
-from dmlr.prompting import prefill_task, prompts_of
+from dmlr.methods.latent import dmlr
+from dmlr.methods.prompting import prefill_task, prompts_of
 from dmlr.reference import eager
+from dmlr.study import confidence, geometry, perception, prose, words
+from dmlr.study import tables as study_tables
+from dmlr.study.bootstrap import Bootstrap, Estimate
+from dmlr.study.boxes import BoxError, boxes_of, centre, share_inside, share_kept, touched
+from dmlr.study.words import Span
 from dmlr.vlm import VLM
-from dmlr.words import Span
 
 NOTEBOOK = root() / "notebooks" / "05_perception_and_confidence.ipynb"
 CONFIG = Config(max_new_tokens=12, max_pixels=None, max_num_steps=2, verbose=0)

@@ -20,13 +20,15 @@ from bs4 import BeautifulSoup
 from notebook_files import cell_parameters, external_requests
 from PIL import Image
 
-from dmlr import demo, gallery, notebooks, page, report_index
+from dmlr import demo, notebooks
 from dmlr.__main__ import _parser
 from dmlr.images import ImageError
 from dmlr.parameters import check_parameters, read_parameters
-from dmlr.policy import gallery_script, policy
-from dmlr.provenance import in_words, provenance
-from dmlr.thumbnails import outlines, thumbnail
+from dmlr.report import gallery, page
+from dmlr.report import index as report_index
+from dmlr.report.policy import gallery_script, policy
+from dmlr.report.provenance import in_words, provenance
+from dmlr.report.thumbnails import outlines, thumbnail
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -14,9 +14,9 @@ from dmlr.config import locate
 from dmlr.data import load_dataset
 from dmlr.judge import judge
 from dmlr.shapes import CELL, GRID, SIDE, random_scene, render
-from dmlr.shapes_packing import ask
-from dmlr.shapes_questions import SUITES
-from dmlr.shapes_suites import chance_level, make_suite, write_suites
+from dmlr.shapes.packing import ask
+from dmlr.shapes.questions import SUITES
+from dmlr.shapes.suites import chance_level, make_suite, write_suites
 
 FOLDER = Path(locate("data/shapes"))
 

@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 from dmlr.prompts import Prompts
 from dmlr.shapes import EASY
-from dmlr.shapes_learner import Learner, Recipe
-from dmlr.shapes_packing import Phase, collate, pack
-from dmlr.shapes_vl import build_tokenizer, wordings
+from dmlr.shapes.learner import Learner, Recipe
+from dmlr.shapes.packing import Phase, collate, pack
+from dmlr.shapes.vl import build_tokenizer, wordings
 
 RECIPE = Recipe(hidden=64, layers=1, noise=0.0)
 PHASE = Phase(3, 0.5, 0.3, 0.05, EASY)

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from transformers import AutoProcessor
 
-from dmlr import shapes_training
-from dmlr.shapes_learner import Recipe
-from dmlr.shapes_training import check_same_everywhere, corpus, means, train
-from dmlr.shapes_vl import build_processor, build_tokenizer
+from dmlr.shapes import training as shapes_training
+from dmlr.shapes.learner import Recipe
+from dmlr.shapes.training import check_same_everywhere, corpus, means, train
+from dmlr.shapes.vl import build_processor, build_tokenizer
 
 RECIPE = Recipe(minutes=0.1, vision_minutes=0.03, hidden=64, layers=1, scenes=1, questions=3, processes=1)
 

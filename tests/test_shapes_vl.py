@@ -11,13 +11,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLF
 from dmlr import notebooks
 from dmlr.config import Config, locate
 from dmlr.injection import Patches
-from dmlr.latent import append_latents
+from dmlr.methods.latent import append_latents
 from dmlr.prompts import Prompts
 from dmlr.shapes import EASY, random_scene, render
-from dmlr.shapes_attention import TREE, tree_attention
-from dmlr.shapes_learner import Learner, Recipe
-from dmlr.shapes_packing import NO_LABEL, Phase, ask, batches, collate, interleaved, pack, pixel_rows
-from dmlr.shapes_vl import FAMILIES, IM_END, build_model, build_processor, build_tokenizer, save_checkpoint, wordings
+from dmlr.shapes.attention import TREE, tree_attention
+from dmlr.shapes.learner import Learner, Recipe
+from dmlr.shapes.packing import NO_LABEL, Phase, ask, batches, collate, interleaved, pack, pixel_rows
+from dmlr.shapes.vl import FAMILIES, IM_END, build_model, build_processor, build_tokenizer, save_checkpoint, wordings
 from dmlr.vlm import VLM
 
 PROMPTS = Prompts()

@@ -9,10 +9,10 @@ from saved_run import save_dataset
 from dmlr import table1
 from dmlr.__main__ import main
 from dmlr.config import Config, ConfigError
-from dmlr.dry_run import plan
 from dmlr.evaluate import run
-from dmlr.forecast import earlier_pace, settings_pace
 from dmlr.loading import load_checkpoint
+from dmlr.planning.dry_run import plan
+from dmlr.planning.forecast import earlier_pace, settings_pace
 from dmlr.results import ResultsError, read_log, read_results
 
 FAST = ["-p", "end_data_idx", "6", "-p", "max_num_steps", "2", "-p", "max_new_tokens", "48", "-p", "verbose", "0"]
@@ -108,8 +108,8 @@ def test_earlier_runs_are_taken_by_method_and_by_how_like_they_are():
 
 
 def test_where_nothing_ran_before_time_is_from_settings_or_unknown(tmp_path, monkeypatch):
-    monkeypatch.setattr("dmlr.forecast.earlier_results", lambda *args: [])
-    monkeypatch.setattr("dmlr.dry_run.earlier_results", lambda *args: [])
+    monkeypatch.setattr("dmlr.planning.forecast.earlier_results", lambda *args: [])
+    monkeypatch.setattr("dmlr.planning.dry_run.earlier_results", lambda *args: [])
     made = plan(fast(tmp_path, methods="vanilla,dmlr,ltpo,self-consistency"))
     vanilla, dmlr, ltpo, consistency = (job.pace for job in made.jobs)
     assert 0 < vanilla.seconds < min(dmlr.seconds, ltpo.seconds)
@@ -154,7 +154,7 @@ def test_table_1_of_the_embedded_model_is_made_resumed_and_skipped(tmp_path, cap
     missing = tmp_path / "missing.yaml"
     missing.write_text("dataset: data/none.json\n")
     names = f"shapes-mathematics,{missing},shapes-visual"
-    monkeypatch.setattr("dmlr.report_index.write_index", lambda: None)
+    monkeypatch.setattr("dmlr.report.index.write_index", lambda: None)
     command = ["table1", "shapes-vl", "--benchmarks", names, "--output", str(tmp_path / "table"), *FAST]
     assert main([*command, "--dry-run"]) == 1
     assert re.search(r"visual +dmlr +6 +0 +0 +6 ", capsys.readouterr().out)

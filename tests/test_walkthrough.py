@@ -17,19 +17,19 @@ from notebook_files import cell_parameters, external_requests
 from PIL import Image
 from tiny import noise_image, tiny_vlm
 
-from dmlr import notebooks, plots_walkthrough, widgets
-from dmlr import walkthrough_view as view
+from dmlr import notebooks
 from dmlr.config import Config
 from dmlr.data import Example, load_dataset, open_image
 from dmlr.encode import PromptError
 from dmlr.injection import Patches
-from dmlr.latent import append_latents, prefill_latent
 from dmlr.methods import METHODS
+from dmlr.methods.latent import append_latents, prefill_latent
+from dmlr.methods.prompting import decode, prompts_of
 from dmlr.optimize import initial_latents
-from dmlr.prompting import decode, prompts_of
+from dmlr.plots import walkthrough as plots_walkthrough
 from dmlr.vlm import VLM
-from dmlr.walkthrough import Moment, explore
-from dmlr.what_if import Change, try_changes, usual_changes
+from dmlr.walkthrough import Moment, explore, view, widgets
+from dmlr.walkthrough.what_if import Change, try_changes, usual_changes
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "01_walkthrough.ipynb"
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>"

@@ -1,0 +1,274 @@
+"""An LLM as judge, over any server that speaks the chat-completions protocol; asked where the rules cannot decide.
+
+A verdict is correct, wrong or unparsed when the server gave one, and judge_failed for everything else that can happen
+(no key accepted, no capacity, time-outs, a reply that is none): never wrong for the judge's own fault. Verdicts are
+kept on disk by model and content, failures are not, so asking again costs nothing and mends what failed. The API key
+goes into the request's header and nowhere else. What is asked stands in llm_prompt.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx2
+import openai
+from anyio.from_thread import start_blocking_portal
+
+from dmlr.config import locate
+from dmlr.json_files import write_json
+from dmlr.judge import Verdict
+from dmlr.judge.llm_prompt import Reply, clean, data_message, messages, output_of, read_reply, response_format
+from dmlr.judge.llm_settings import JudgeError, JudgeSettings
+
+STATUSES = ("correct", "wrong", "unparsed", "judge_failed")
+
+# Ways to ask, from the one that binds the reply most to the one that every server understands.
+_FORMS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0, "response_format": response_format()},
+    {"temperature": 0},
+    {},
+)
+_REFUSED = (400, 404, 415, 422)  # what servers answer to a parameter that they do not know
+_UNANSWERED = re.compile(r"timeout|connection|http_(?:403|408|429|5\d\d)")  # reasons that lie with the server alone
+_SHOWN = 300
+
+
+class LLMJudge:
+    """Asks one model on one server. `usage` and `failures` (reason: first message) add up over all calls.
+
+    At most `concurrency` requests are open; each attempt may take `timeout` seconds from first byte to last, and is
+    repeated up to `max_retries` times when that can help, after the pause that the server asks for or a growing one.
+    JudgeError when the cache folder cannot be made.
+    """
+
+    def __init__(
+        self,
+        settings: JudgeSettings,
+        cache_folder: str | Path,
+        *,
+        concurrency: int = 8,
+        timeout: float = 60.0,
+        max_retries: int = 4,
+    ) -> None:
+        self.settings, self.folder = settings, Path(cache_folder)
+        self.concurrency, self.timeout, self.max_retries = concurrency, timeout, max_retries
+        self.usage = dict.fromkeys(("prompt_tokens", "completion_tokens", "requests", "cached", "failed"), 0)
+        self.failures: dict[str, str] = {}
+        self._form = 0  # of _FORMS, the first that this server did not refuse
+        self._fruitless = 0  # calls in a row that the server did not answer
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise JudgeError(f"{self.folder}: cannot hold the judge's cache: {error.strerror}") from None
+
+    def judge_many(
+        self, cases: Sequence[Mapping[str, Any]], progress: Callable[[], object] | None = None
+    ) -> list[Verdict]:
+        """Verdicts in the order of the cases (keys as of `judge.judge`); `progress` is called after each one asked.
+
+        Raises nothing for what a server does. Once it rejects the key, or leaves 3 × `concurrency` calls in a row
+        without answer, the remaining cases fail unasked. An interrupt stops at once and keeps what was answered.
+        """
+        keyed = [(self._key(data := data_message(case)), data, _without_asking(case)) for case in cases]
+        verdicts = {key: known for key, _, given in keyed if (known := given or self._recall(key))}
+        waiting = {key: data for key, data, _ in keyed if key not in verdicts}
+        self.usage["cached"] += sum(given is None and key not in waiting for key, _, given in keyed)
+        self._fruitless = 0
+        if waiting:
+            # A thread with an event loop of its own: notebooks already run one in this thread.
+            with start_blocking_portal() as portal:
+                verdicts |= portal.call(self._ask_all, waiting, progress or (lambda: None))
+        found = [verdicts[key] for key, _, _ in keyed]
+        self.usage["failed"] += sum(verdict.status == "judge_failed" for verdict in found)
+        return found
+
+    def report(self) -> dict[str, Any]:
+        """What the judging cost so far, for the run's report: usage, dollars (None: no price given), failures."""
+        cost = None
+        if self.settings.price is not None:
+            prompt, completion = self.settings.price
+            cost = (prompt * self.usage["prompt_tokens"] + completion * self.usage["completion_tokens"]) / 1e6
+        return {"model": self.settings.model, **self.usage, "cost_usd": cost, "failures": dict(self.failures)}
+
+    async def _ask_all(self, waiting: Mapping[str, str], progress: Callable[[], object]) -> dict[str, Verdict]:
+        verdicts: dict[str, Verdict] = {}
+        free = anyio.Semaphore(self.concurrency)
+
+        async def ask_one(key: str, data: str) -> None:
+            async with free:
+                verdicts[key] = await self._ask(client, key, data)
+                progress()
+
+        async with (
+            openai.AsyncOpenAI(
+                api_key=self.settings.key.get_secret_value(),
+                base_url=self.settings.base_url,
+                timeout=self.timeout,
+                max_retries=self.max_retries,
+                http_client=_WholeTimeout(self.timeout, self.usage),
+            ) as client,
+            anyio.create_task_group() as tasks,
+        ):
+            for key, data in waiting.items():
+                tasks.start_soon(ask_one, key, data)
+        return verdicts
+
+    async def _ask(self, client: openai.AsyncOpenAI, key: str, data: str) -> Verdict:
+        """One case: the ways to ask in turn, until one brings a reply that can be read."""
+        if self._fruitless >= 3 * self.concurrency:
+            return self._failed("not_asked", "the server left too many calls in a row without answer")
+        reason = message = ""
+        refused = False
+        for form in range(self._form, len(_FORMS)):
+            try:
+                completion = await client.chat.completions.create(
+                    model=self.settings.model, messages=messages(data, as_json=form == 0), **_FORMS[form]
+                )
+                reply = read_reply(self._content(completion))
+            except openai.APIStatusError as error:
+                reason, message = f"http_{error.status_code}", error.message
+                if error.status_code not in _REFUSED:
+                    break
+                refused = True
+            except openai.APITimeoutError:
+                reason, message = "timeout", f"no whole reply within {self.timeout:g} s"
+                break
+            except openai.APIConnectionError as error:
+                reason, message = "connection", f"{type(error.__cause__).__name__}: {error.__cause__}"
+                break
+            except ValueError as error:  # no JSON, another protocol, or no verdict: worth another way to ask
+                reason, message = "unreadable_reply", str(error)
+            except Exception as error:  # whatever it is, it is not the fault of the output that is judged
+                reason, message = type(error).__name__, str(error)
+                break
+            else:
+                self._fruitless = 0
+                self._form = form if refused else self._form
+                reply = Reply(answer=self._shown(reply.answer), verdict=reply.verdict)
+                await anyio.to_thread.run_sync(self._keep, key, reply)
+                return self._verdict(reply)
+        if reason == "http_401":
+            self._fruitless = 3 * self.concurrency
+        else:
+            self._fruitless = self._fruitless + 1 if _UNANSWERED.fullmatch(reason) else 0
+        return self._failed(reason, message)
+
+    def _content(self, completion: Any) -> str:
+        """Text of a completion, its tokens counted. ValueError for what is none: the client checks no types."""
+        usage = getattr(completion, "usage", None)
+        for name in ("prompt_tokens", "completion_tokens"):
+            count = getattr(usage, name, None)
+            self.usage[name] += count if isinstance(count, int) else 0
+        try:
+            content = completion.choices[0].message.content
+        except (AttributeError, IndexError, TypeError, KeyError):
+            content = None
+        if not isinstance(content, str):
+            raise ValueError("the server's reply is no chat completion with text")
+        return content
+
+    def _verdict(self, reply: Reply) -> Verdict:
+        return Verdict(reply.status, f"llm:{self.settings.model}", reply.answer)
+
+    def _failed(self, reason: str, message: str) -> Verdict:
+        self.failures.setdefault(reason, self._shown(message))
+        return Verdict("judge_failed", f"llm:{self.settings.model}:{reason}", "")
+
+    def _shown(self, text: str) -> str:
+        """Text from outside as it may be written down: servers quote the key that they reject."""
+        text = " ".join(clean(text).replace(self.settings.key.get_secret_value(), "[key]").split())
+        return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+
+    # the cache: one file per verdict, so that processes can share the folder without knowing of each other
+
+    def _key(self, data: str) -> str:
+        # A model's name means something on its own server only.
+        question = json.dumps([self.settings.base_url, self.settings.model, messages(data, as_json=True)])
+        return hashlib.sha256(question.encode()).hexdigest()
+
+    def _recall(self, key: str) -> Verdict | None:
+        try:
+            return self._verdict(Reply.model_validate(json.loads((self.folder / f"{key}.json").read_bytes())["reply"]))
+        except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: it is asked again
+            return None
+
+    def _keep(self, key: str, reply: Reply) -> None:
+        try:
+            write_json(self.folder / f"{key}.json", {"model": self.settings.model, "reply": reply.model_dump()})
+        except OSError as error:
+            warnings.warn(f"{self.folder}: LLM verdicts are not kept: {error.strerror}", stacklevel=2)
+
+
+class _WholeTimeout(openai.DefaultAsyncHttpxClient):
+    """Counts attempts and limits each as a whole: the library's time-out begins anew with every byte received."""
+
+    def __init__(self, seconds: float, usage: dict[str, int]) -> None:
+        super().__init__(timeout=seconds)
+        self._seconds, self._usage = seconds, usage
+
+    async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        self._usage["requests"] += 1
+        try:
+            with anyio.fail_after(self._seconds):
+                return await super().send(request, **options)
+        except TimeoutError:
+            raise httpx2.ReadTimeout("no whole reply in time", request=request) from None
+
+
+def decide(
+    cases: Sequence[Mapping[str, Any]],
+    by_rules: Sequence[Verdict],
+    llm: LLMJudge,
+    *,
+    always: bool = False,
+    progress: Callable[[], object] | None = None,
+) -> list[Verdict]:
+    """The rules' verdicts, the LLM's in place of those that are unparsed, or of all of them."""
+    asked = [i for i, verdict in enumerate(by_rules) if always or verdict.status == "unparsed"]
+    verdicts = list(by_rules)
+    for i, verdict in zip(asked, llm.judge_many([cases[i] for i in asked], progress), strict=True):
+        verdicts[i] = verdict
+    return verdicts
+
+
+def agreement(by_rules: Sequence[str], by_llm: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Counts of cases by status, the rules' first and then the LLM's; every pair of STATUSES is there, if with 0."""
+    counts = Counter(zip(by_rules, by_llm, strict=True))
+    return {rules: {llm: counts[rules, llm] for llm in STATUSES} for rules in STATUSES if rules != "judge_failed"}
+
+
+def judge_cases(cases: Sequence[Mapping[str, Any]], by_rules: Iterable[Verdict], *, always: bool) -> list[Verdict]:
+    """`decide` for the command line: settings from the environment, the shared cache, cost and failures on stderr.
+
+    JudgeError before any case is judged when the settings or the cache cannot be used.
+    """
+    llm = LLMJudge(JudgeSettings.from_environment(), shared_cache())
+    by_rules = list(by_rules)
+    verdicts = decide(cases, by_rules, llm, always=always)
+    print(json.dumps(llm.report()), file=sys.stderr)
+    if always:
+        table = agreement([v.status for v in by_rules], [v.status for v in verdicts])
+        print(json.dumps({"rules, then llm": table}), file=sys.stderr)
+    return verdicts
+
+
+def shared_cache() -> Path:
+    """The cache that runs share: the folder JUDGE_CACHE of the environment, else one beside this checkout's runs."""
+    return Path(os.environ.get("JUDGE_CACHE") or Path(locate("reports")) / "runs" / "judge_cache")
+
+
+def _without_asking(case: Mapping[str, Any]) -> Verdict | None:
+    """The verdict where there is nothing to compare, as the rules give it."""
+    if not clean(case.get("ground_truth")).strip():
+        return Verdict("unparsed", "no_ground_truth", "")
+    return None if output_of(case) else Verdict("unparsed", "no_answer", "")

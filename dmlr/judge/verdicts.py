@@ -1,0 +1,89 @@
+"""The judges' part of a record: the rules' verdict at once, an LLM's where it is wanted, over all records together.
+
+`rule_verdict` keeps what the rules said, whoever decides in the end; from it follows what an LLM is asked about and
+how often the two agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from dmlr.config import Config
+from dmlr.data import Example
+from dmlr.judge import Verdict, judge
+from dmlr.results import RunLog
+
+if TYPE_CHECKING:
+    from dmlr.judge.llm_settings import JudgeSettings
+
+NOT_JUDGED = ("error", "skipped_no_ground_truth")  # stop reasons
+
+
+def verdict_of(example: Example, text: str, stop_reason: str) -> dict[str, Any]:
+    """The rules' part of a record; the same rules for every method. None where nothing was to be judged."""
+    if stop_reason in NOT_JUDGED:
+        nothing = dict.fromkeys(("answer", "is_correct", "verdict", "rule", "rule_verdict"))
+        return nothing | {"ground_truth_text": example.solution}
+    verdict = judge(text, example.solution, **hints(example))
+    return fields_of(verdict) | {"ground_truth_text": example.solution, "rule_verdict": verdict.status}
+
+
+def hints(example: Example) -> dict[str, Any]:
+    """What a judge is told beside prediction and ground truth."""
+    names = ("choices", "kind", "precision", "relative_tolerance")
+    return {"question": example.question} | {key: example.meta[key] for key in names if key in example.meta}
+
+
+def fields_of(verdict: Verdict) -> dict[str, Any]:
+    """A verdict in a record; a judge that failed says nothing about the answer."""
+    return {
+        "answer": verdict.answer,
+        "is_correct": None if verdict.status == "judge_failed" else verdict.status == "correct",
+        "verdict": verdict.status,
+        "rule": verdict.rule,
+    }
+
+
+def llm_settings(config: Config) -> JudgeSettings | None:
+    """Where the LLM judge is; None when none is wanted. JudgeError when one is and cannot be asked."""
+    if not config.use_llm_verify:
+        return None
+    from dmlr.judge.llm_settings import JudgeSettings
+
+    return JudgeSettings.from_environment()
+
+
+def ask_llm(
+    log: RunLog, examples: Iterable[Example], settings: JudgeSettings | None, *, every: bool
+) -> dict[str, Any] | None:
+    """Logs an LLM's verdict on what the rules could not decide (`every`: on all of it) in place of theirs.
+
+    What an LLM decided in an earlier run, and is not asked about in this one, is the rules' again. Returns what it
+    cost and how it agrees with the rules, for results.json; None without settings. A failed call is judge_failed, which
+    counts neither way and is asked again by resume and by verify_only; whatever was answered before comes from the
+    judge's cache.
+    """
+    by_row = {example.row: example for example in examples}
+    wanted = ("correct", "wrong", "unparsed") if every else ("unparsed",)
+    judged = [record for record in log.records() if record["row"] in by_row]
+    records = [record for record in judged if settings is not None and record.get("rule_verdict") in wanted]
+    asked = {record["row"] for record in records}
+    for old in judged:
+        if old["row"] not in asked and str(old["rule"]).startswith("llm:"):
+            log.append(old | verdict_of(by_row[old["row"]], old["model_output"], old["stop_reason"]))
+    if settings is None:
+        return None
+    from dmlr.judge.llm_judge import LLMJudge, agreement, shared_cache  # the client takes a second to import
+
+    cases = []
+    for record in records:
+        example = by_row[record["row"]]
+        cases.append({"prediction": record["model_output"], "ground_truth": example.solution, **hints(example)})
+    llm = LLMJudge(settings, shared_cache())
+    verdicts = llm.judge_many(cases)
+    for record, verdict in zip(records, verdicts, strict=True):
+        if (changed := record | fields_of(verdict)) != record:
+            log.append(changed)
+    table = agreement([record["rule_verdict"] for record in records], [verdict.status for verdict in verdicts])
+    return llm.report() | {"every": every, "agreement": table}

@@ -1,0 +1,32 @@
+"""The methods: a batch of questions in, answers out. Each is a small function on the same core.
+
+Every method gets the same images, and the same model and decoding; they differ in what the model may do before it
+answers. Knows nothing about ground truth, judging or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from dmlr.answers import Answer, Question
+from dmlr.config import Config
+from dmlr.methods.controls import random, unoptimised
+from dmlr.methods.icot import icot
+from dmlr.methods.latent import dmlr, ltpo
+from dmlr.methods.prompting import ccot, multimodal_cot, vanilla
+from dmlr.methods.self_consistency import self_consistency
+from dmlr.vlm import VLM
+
+__all__ = ["METHODS", "Answer", "Question"]
+
+METHODS: dict[str, Callable[[VLM, Sequence[Question], Config], list[Answer]]] = {
+    "vanilla": vanilla,
+    "multimodal-cot": multimodal_cot,
+    "ccot": ccot,
+    "icot": icot,
+    "ltpo": ltpo,
+    "dmlr": dmlr,
+    "self-consistency": self_consistency,
+    "unoptimised": unoptimised,
+    "random": random,
+}

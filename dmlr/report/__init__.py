@@ -1,0 +1,1 @@
+"""What reports are made of: tables, galleries, provenance, policy, index. Parts know records, not models."""
