@@ -27,6 +27,7 @@ from dmlr.data import Example, ImageError, Problem, load_dataset, open_image
 from dmlr.judge.verdicts import ask_llm, llm_settings, verdict_of
 from dmlr.machine import environment  # noqa: F401 (notebooks take it from here)
 from dmlr.methods import METHODS, Answer
+from dmlr.methods.prompting import prompts_of
 from dmlr.metrics import efficiency
 from dmlr.records import error_record, record_of
 from dmlr.results import (
@@ -107,10 +108,11 @@ def complain(results: dict[tuple[str, str], dict[str, Any]], folder: Path) -> No
 
 
 def plan(config: Config) -> list[Job]:
-    """The run's jobs in order. ConfigError for an unknown method and for two jobs of one name, DatasetError for an
-    unusable file."""
+    """The run's jobs in order. ConfigError for an unknown method, an unusable prompts_file and two jobs of one name,
+    DatasetError for an unusable dataset."""
     methods = [m.strip() for m in config.methods.split(",") if m.strip()]
     check_names(methods, METHODS, what="method")
+    prompts_of(config)
     datasets = [d.strip() for d in config.dataset.split(",") if d.strip()]
     if not methods or not datasets:
         raise ConfigError(f"nothing to run: methods = {config.methods!r}, dataset = {config.dataset!r}")
@@ -127,6 +129,12 @@ def plan(config: Config) -> list[Job]:
             f"{doubled.parent.name}, {doubled.name} is there twice in one run, and its folder is {doubled}"
         )
     return jobs
+
+
+def checksums(job: Job, config: Config) -> dict[str, str]:
+    """SHA-256 of the files that decide a job's records, by the parameter that names them."""
+    files = {"dataset": job.dataset} | ({"prompts_file": config.prompts_file} if config.prompts_file else {})
+    return {name: hashlib.sha256(Path(locate(path)).read_bytes()).hexdigest() for name, path in files.items()}
 
 
 def output_folder(config: Config) -> Path:
@@ -147,8 +155,7 @@ def run_job(
 ) -> dict[str, Any]:
     """Gets answers to what is not finished yet, judges them, and derives results.json; also when interrupted."""
     bar.set_description(f"{name(job.dataset)} {job.method}")
-    checksum = hashlib.sha256(Path(locate(job.dataset)).read_bytes()).hexdigest()
-    facts = {"method": job.method, "dtype": crew.facts.dtype, "device": crew.facts.device, "dataset": checksum}
+    facts = {"method": job.method, "dtype": crew.facts.dtype, "device": crew.facts.device, **checksums(job, config)}
     fair = math.ceil(len(job.examples) / config.num_workers)  # of few examples, each worker still gets some
     size = config.batch_size or max(1, min(crew.facts.fitting_batch, fair))
     right = judged = 0

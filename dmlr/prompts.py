@@ -114,17 +114,26 @@ def _filled(template: str, **values: str) -> str:
 
 
 def load_prompts(path: str | Path | None) -> Prompts:
-    """Defaults, overridden by the keys of a YAML file. ValueError names an unknown key or a lost placeholder."""
+    """Defaults, overridden by the keys of a YAML file.
+
+    ValueError says what is wrong with it (no YAML, an unknown key, no text, a lost placeholder); OSError: not readable.
+    """
     if path is None:
         return Prompts()
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {error}") from None
     names = [f.name for f in fields(Prompts)]
     if not isinstance(values, dict) or (unknown := set(values) - set(names)):
         found = sorted(unknown) if isinstance(values, dict) else type(values).__name__
         raise ValueError(f"{path}: expected a mapping with keys among {names}, found {found}")
     if "solver" in values:
         solver = values["solver"]
-        values["solver"] = (solver,) * 3 if isinstance(solver, str) else tuple(solver)
+        values["solver"] = tuple(solver) if isinstance(solver, list) else (solver,) * 3
+    for name, value in values.items():
+        if not all(isinstance(text, str) for text in (value if name == "solver" else [value])):
+            raise ValueError(f"{path}: {name} must be text, found {value!r}")
     prompts = Prompts(**values)
     if len(prompts.solver) != 3:
         raise ValueError(f"{path}: solver needs three templates (or one text for all), found {len(prompts.solver)}")

@@ -359,3 +359,39 @@ def test_an_llms_verdicts_go_when_it_is_no_longer_asked(vlm, dataset, tmp_path, 
     }
     none = run(vlm, dataset, tmp_path / "out", methods="vanilla", resume=True)["vanilla"]
     assert none["llm_judge"] is None and comparable(none) == comparable(plain)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "prompts_file: .*No such file"),
+        ("solver: 'no place for it'\n", r"prompts_file: .*must contain {question} exactly once"),
+        ("sistem: x\n", "prompts_file: .*found ..sistem"),
+        ("system: [1, 2]\n", r"prompts_file: .*system must be text"),
+        ("solver: [a, 5, c]\n", r"prompts_file: .*solver must be text"),
+        ("solver: 5\n", r"prompts_file: .*solver must be text"),
+        ("a: 'open\n", "prompts_file: .*not YAML"),
+    ],
+)
+def test_an_unusable_prompts_file_ends_the_run_before_it_begins(dataset, tmp_path, text, message):
+    path = tmp_path / "prompts.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        run(None, dataset, tmp_path / "out", prompts_file=str(path), model_name_or_path="nobody/nothing")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_prompts_are_another_run(vlm, dataset, tmp_path):
+    """By what the file says, not by where it lies."""
+    mine, moved = tmp_path / "mine.yaml", tmp_path / "moved.yaml"
+    for path in (mine, moved):
+        path.write_text("system: Be brief.\n")
+    first = run(vlm, dataset, tmp_path / "out", prompts_file=str(mine))
+    assert "Be brief." in first["dmlr"]["entries"][0]["prompt"]
+    again = run(vlm, dataset, tmp_path / "out", prompts_file=str(moved), resume=True)
+    assert first["dmlr"]["entries"] == again["dmlr"]["entries"]
+    mine.write_text("system: Be very brief.\n")
+    for other in (str(mine), ""):
+        with pytest.raises(ResultsError, match="cannot resume under another configuration: prompts_file was"):
+            run(vlm, dataset, tmp_path / "out", prompts_file=other, resume=True)

@@ -11,6 +11,8 @@ from dmlr.benchmarks.rows import BENCHMARKS
 from dmlr.comparison import published
 from dmlr.config import PRESETS, Config
 from dmlr.evaluate import plan
+from dmlr.judge import judge
+from dmlr.methods.prompting import prompts_of
 from dmlr.parameters import check_parameters, config_of, read_parameters
 from dmlr.planning.known_models import PAPER_MODELS
 
@@ -19,7 +21,7 @@ PARAMS = NOTEBOOK.parent / "params"
 MODELS = {path.stem: path for path in sorted((PARAMS / "models").glob("*.yaml"))}
 DATA = {path.stem: path for path in sorted((PARAMS / "benchmarks").glob("*.yaml"))}
 SUITES = [name for name in DATA if name.startswith("shapes-")]
-ITS_OWN = {"model_name_or_path", "methods", "banned_strings"}
+ITS_OWN = {"model_name_or_path", "methods", "banned_strings", "prompts_file"}
 # A file's name, and how the model is called in the paper's table; VLAA-Thinker's size is not told there.
 ROWS = {name: name for name in ("qwen2.5-vl-3b", "qwen2.5-vl-7b", "qwen3-vl-4b", "qwen3-vl-8b")}
 ROWS |= {"r1-onevision-7b": "r1-onevision", "vlaa-thinker-3b": "vlaa-thinking", "vlaa-thinker-7b": "vlaa-thinking"}
@@ -50,6 +52,16 @@ def test_a_model_of_the_paper_has_the_papers_loop_and_its_rows_methods(model):
     rows = {method for row, method, _ in published.TABLE_1 if row == ROWS[model]}
     assert set(values["methods"].split(",")) == rows
     assert values["methods"].startswith("vanilla,"), "the baseline comes first"
+
+
+@pytest.mark.parametrize("name", ["r1-onevision-7b", "vlaa-thinker-3b", "vlaa-thinker-7b"])
+def test_models_tuned_to_answer_in_tags_are_asked_for_tags(name):
+    config = Config.make(None, **read_parameters(MODELS[name]))
+    prompts = prompts_of(config)
+    assert all(tag in prompts.system for tag in ("<think>", "</think>", "<answer>", "</answer>"))
+    for way in range(3):
+        assert "boxed" not in prompts.task("Which?", way) and prompts.task("Which?", way).startswith("Which?")
+    assert judge("<think> B looks right, but no. </think> <answer> C </answer>", "C").status == "correct"
 
 
 def test_the_embedded_model_has_the_demos_values():

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dmlr.answers import Answer, Clock, Question
-from dmlr.config import Config
+from dmlr.config import Config, ConfigError, locate
 from dmlr.decoding import Decoded, Feed, Pick, greedy
 from dmlr.encode import Encoded
 from dmlr.prefix import Prefix
@@ -98,8 +98,11 @@ def _two_calls(vlm, questions, config, name, first, first_budget, second, second
 
 
 def prompts_of(config: Config) -> Prompts:
-    """The texts that this run asks with."""
-    return load_prompts(config.prompts_file or None)
+    """The texts that this run asks with. ConfigError says what is wrong with its file."""
+    try:
+        return load_prompts(locate(config.prompts_file) if config.prompts_file else None)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"prompts_file: {error}") from None
 
 
 def prefill_task(

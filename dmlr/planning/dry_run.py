@@ -5,7 +5,6 @@ Loads no model and calls nothing; a file that the run could not read is an error
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import re
@@ -17,7 +16,7 @@ from typing import Any
 from huggingface_hub import constants
 
 from dmlr import evaluate
-from dmlr.config import Config, locate, root
+from dmlr.config import Config, root
 from dmlr.json_files import as_plain
 from dmlr.judge.verdicts import llm_settings
 from dmlr.parameters import check_parameters, config_of, default_output, from_here
@@ -115,13 +114,13 @@ def progress(job: evaluate.Job, config: Config) -> JobPlan:
 
 
 def changed(job: evaluate.Job, config: Config) -> list[str]:
-    """Parameters, and the dataset's content, that are other than those of the folder's log. dtype and device are the
+    """Parameters, and contents of files, that are other than those of the folder's log. dtype and device are the
     model's to say, which is not loaded here."""
     saved = read_run(job.folder)
-    facts, free = saved.get("facts") or {}, FREE_PARAMETERS | {"dataset", "dtype", "device"}
+    facts, sums = saved.get("facts") or {}, evaluate.checksums(job, config)
+    free = FREE_PARAMETERS | sums.keys() | {"dtype", "device"}
     found = differences(with_defaults(saved.get("config")), as_plain(config), free)
-    checksum = hashlib.sha256(Path(locate(job.dataset)).read_bytes()).hexdigest()
-    return found + (["the dataset file has changed"] if facts.get("dataset") not in (None, checksum) else [])
+    return found + [f"the {name} has changed" for name, now in sums.items() if facts.get(name) not in (None, now)]
 
 
 def obstacles(config: Config, model: Model) -> list[str]:
