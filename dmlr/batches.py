@@ -16,8 +16,8 @@ from dmlr.config import Config
 from dmlr.data import Example, ImageError, open_image
 from dmlr.machine import environment, peak_memory
 from dmlr.methods import METHODS, Answer, Question
-from dmlr.planning.workload import workload
 from dmlr.vlm import VLM
+from dmlr.workload import workload
 
 
 @dataclass(frozen=True)

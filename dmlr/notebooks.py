@@ -22,13 +22,13 @@ from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from nbconvert.filters import markdown2html_mistune, strip_ansi
 from papermill.exceptions import PapermillExecutionError
-from pygments.formatters import HtmlFormatter
 from traitlets import default
 
 from dmlr.config import root
 from dmlr.parameters import check_parameters, default_output, from_here, literal
 from dmlr.report.policy import policy
 from dmlr.report.provenance import provenance
+from dmlr.report.style import css
 
 
 class RunError(RuntimeError):
@@ -159,12 +159,3 @@ def _headings(notebook: nbformat.NotebookNode) -> list[tuple[int, str, str]]:
                     link.decompose()
                 found.append((int(heading.name[1]), heading.get("id", ""), heading.get_text().strip()))
     return found
-
-
-def css() -> str:
-    """Page style and code colours, for light and dark."""
-    light = HtmlFormatter(style="friendly").get_style_defs(".highlight")
-    dark = HtmlFormatter(style="github-dark").get_style_defs(".highlight")
-    page = (root() / "reports" / "template" / "page.css").read_text(encoding="utf-8")
-    clear = ".highlight, .highlight pre { background: var(--tint); }"
-    return f"{light}\n@media screen and (prefers-color-scheme: dark) {{ {dark} }}\n{page}\n{clear}"

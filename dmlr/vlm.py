@@ -12,15 +12,15 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
+from dmlr import footprint
 from dmlr.config import Config
 from dmlr.cpu_linear import through_onednn
 from dmlr.decoding import decode
 from dmlr.encode import Encoded, Encoder
 from dmlr.families import family_of
+from dmlr.footprint import Shape, Work
 from dmlr.kv_cache import AttentionProbe, KVCache, at_least_float32
 from dmlr.loading import load_checkpoint
-from dmlr.planning import footprint
-from dmlr.planning.footprint import Shape, Work
 from dmlr.prefix import Prefix
 
 
@@ -109,7 +109,7 @@ class VLM:
     def fitting_batch(self, work: Work) -> int:
         """Examples that ask for so much and go through together: by the GPU's free memory; 16 on a CPU.
 
-        An estimate (planning/footprint.py): who asks for too much gets an out-of-memory error, and halves the batch.
+        An estimate (footprint.py): who asks for too much gets an out-of-memory error, and halves the batch.
         """
         if self.device.type != "cuda":
             return footprint.MOST["cpu"]

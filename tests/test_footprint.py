@@ -11,13 +11,13 @@ from tiny_families import TINY
 from dmlr.answers import Question
 from dmlr.bench import random_prompt, random_vlm
 from dmlr.config import Config
+from dmlr.footprint import MOST, USABLE, Parameters, Rates, Shape, Work, fitting_batch, peak, seconds, stages
 from dmlr.methods.latent import append_latents, question_noise
 from dmlr.optimize import optimize
 from dmlr.peak_memory import peak_bytes
-from dmlr.planning.footprint import MOST, USABLE, Parameters, Rates, Shape, Work, fitting_batch, peak, seconds, stages
 from dmlr.planning.known_models import PAPER_MODELS, ModelError, paper_settings, settings_of
-from dmlr.planning.workload import workload
 from dmlr.vlm import VLM
+from dmlr.workload import workload
 
 NO_IDS = torch.zeros(0, dtype=torch.long)
 # Parameters of the published checkpoints: total_size of model.safetensors.index.json, over two bytes.

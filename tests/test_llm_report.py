@@ -14,7 +14,7 @@ from notebook_files import external_requests
 from dmlr import notebooks
 from dmlr.config import Config
 from dmlr.evaluate import run
-from dmlr.judge import llm_report
+from dmlr.report import llm_report
 from dmlr.results import find_runs, read_results
 
 BENCHMARK = Path(__file__).parents[1] / "notebooks" / "03_benchmark.ipynb"

@@ -8,9 +8,9 @@ from transformers import PretrainedConfig
 
 from dmlr.config import Config
 from dmlr.families import ModelError
-from dmlr.planning.footprint import USABLE, Parameters, Shape, fitting_batch, peak
+from dmlr.footprint import USABLE, Parameters, Shape, fitting_batch, peak
 from dmlr.planning.known_models import settings_of
-from dmlr.planning.workload import PROMPT, workload
+from dmlr.workload import PROMPT, workload
 
 GIB = 2**30
 # What a model is held in: bytes per number of what is not quantised, and bits of what is.
@@ -72,7 +72,7 @@ def table(found: list[dict[str, Any]], free: int, kind: str) -> str:
     return (
         f"What fits in {size(free)} of {memory}: weights, and the batch that goes through together with the paper's\n"
         f"parameters, prompts of {PROMPT} positions and answers of 2048 tokens, in {USABLE[kind]:.0%} of what the "
-        "weights\nleave free. An estimate from settings (planning/footprint.py). Cache: of 1000 positions, 16 bits.\n\n"
+        "weights\nleave free. An estimate from settings (footprint.py). Cache: of 1000 positions, 16 bits.\n\n"
         f"{columns(rows)}"
     )
 

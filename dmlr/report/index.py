@@ -14,8 +14,8 @@ from markupsafe import Markup
 
 from dmlr.config import root
 from dmlr.metrics import paired, summary
-from dmlr.notebooks import css
 from dmlr.report.policy import TEMPLATES, policy
+from dmlr.report.style import css
 from dmlr.results import RESULTS, ResultsError, find_runs, read_results
 
 BASELINE = "vanilla"

@@ -22,12 +22,12 @@ from dmlr.data import Example
 from dmlr.evaluate import name, plan
 from dmlr.judge.verdicts import verdict_of
 from dmlr.methods.prompting import prefill_task, prompts_of
-from dmlr.planning.workload import workload
 from dmlr.study.boxes import Box, boxes_of
 from dmlr.study.confidence import answer_log_probs, step_spans, truth_text
 from dmlr.study.perception import Chain, answered, attention_after, with_dependency
 from dmlr.study.words import Span
 from dmlr.vlm import VLM
+from dmlr.workload import workload
 
 T = TypeVar("T")
 

@@ -17,13 +17,13 @@ from dmlr.config import Config
 from dmlr.data import Example
 from dmlr.decoding import Decoded
 from dmlr.encode import Encoded
+from dmlr.footprint import Work
 from dmlr.injection import Patches, interleave, reward_slots
 from dmlr.judge.verdicts import verdict_of
 from dmlr.methods import METHODS
 from dmlr.methods.latent import append_latents, latent_answers, prefill_latent, question_noise, score_ids, with_notes
 from dmlr.methods.prompting import decode, prompts_of
 from dmlr.optimize import State, Trace, initial_latents, optimize
-from dmlr.planning.footprint import Work
 from dmlr.prefix import Prefix
 from dmlr.vlm import VLM
 

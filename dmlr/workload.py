@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from dmlr.config import Config
+from dmlr.footprint import Work
 from dmlr.injection import patch_caps
 from dmlr.methods.self_consistency import loop_positions
-from dmlr.planning.footprint import Work
 
 PROMPT = 1024  # positions that a prompt is taken to have, image included, where nobody counted
 TEXT = 256  # positions of text in a prompt: instructions, question, options
