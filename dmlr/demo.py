@@ -20,13 +20,17 @@ from dmlr.results import find_runs, read_results
 RUNS = root() / "reports" / "runs"
 BENCHMARK_RUN = RUNS / "shapes-vl_mathematics+visual+composition"
 WALKTHROUGH_RUN = RUNS / "01_walkthrough"
-# Reports that git keeps, by name, and the folder of the run that makes each; the demo makes the first two.
+# Reports that git keeps, by name: the folder of the run that makes each, and its command.
 EXAMPLES = {
-    "benchmark": BENCHMARK_RUN,
-    "walkthrough": WALKTHROUGH_RUN,
-    "ablations": RUNS / "02_ablations",
-    "perception": RUNS / "05_perception_and_confidence",
-    "efficiency": RUNS / "06_efficiency",
+    "benchmark": (BENCHMARK_RUN, "make demo"),
+    "walkthrough": (WALKTHROUGH_RUN, "make demo"),
+    "ablations": (RUNS / "02_ablations", "python -m dmlr run notebooks/02_ablations.ipynb"),
+    "perception": (
+        RUNS / "05_perception_and_confidence",
+        "python -m dmlr run notebooks/05_perception_and_confidence.ipynb",
+    ),
+    "efficiency": (RUNS / "06_efficiency", "python -m dmlr run notebooks/06_efficiency.ipynb"),
+    "table1": (RUNS / "table1" / "shapes-vl", "make table1"),
 }
 README_MARKS = ("<!-- demo table: python -m dmlr readme -->", "<!-- end of the demo table -->")
 
@@ -107,11 +111,11 @@ def keep_examples(target: Path | None = None) -> list[str]:
     """
     target, said = target or root() / "reports" / "examples", []
     target.mkdir(parents=True, exist_ok=True)
-    for name, folder in EXAMPLES.items():
+    for name, (folder, command) in EXAMPLES.items():
         reports = sorted(folder.glob("*.html"), key=lambda report: report.stat().st_mtime)
         if reports:
             shutil.copyfile(reports[-1], target / f"{name}.html")
             said.append(f"{name}.html: {reports[-1].stat().st_size / 1e6:.1f} MB")
         else:
-            said.append(f"{name}.html stays: python -m dmlr run notebooks/{folder.name}.ipynb makes it anew")
+            said.append(f"{name}.html stays: {command} makes it anew")
     return said

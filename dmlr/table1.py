@@ -20,9 +20,8 @@ from dmlr.data import DatasetError
 from dmlr.families import ModelError
 from dmlr.judge.llm_settings import JudgeError
 from dmlr.parameters import check_parameters, config_of, from_here, read_parameters
-from dmlr.planning.dry_run import Plan, as_text, plan, shown
+from dmlr.planning.dry_run import Plan, as_text, plan, shown, time_of
 from dmlr.report import index as report_index
-from dmlr.report.provenance import in_words
 from dmlr.results import ResultsError, find_runs
 
 FOLDER = root() / "notebooks"
@@ -119,7 +118,7 @@ def run_all(table: Sequence[Cell]) -> dict[str, str]:
 def dry_run(table: Sequence[Cell]) -> dict[str, str]:
     """Prints each cell's plan and the time of all. Returns why cells would fail, by name."""
     failures: dict[str, str] = {}
-    seconds: list[float | None] = []
+    plans: list[Plan] = []
     for number, cell in enumerate(table, 1):
         print(f"\n[{number}/{len(table)}] {cell.name}", flush=True)
         try:
@@ -129,13 +128,11 @@ def dry_run(table: Sequence[Cell]) -> dict[str, str]:
             print(f"error: {error}", flush=True)
             continue
         print(as_text(made), flush=True)
-        seconds.append(made.seconds)
+        plans.append(made)
         if made.errors:
             failures[cell.name] = "; ".join(made.errors)
             print("\n".join(f"error: {error}" for error in made.errors), flush=True)
-    known = [each for each in seconds if each is not None]
-    rest = f"; unknown for {len(table) - len(known)} of {len(table)} benchmarks" if len(known) < len(table) else ""
-    print(f"\ntime of all that is still to do: {in_words(sum(known)) if known else 'unknown'}{rest}")
+    print(f"\ntime of all that is still to do: {time_of(plans) if plans else 'unknown'}")
     return failures
 
 

@@ -93,7 +93,7 @@ def test_installed_versions_are_the_pinned_ones():
 
 
 def test_make_knows_its_targets_and_the_environment_depends_on_the_pins():
-    for target in ("setup", "demo", "test", "lint", "notebooks", "report", "lab"):
+    for target in ("setup", "demo", "test", "lint", "notebooks", "table1", "report", "lab"):
         plan = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
         assert plan.returncode == 0, plan.stderr
     always = subprocess.run(

@@ -11,7 +11,7 @@ from dmlr.__main__ import main
 from dmlr.config import Config, ConfigError
 from dmlr.evaluate import run
 from dmlr.loading import load_checkpoint
-from dmlr.planning.dry_run import plan
+from dmlr.planning.dry_run import as_text, plan
 from dmlr.planning.forecast import earlier_pace, settings_pace
 from dmlr.results import ResultsError, read_log, read_results
 
@@ -114,7 +114,9 @@ def test_where_nothing_ran_before_time_is_from_settings_or_unknown(tmp_path, mon
     vanilla, dmlr, ltpo, consistency = (job.pace for job in made.jobs)
     assert 0 < vanilla.seconds < min(dmlr.seconds, ltpo.seconds)
     assert "as measured now, with 48 tokens in every answer" in dmlr.source
-    assert consistency is None and made.seconds is None, "what depends on its answers is not guessed"
+    assert consistency is None and made.untimed == ["self-consistency"], "what depends on its answers is not guessed"
+    assert made.seconds == pytest.approx(sum(6 * pace.seconds for pace in (vanilla, dmlr, ltpo)))
+    assert re.search(r"^time +\d+ .*, unknown for self-consistency, loading the model not", as_text(made), re.MULTILINE)
     elsewhere = fast(tmp_path, device="cuda" if made.model.device == "cpu" else "cpu")
     assert settings_pace(elsewhere, plan(elsewhere).model, "vanilla") is None
 

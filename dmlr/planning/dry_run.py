@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,14 @@ class Plan:
         return not self.errors and all(job.complete for job in self.jobs)
 
     @property
-    def seconds(self) -> float | None:
-        """Of what is still to do; None where that is unknown for a part of it."""
-        parts = [0.0 if not job.todo else job.pace and job.todo * job.pace.seconds for job in self.jobs]
-        return None if None in parts else sum(parts) / self.config.num_workers
+    def seconds(self) -> float:
+        """Of what is still to do, as far as it is known; `untimed` is the rest."""
+        return sum(job.todo * job.pace.seconds for job in self.jobs if job.todo and job.pace) / self.config.num_workers
+
+    @property
+    def untimed(self) -> list[str]:
+        """Methods that are still to do and whose time nobody can tell."""
+        return list(dict.fromkeys(job.job.method for job in self.jobs if job.todo and not job.pace))
 
 
 def plan(config: Config) -> Plan:
@@ -172,11 +176,17 @@ def as_text(made: Plan) -> str:
     ]
     header = ["dataset", "method", "examples", "unusable rows", "finished", "to do", "time"]
     rows = [header, *(_row(job, config) for job in made.jobs)]
-    total = "unknown" if made.seconds is None else in_words(made.seconds)
-    lines += [("time", f"{total}, loading the model not counted")]
+    lines += [("time", f"{time_of([made])}, loading the model not counted")]
     lines += [("", note) for note in _notes(made.jobs)]
     head = "\n".join(f"{name:<11}{text}" for name, text in lines)
     return f"{columns(rows)}\n\n{head}"
+
+
+def time_of(plans: Sequence[Plan]) -> str:
+    """Of all of them, one after the other, with what is not in it."""
+    known, untimed = sum(made.seconds for made in plans), sorted({name for made in plans for name in made.untimed})
+    rest = f"unknown for {', '.join(untimed)}" if untimed else ""
+    return ", ".join(filter(None, [in_words(known) if known or not rest else "", rest]))
 
 
 def shown(path: Path | str) -> str:
