@@ -7,8 +7,9 @@ ground truths, logs or workers.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -18,6 +19,8 @@ from dmlr.machine import environment, peak_memory
 from dmlr.methods import METHODS, Answer, Question
 from dmlr.vlm import VLM
 from dmlr.workload import workload
+
+S, T = TypeVar("S"), TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -109,18 +112,24 @@ def prepare(examples: list[Example]) -> Batch:
 
 
 def answer_batch(vlm: VLM, method: str, questions: list[Question], config: Config) -> list[Answer]:
-    """One batch; where it fails, its halves, down to the single question that cannot be answered."""
-    if not questions:
+    """One batch; a question that cannot be answered has the reason as its answer."""
+    found = by_halves(lambda some: METHODS[method](vlm, some, config), questions)
+    return [failed(one) if isinstance(one, Exception) else one for one in found]
+
+
+def by_halves(work: Callable[[Sequence[S]], list[T]], items: Sequence[S]) -> list[T | Exception]:
+    """What `work` makes of the items; where it fails, of their halves, down to the single item with its error."""
+    if not items:
         return []
     try:
-        return METHODS[method](vlm, questions, config)
+        return work(items)
     except Exception as error:  # whatever it is, it may cost one record and not the run
-        if len(questions) == 1:
-            return [failed(error)]
-    if vlm.device.type == "cuda":
+        if len(items) == 1:
+            return [error]
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    half = len(questions) // 2
-    return answer_batch(vlm, method, questions[:half], config) + answer_batch(vlm, method, questions[half:], config)
+    half = len(items) // 2
+    return by_halves(work, items[:half]) + by_halves(work, items[half:])
 
 
 def failed(error: Exception) -> Answer:

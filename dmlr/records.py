@@ -8,10 +8,10 @@ from dmlr.answers import Answer
 from dmlr.data import Example
 from dmlr.judge.verdicts import verdict_of
 
-# What metrics and figures group records by, copied from the dataset where it is there.
+# What metrics group records by, copied from the dataset where it is there, as text where it is no single value.
 GROUPS = (
     *("suite", "category", "subcategory", "l2_category", "answer_type", "level"),
-    *("pair_id", "figure_group", "question_group", "boxes"),
+    *("pair_id", "figure_group", "question_group"),
 )
 
 
@@ -45,7 +45,9 @@ def record_of(example: Example, answer: Answer) -> dict[str, Any]:
         }
     if answer.details:
         record["details"] = answer.details
-    return record | {key: example.meta[key] for key in GROUPS if key in example.meta}
+    groups = {key: example.meta[key] for key in GROUPS if key in example.meta}
+    record |= {key: str(value) if isinstance(value, list | dict) else value for key, value in groups.items()}
+    return record | ({"boxes": example.meta["boxes"]} if "boxes" in example.meta else {})
 
 
 def error_record(row: int | None, idx: int | str | None, message: str) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from judge_server import JudgeServer, refuses, says
 from PIL import Image
 from tiny import noise_image, tiny_vlm
 
-from dmlr import batches, evaluate
+from dmlr import batches, comparison, evaluate
 from dmlr.__main__ import main
+from dmlr.comparison.runs import load_runs
 from dmlr.config import Config, ConfigError
 from dmlr.data import DatasetError, ImageError
 from dmlr.judge import llm_judge
@@ -395,3 +396,13 @@ def test_other_prompts_are_another_run(vlm, dataset, tmp_path):
     for other in (str(mine), ""):
         with pytest.raises(ResultsError, match="cannot resume under another configuration: prompts_file was"):
             run(vlm, dataset, tmp_path / "out", prompts_file=other, resume=True)
+
+
+def test_groups_that_are_lists_do_not_end_the_tables(vlm, dataset, tmp_path):
+    rows = json.loads(dataset.read_text())
+    odd = [["a", 1], {"b": 2}, "c", 3, None, ["a", 1]]
+    write(tmp_path, [row | {"pair_id": group, "category": group} for row, group in zip(rows, odd, strict=True)])
+    entries = run(vlm, dataset, tmp_path / "out", methods="vanilla")["vanilla"]["entries"]
+    assert [entry["pair_id"] for entry in entries] == ["['a', 1]", "{'b': 2}", "c", 3, None, "['a', 1]"]
+    table = comparison.groups_table(load_runs(tmp_path / "out", "vanilla"))
+    assert len(table) and set(table["method"]) == {"vanilla"}

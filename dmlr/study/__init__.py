@@ -7,16 +7,15 @@ statistics or figures; `tables.py` turns what is found into tables.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
 
 import torch
 from tqdm import tqdm
 
 from dmlr.answers import Answer, Question
-from dmlr.batches import answer_batch, cut, failed, prepare
+from dmlr.batches import answer_batch, by_halves, cut, failed, prepare
 from dmlr.config import Config
 from dmlr.data import Example
 from dmlr.evaluate import name, plan
@@ -28,8 +27,6 @@ from dmlr.study.perception import Chain, answered, attention_after, with_depende
 from dmlr.study.words import Span
 from dmlr.vlm import VLM
 from dmlr.workload import workload
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ def study(vlm: VLM, config: Config, rules: Rules) -> tuple[list[Studied], list[t
             asked = [example for example in examples if example.row not in batch.settled]
             pairs = list(zip(asked, batch.questions, strict=True))
             look = partial(_look, vlm, dataset, config, rules)
-            for example, one in zip(asked, _halved(look, pairs), strict=True):
+            for example, one in zip(asked, by_halves(look, pairs), strict=True):
                 if isinstance(one, Exception):
                     lost.append((dataset, example.row, failed(one).error))
                 elif one.latent.error:
@@ -123,18 +120,3 @@ def _look(
             examples, questions, boxes, chains, latent, after, strict=True
         )
     ]
-
-
-def _halved(look: Callable[[Sequence], list[T]], pairs: Sequence) -> list[T | Exception]:
-    """What `look` finds; where it fails, in halves, down to the one example that fails, whose error is returned."""
-    if not pairs:
-        return []
-    try:
-        return look(pairs)
-    except Exception as error:  # whatever it is, it may cost one record and not the run
-        if len(pairs) == 1:
-            return [error]
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    half = len(pairs) // 2
-    return _halved(look, pairs[:half]) + _halved(look, pairs[half:])
