@@ -1,0 +1,121 @@
+"""Everything that a GPU would refuse for where its tensors are, found without one."""
+
+import json
+import re
+
+import pytest
+import torch
+from pretend_gpu import GPU, OnGPU, PretendGPU, to_gpu
+from test_oracle import BASE, QUESTIONS, VARIANTS
+from tiny import noise_image, tiny_vlm
+from tiny_families import TINY
+
+from dmlr import study
+from dmlr.answers import Question
+from dmlr.config import Config
+from dmlr.data import Example
+from dmlr.methods import METHODS
+from dmlr.study import geometry
+from dmlr.walkthrough import explore, view
+from dmlr.walkthrough.what_if import try_changes, usual_changes
+
+BRIEF = {"rationale_tokens": 4, "rationale_answer_tokens": 4, "scene_graph_tokens": 4, "ltpo_steps": 2}
+
+
+@pytest.fixture(autouse=True)
+def no_driver(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (10**9, 10**10))
+
+
+def answers(build, method, config, gpu, count=3):
+    vlm = build()
+    questions = [Question(i, text, [noise_image(i, *size)]) for i, (text, size) in enumerate(QUESTIONS[:count])]
+    if not gpu:
+        return METHODS[method](vlm, questions, config)
+    to_gpu(vlm.model)
+    with PretendGPU():
+        assert vlm.device == GPU
+        return METHODS[method](vlm, questions, config)
+
+
+def same(build, method, config):
+    for here, there in zip(*(answers(build, method, config, gpu) for gpu in (False, True)), strict=True):
+        assert (here.text, here.error) == (there.text, None)
+        if here.reasoning:
+            assert here.reasoning.patches == there.reasoning.patches
+            assert here.reasoning.best_reward == pytest.approx(there.reasoning.best_reward, abs=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_where_the_model_is(method):
+    same(tiny_vlm, method, Config(**BASE | BRIEF))
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "gradient" not in name])
+def test_every_variant_of_the_loop_runs_where_the_model_is(name):
+    same(tiny_vlm, "dmlr", Config(**BASE | VARIANTS[name]))
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_every_family_runs_where_its_weights_are(family):
+    same(TINY[family], "dmlr", Config(**BASE))
+
+
+def test_the_walkthrough_runs_where_the_model_is():
+    config, images = Config(**BASE), [noise_image(0)]
+    here, there = tiny_vlm(), tiny_vlm()
+    to_gpu(there.model)
+    walk = explore(here, config, Example(row=0, idx=0, question="How many?", solution=""), images)
+    with PretendGPU():
+        again = explore(there, config, Example(row=0, idx=0, question="How many?", solution=""), images)
+        changed = try_changes(again, usual_changes(again))
+    assert [moment.answer for moment in walk.moments] == [moment.answer for moment in again.moments]
+    assert view.moments_table(again).shape == view.moments_table(walk).shape
+    for moment in again.moments:  # on the CPU: they are drawn
+        assert view.heat(moment, again.encoded.patch_grid).values.max() > 0
+    assert [o.answer for o in try_changes(walk, usual_changes(walk))] == [o.answer for o in changed]
+
+
+def test_a_study_runs_where_the_model_is(tmp_path):
+    rows = []
+    for i in range(3):
+        noise_image(i).save(tmp_path / f"{i}.png")
+        rows.append({"prompt": f"How many? {i}", "solution": "\\boxed{3}", "image_path": f"{i}.png", "idx": i})
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    config = Config(**BASE, dataset=str(tmp_path / "data.json"), verbose=0, batch_size=2)
+    rules = study.Rules("\\boxed{{answer}}", re.compile(r"[,.]"), ("noise", "blur", "blank"))
+    here, there = tiny_vlm(), tiny_vlm()
+    to_gpu(there.model)
+    found, lost = study.study(here, config, rules)
+    with PretendGPU():
+        again, lost_there = study.study(there, config, rules)
+        questions = [Question(i, row["prompt"], [noise_image(i)]) for i, row in enumerate(rows)]
+        assert len(geometry.collect(there, questions, [one.latent for one in again], config).points)
+    assert (lost, lost_there) == ([], []) and len(found) == 3
+    for one, other in zip(found, again, strict=True):
+        assert one.chain.text == other.chain.text
+        assert one.chain.perturbed.keys() == other.chain.perturbed.keys() == {"noise", "blur", "blank"}
+        for kind in one.chain.perturbed:
+            torch.testing.assert_close(
+                one.chain.dependency(kind), other.chain.dependency(kind).cpu(), atol=1e-4, rtol=0
+            )
+
+
+def test_what_a_gpu_refuses_is_refused():
+    there, here = torch.ones(3).as_subclass(OnGPU), torch.ones(3)
+    with PretendGPU():
+        assert torch.arange(3, device=there.device).device == GPU == (there + 1).device == here.to(there.device).device
+        assert there.cpu().device.type == (there + 1).to("cpu").device.type == "cpu"
+        assert (there + torch.tensor(2.0)).tolist() == [3.0] * 3, "a number may come from anywhere"
+        for mixed in (
+            lambda: there + here,
+            lambda: torch.cat([there, here]),
+            lambda: torch.where(there > 0, there, here),
+        ):
+            with pytest.raises(AssertionError, match="a tensor on the CPU"):
+                mixed()
+        with pytest.raises(AssertionError, match="needs the tensor on the CPU"):
+            there.numpy()
+        with pytest.raises(AssertionError, match="generator"):
+            torch.multinomial(there, 1, generator=torch.Generator())
