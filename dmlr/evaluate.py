@@ -161,8 +161,13 @@ def run_job(
     right = judged = 0
     recent = deque(maxlen=64)
     with RunLog(job.folder, config, resume=config.resume, facts=facts) as log:
+        if log.aside and config.verbose:
+            bar.write(f"{name(job.dataset)} {job.method}: what an earlier run left is kept as {log.aside.name}")
         finished, begun = log.finished(), {record["row"] for record in log.records()}
         save = partial(save_results, job, log, config, crew.facts.environment)
+        asked = None
+        with contextlib.suppress(ResultsError):  # there are none, unless this run goes on with another
+            asked = read_results(job.folder).get("llm_judge")
         bar.update(sum(example.row in finished for example in job.examples))
         try:
             for problem in job.problems:
@@ -185,7 +190,7 @@ def run_job(
             asked = ask_llm(log, job.examples, llm, every=config.llm_verify_all)
         except BaseException:
             with contextlib.suppress(ResultsError):  # what went wrong first is what must be heard
-                save(crew.peak_memory, llm_judge=None)
+                save(crew.peak_memory, llm_judge=asked)
             raise
         return save(crew.peak_memory, llm_judge=asked)
 

@@ -45,8 +45,8 @@ class RunLog:
     `config` is the run's parameters (a mapping, or a dataclass such as Config) and `facts` whatever else decides
     its records (method, checksum of the dataset; None: not compared, as for judging again). With `resume` an
     existing log is continued if both are as they were, FREE_PARAMETERS aside, and aside parameters for which a
-    fact of the same name stands; without it an existing log is moved to log.1.jsonl, log.2.jsonl, ... and a new
-    one begins. Use as a context manager, or call `close`.
+    fact of the same name stands; without it the files of an earlier run become log.1.jsonl, run.1.json and
+    results.1.json (2, 3, ...; `aside` is that log), and a new log begins. Use as a context manager, or call `close`.
 
     Raises ResultsError when another process holds the folder, the configuration differs (naming the parameters), the
     log is damaged before its last line, or the folder cannot be written.
@@ -70,7 +70,7 @@ class RunLog:
             raise ResultsError(f"{self.folder}: another process is writing this run; wait for it or stop it") from None
         except OSError as error:
             raise ResultsError(f"{self.folder}: cannot be used as output folder: {_why(error)}") from None
-        self._file = None
+        self._file, self.aside = None, None
         try:
             self._records = self._open(resume)
         except OSError as error:
@@ -92,8 +92,10 @@ class RunLog:
                 records, size = _parse(path)
                 os.truncate(path, size)  # a torn last line: its example runs again
             else:
-                kept = next(p for n in range(1, 10**9) if not (p := self.folder / f"log.{n}.jsonl").exists())
-                path.rename(kept)
+                number = next(n for n in range(1, 10**9) if not (self.folder / f"log.{n}.jsonl").exists())
+                self.aside = path.rename(self.folder / f"log.{number}.jsonl")
+                for old in filter(Path.exists, (self.folder / SIDECAR, self.folder / RESULTS)):
+                    old.rename(old.with_suffix(f".{number}.json"))
         write_json(self.folder / SIDECAR, {"config": self.config, "facts": self.facts or {}})
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
         return records

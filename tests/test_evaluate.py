@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from dmlr.config import Config, ConfigError
 from dmlr.data import DatasetError, ImageError
 from dmlr.judge import llm_judge
 from dmlr.judge.llm_judge import JudgeError
+from dmlr.methods import METHODS
 from dmlr.results import ResultsError, read_log, read_results
 
 FAST = {"max_num_steps": 2, "max_new_tokens": 4, "batch_size": 4, "verbose": 0, "end_data_idx": None}
@@ -354,6 +356,15 @@ def test_an_llms_verdicts_go_when_it_is_no_longer_asked(vlm, dataset, tmp_path, 
         monkeypatch.setenv("OPENAI_API_BASE_URL", server.url)
         run(vlm, dataset, tmp_path / "out", **llm, llm_verify_all=True)
         some = run(vlm, dataset, tmp_path / "out", **llm, resume=True)["vanilla"]
+        log = tmp_path / "out" / "data" / "vanilla" / "log.jsonl"
+        kept = log.read_text()
+        log.write_text("".join(line for line in kept.splitlines(keepends=True) if json.loads(line)["row"] != 5))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setitem(METHODS, "vanilla", Mock(side_effect=KeyboardInterrupt))
+            run(vlm, dataset, tmp_path / "out", **llm, resume=True)
+        cut_short = read_results(log.parent)
+        log.write_text(kept)
+    assert cut_short["llm_judge"] == some["llm_judge"], "what is in it was judged so"
     by_llm = {e["row"] for e in some["entries"] if e["rule"].startswith("llm:")}
     assert by_llm == {
         e["row"] for e in some["entries"] if e["rule_verdict"] == "unparsed" and e["model_output"].strip()

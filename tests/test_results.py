@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 import random
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from dmlr.config import Config
+from dmlr.json_files import write_json
 from dmlr.results import (
     LOG,
     RESULTS,
@@ -71,11 +73,18 @@ def test_resume_keeps_what_is_finished_and_tries_errors_again(tmp_path):
 
 
 def test_without_resume_a_new_log_begins_and_the_old_one_is_kept(tmp_path):
-    for _ in range(3):
-        with RunLog(tmp_path) as log:
+    for sigma in (1, 2, 3):
+        with RunLog(tmp_path, {"sigma": sigma}) as log:
             assert not log.finished()
-            log.append(record(0))
-    assert sorted(p.name for p in tmp_path.glob("log*.jsonl")) == ["log.1.jsonl", "log.2.jsonl", "log.jsonl"]
+            log.append(record(sigma))
+            assert log.aside == (tmp_path / f"log.{sigma - 1}.jsonl" if sigma > 1 else None)
+        if sigma != 2:  # the second one died
+            write_json(tmp_path / "results.json", {"entries": [record(sigma)]})
+    kept = {"log.1.jsonl", "log.2.jsonl", "log.jsonl", "run.1.json", "run.2.json", "run.json"}
+    assert {p.name for p in tmp_path.glob("*.json*")} == kept | {"results.1.json", "results.json"}
+    assert json.loads((tmp_path / "run.2.json").read_text())["config"] == {"sigma": 2}
+    assert json.loads((tmp_path / "results.1.json").read_text())["entries"][0]["row"] == 1
+    assert read_log(tmp_path) == [record(3)] and find_runs(tmp_path) == [tmp_path]
 
 
 @pytest.mark.parametrize("tail", [b'{"row": 1, "verd', b'{"row": 1}', b"\xff\xfe", b"\0\0\0"])
