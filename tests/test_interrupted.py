@@ -15,7 +15,7 @@ import pytest
 from saved_run import METHODS, outcome, save_dataset, save_model, settings
 
 ROWS = 32
-KILLS = {1: 16, 2: 4}  # by number of workers: these start within seconds, a process alone within a fraction of one
+KILLS = {1: 16, 2: 2}  # by number of workers: these take seconds to start, a process alone a fraction of one
 
 
 class Runs:
