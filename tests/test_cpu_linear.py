@@ -10,6 +10,8 @@ from dmlr import cpu_linear
 from dmlr.cpu_linear import Linear, through_onednn
 from dmlr.reference import eager
 
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
 
 def pair(bias=True, dtype=torch.float32):
     torch.manual_seed(0)
