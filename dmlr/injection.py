@@ -9,6 +9,7 @@ Knows nothing about models.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,17 @@ class Patches:
         shape = (batch, num_thought_tokens)
         return cls(
             torch.zeros(*shape, 0, dtype=torch.long, device=device), torch.zeros(shape, dtype=torch.long, device=device)
+        )
+
+    @classmethod
+    def of(cls, kept: Sequence[Sequence[Sequence[int]]], device: torch.device) -> Patches:
+        """From lists per example and think token, as `tolist` gives them."""
+        width = max((len(row) for rows in kept for row in rows), default=0)
+        index = [[[*row, *[0] * (width - len(row))] for row in rows] for rows in kept]
+        count = [[len(row) for row in rows] for rows in kept]
+        return cls(
+            torch.tensor(index, dtype=torch.long, device=device).view(len(kept), len(kept[0]), width),
+            torch.tensor(count, dtype=torch.long, device=device),
         )
 
     def where(self, condition: torch.Tensor, other: Patches) -> Patches:

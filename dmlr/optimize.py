@@ -172,15 +172,24 @@ def optimize(vlm: VLM, prefix: Prefix, config: Config, noise: torch.Tensor, scor
     return Trace(start_reward, start_attention, best_reward, best_step, final, scored, steps)
 
 
+def caps_of(config: Config, num_patches: torch.Tensor) -> torch.Tensor:
+    """Most patches per think token [B, L] of examples with so many image tokens [B]."""
+    return patch_caps(
+        config.num_thought_tokens,
+        num_patches,
+        config.visual_insert_stride,
+        config.num_selected_patches,
+        config.max_total_patches,
+    )
+
+
 class Retrieval:
     """Z_cand: which patches each think token of a batch may try, given attention, kept patches and budget."""
 
     def __init__(self, prefix: Prefix, config: Config):
         self.image_mask, self.growth = prefix.image_mask, config.patch_increment
         counts, length = prefix.image_mask.sum(dim=1), config.num_thought_tokens
-        self.caps = patch_caps(
-            length, counts, config.visual_insert_stride, config.num_selected_patches, config.max_total_patches
-        )  # [B, L]
+        self.caps = caps_of(config, counts)  # [B, L]
         self.most = self.caps.amax(dim=1)  # [B], no budget grows beyond this
         self.widest = int(self.most.max())
         self.first = self.widest if config.initial_patch_count is None else config.initial_patch_count

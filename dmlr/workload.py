@@ -6,8 +6,8 @@ import torch
 
 from dmlr.config import Config
 from dmlr.footprint import Work
-from dmlr.injection import patch_caps
 from dmlr.methods.self_consistency import loop_positions
+from dmlr.optimize import caps_of
 
 PROMPT = 1024  # positions that a prompt is taken to have, image included, where nobody counted
 TEXT = 256  # positions of text in a prompt: instructions, question, options
@@ -30,14 +30,7 @@ def workload(config: Config, context: int | None = None, images: int | None = No
     length = config.num_thought_tokens
     slots = {"ltpo": config.ltpo_thought_tokens} if "ltpo" in methods else {}
     if methods & INTERLEAVED:
-        caps = patch_caps(
-            length,
-            torch.tensor([images]),
-            config.visual_insert_stride,
-            config.num_selected_patches,
-            config.max_total_patches,
-        )
-        slots["dmlr"] = length * (1 + int(caps.max()))
+        slots["dmlr"] = length * (1 + int(caps_of(config, torch.tensor([images])).max()))
     loop = "dmlr" in methods
     tokens = dict.fromkeys(methods, config.max_new_tokens)
     tokens |= {"multimodal-cot": config.rationale_tokens + config.rationale_answer_tokens}

@@ -13,12 +13,11 @@ import torch
 from dmlr.answers import Answer, Clock, Question
 from dmlr.config import Config
 from dmlr.decoding import Decoded, Pick
-from dmlr.injection import patch_caps
 from dmlr.judge.choice import compare_choice
 from dmlr.judge.extract import candidates, normalize_text, parse_options
 from dmlr.judge.quantities import parse_number
 from dmlr.methods.prompting import decode, prefill_task, prompts_of
-from dmlr.optimize import example_generator
+from dmlr.optimize import caps_of, example_generator
 from dmlr.vlm import VLM
 
 FEWEST, MOST = 3, 40  # samples at equal compute: fewer are no majority; 40 is the original's number
@@ -84,13 +83,7 @@ def loop_positions(config: Config, num_patches: int) -> int:
     (`use_auto_grad`) counts as another forward.
     """
     length, steps = config.num_thought_tokens, config.max_num_steps
-    caps = patch_caps(
-        length,
-        torch.tensor([num_patches]),
-        config.visual_insert_stride,
-        config.num_selected_patches,
-        config.max_total_patches,
-    )
+    caps = caps_of(config, torch.tensor([num_patches]))
     passes = config.num_samples + (config.accept_at == "updated") + config.use_auto_grad
     total = length
     for t in range(steps + 1):  # the last one is the state that is decoded

@@ -97,7 +97,7 @@ def attention_after(
     prefix, _ = prefill_latent(vlm, [questions[n] for n in thought], config, prompts_of(config))
     reasoning = [answers[n].reasoning for n in thought]
     latents = torch.stack([one.latents for one in reasoning]).to(vlm.device)
-    append_latents(vlm, prefix, latents, patches_of([one.patches for one in reasoning], vlm.device))
+    append_latents(vlm, prefix, latents, Patches.of([one.patches for one in reasoning], vlm.device))
     ids = [vlm.tokenizer(answers[n].text, add_special_tokens=False)["input_ids"] for n in thought]
     _, attention = forced(vlm, prefix, ids, with_attention=True)
     for n, row, count in zip(thought, attention, prefix.image_mask.sum(dim=1).tolist(), strict=True):
@@ -138,18 +138,6 @@ def forced(
     return (
         [row[: len(one)] for row, one in zip(scores, ids, strict=True)],
         [row[: len(one)] for row, one in zip(seen, ids, strict=True)] if with_attention else [],
-    )
-
-
-def patches_of(kept: Sequence[Sequence[Sequence[int]]], device: torch.device) -> Patches:
-    """Lists of patches per example and think token, as `Patches.tolist` gives them, as tensors again."""
-    width = max((len(row) for rows in kept for row in rows), default=0)
-    index = [[[*row, *[0] * (width - len(row))] for row in rows] for rows in kept]
-    count = [[len(row) for row in rows] for rows in kept]
-    shape = (len(kept), len(kept[0]), width)
-    return Patches(
-        torch.tensor(index, dtype=torch.long, device=device).view(shape),
-        torch.tensor(count, dtype=torch.long, device=device),
     )
 
 

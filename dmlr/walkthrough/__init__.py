@@ -97,7 +97,7 @@ def _moments(walk: Walk, top: int) -> list[Moment]:
     steps = trace.steps
     start = initial_latents(walk.vlm, walk.prefix, walk.config)
     patches = [nothing, *(step.tried.patches.tolist()[0] for step in steps)]
-    states = State(torch.cat([start, *(step.tried.latents for step in steps)]), patches_of(patches, start.device))
+    states = State(torch.cat([start, *(step.tried.latents for step in steps)]), Patches.of(patches, start.device))
     decoded = answers_from(walk.vlm, walk.prefix, walk.config, states)
     tokens = next_tokens(walk.vlm, walk.prefix, walk.config, states, top)
     attention = [trace.start_attention, *(step.attention for step in steps)]
@@ -124,18 +124,6 @@ def _moments(walk: Walk, top: int) -> list[Moment]:
 
 
 # the pieces
-
-
-def patches_of(rows: Sequence[Sequence[Sequence[int]]], device: torch.device) -> Patches:
-    """Patches [S, L, K] from lists: per state and think token, the image tokens in the order of interleaving."""
-    width = max((len(patches) for row in rows for patches in row), default=0)
-    index = [[[*patches, *[0] * (width - len(patches))] for patches in row] for row in rows]
-    count = [[len(patches) for patches in row] for row in rows]
-    shape = (len(rows), len(rows[0]), width)
-    return Patches(
-        torch.tensor(index, dtype=torch.long, device=device).view(shape),
-        torch.tensor(count, dtype=torch.long, device=device),
-    )
 
 
 def parts(vlm: VLM, prefix: Prefix, config: Config, states: State) -> Iterator[tuple[Prefix, State]]:

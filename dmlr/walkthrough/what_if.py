@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from dmlr.injection import Patches
 from dmlr.methods.latent import question_noise
 from dmlr.optimize import State, optimize, score
-from dmlr.walkthrough import Walk, answers_from, parts, patches_of
+from dmlr.walkthrough import Walk, answers_from, parts
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def try_changes(walk: Walk, changes: Sequence[Change]) -> list[Outcome]:
         [[p for p in kept[row][token] if (token, p) not in change.drop] for token in range(length)]
         for row, change in zip(rows, changes, strict=True)
     ]
-    states = State(latents[rows], patches_of(patches, latents.device))
+    states = State(latents[rows], Patches.of(patches, latents.device))
     decoded = answers_from(walk.vlm, walk.prefix, walk.config, states)
     rewards = _rewards(walk, states)
     return [
