@@ -26,11 +26,18 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def through_onednn(model: torch.nn.Module, yes: bool = True) -> torch.nn.Module:
-    """The model with its linear layers in that class (or back in torch's own), in place; weights stay what they are."""
-    before, after = (torch.nn.Linear, Linear) if yes else (Linear, torch.nn.Linear)
-    if not yes or torch.backends.mkldnn.is_available():
-        for module in model.modules():
-            if type(module) is before:
-                module.__class__ = after
+def through_onednn(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with its linear layers in that class, in place; weights stay what and where they are."""
+    return _reclassed(model, torch.nn.Linear, Linear) if torch.backends.mkldnn.is_available() else model
+
+
+def through_torch(model: torch.nn.Module) -> torch.nn.Module:
+    """The same back in torch's own class."""
+    return _reclassed(model, Linear, torch.nn.Linear)
+
+
+def _reclassed(model: torch.nn.Module, before: type, after: type) -> torch.nn.Module:
+    for module in model.modules():
+        if type(module) is before:  # not of a subclass: quantised layers have their own product
+            module.__class__ = after
     return model

@@ -27,15 +27,20 @@ class Recording:
 
 
 def record(function: Callable[..., Outputs], inputs: list[torch.Tensor]) -> Recording:
-    """A CUDA graph of function(*inputs). RuntimeError where the function does what no graph can hold."""
+    """A CUDA graph of function(*inputs). RuntimeError where it does what no graph can hold, or memory runs out."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # libraries allocate their workspaces in the first call on a stream
         function(*inputs)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-        outputs = function(*inputs)
+    try:
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            outputs = function(*inputs)
+    except torch.OutOfMemoryError:
+        raise  # a smaller batch may fit
+    except RuntimeError as error:
+        raise RuntimeError(f"this model's loop cannot be a CUDA graph, take cuda_graphs = false ({error})") from error
     return Recording(inputs, outputs, graph.replay)
 
 
@@ -47,7 +52,7 @@ class Replayed:
     in memory; `place()` names where that is, and a new place is recorded anew.
     """
 
-    def __init__(self, function: Callable[..., Outputs], place: Callable[[], Hashable] = lambda: None):
+    def __init__(self, function: Callable[..., Outputs], place: Callable[[], Hashable]):
         self.function, self.place = function, place
         self.recordings: dict[Hashable, Recording | None] = {}
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dmlr.config import Config
-from dmlr.cpu_linear import through_onednn
+from dmlr.cpu_linear import through_torch
 from dmlr.encode import Encoded
 from dmlr.vlm import VLM
 
@@ -234,7 +234,7 @@ def eager(vlm: VLM) -> VLM:
     import copy
 
     twin = copy.copy(vlm)
-    twin.model = through_onednn(copy.deepcopy(vlm.model), False)
+    twin.model = through_torch(copy.deepcopy(vlm.model))
     # `encode` and `family` may stay those of the original: the reference does not run them
     twin.model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
     return twin

@@ -93,6 +93,7 @@ class RunLog:
                 os.truncate(path, size)  # a torn last line: its example runs again
             else:
                 number = next(n for n in range(1, 10**9) if not (self.folder / f"log.{n}.jsonl").exists())
+                # The log first: whoever is killed in between leaves nothing that resume could take for a run.
                 self.aside = path.rename(self.folder / f"log.{number}.jsonl")
                 for old in filter(Path.exists, (self.folder / SIDECAR, self.folder / RESULTS)):
                     old.rename(old.with_suffix(f".{number}.json"))

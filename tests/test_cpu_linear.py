@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_vlm
 
 from dmlr import cpu_linear
-from dmlr.cpu_linear import Linear, through_onednn
+from dmlr.cpu_linear import Linear, through_onednn, through_torch
 from dmlr.reference import eager
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
@@ -62,5 +62,5 @@ def test_a_model_gets_it_and_the_reference_does_not():
     assert {type(m) for m in vlm.model.modules() if isinstance(m, torch.nn.Linear)} == {Linear}
     assert {type(m) for m in eager(vlm).model.modules() if isinstance(m, torch.nn.Linear)} == {torch.nn.Linear}
     assert {type(m) for m in vlm.model.modules() if isinstance(m, torch.nn.Linear)} == {Linear}
-    through_onednn(vlm.model, False)
+    through_torch(vlm.model)
     assert {name: parameter.data_ptr() for name, parameter in vlm.model.named_parameters()} == before
