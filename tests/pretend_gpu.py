@@ -52,7 +52,7 @@ def run(function, args, kwargs):
         out = function(*args, **kwargs)
         if isinstance(out, torch.Size):
             return out
-        return tree_map(lambda x: x.as_subclass(OnGPU) if stays and isinstance(x, torch.Tensor) else x, out)
+        return tree_map(lambda x: there_is(x) if stays and isinstance(x, torch.Tensor) else x, out)
 
 
 def lands_on_gpu(function, args, kwargs, there):
@@ -71,9 +71,15 @@ def is_device(x):
     return isinstance(x, torch.device) or (isinstance(x, str) and x.partition(":")[0] in ("cpu", "cuda"))
 
 
+def there_is(tensor):
+    made = tensor.as_subclass(OnGPU)
+    made.held = tensor  # the one that is part of a graph of gradients
+    return made
+
+
 def on_the_cpu(x):
     if isinstance(x, OnGPU):
-        return x.as_subclass(torch.Tensor)
+        return x.held if hasattr(x, "held") else x.as_subclass(torch.Tensor)
     return torch.device("cpu") if is_device(x) else x
 
 

@@ -1,6 +1,8 @@
 """The comparison is honest: both sides compute the same thing, from the same inputs, with the same tokens."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,3 +85,15 @@ def test_unknown_shape_and_a_whole_measurement(tiny, monkeypatch, tmp_path):
     assert bench.main(["tiny"]) == 0
     (row,) = json.loads((tmp_path / "reports/efficiency/cpu.json").read_text())["shapes"]
     assert row["released_iteration"] > row["iteration_batch_1"] > 0 and row["ratios"]["memory"] > 1
+
+
+def test_the_readme_says_what_was_measured():
+    readme = Path(locate("README.md")).read_text(encoding="utf-8")
+    told = re.search(
+        r"an iteration takes (\d+) to (\d+) times less .*?, and (\d+) to (\d+) times less per\s+example",
+        readme,
+        re.DOTALL,
+    )
+    rows = json.loads(Path(locate("reports/efficiency/cpu.json")).read_text())["shapes"]
+    for name, said in (("iteration_batch_1", told.groups()[:2]), ("iteration_batch_8", told.groups()[2:])):
+        assert sorted(round(row["ratios"][name]) for row in rows) == [int(number) for number in said]
