@@ -92,8 +92,9 @@ def run(notebook: str | Path, given: Mapping[str, Any] | None = None, output: st
 
 
 def _place(error: PapermillExecutionError) -> str:
-    """The source line of the cell that failed, from IPython's arrow."""
-    lines = [line for frame in error.traceback for line in strip_ansi(frame).splitlines()]
+    """The source line of the cell that failed, from IPython's arrow; not one of what was the cause further down."""
+    cells = [frame for frame in map(strip_ansi, error.traceback) if "Cell In[" in frame]
+    lines = [line for frame in cells for line in frame.splitlines()]
     return next((f"  {line}\n" for line in lines if re.match("-+> ", line)), "")
 
 

@@ -68,6 +68,21 @@ def test_a_failed_run_keeps_its_notebook_and_says_where(tmp_path, capsys):
     assert not (tmp_path / "out.html").exists()
 
 
+def test_an_error_names_the_line_of_the_cell_and_not_its_cause_further_down(tmp_path):
+    lines = [
+        "def read():",
+        " try:",
+        "  int('x')",
+        " except ValueError as error:",
+        "  raise RuntimeError('told so') from error",
+    ]
+    (tmp_path / "reader.py").write_text("\n".join(lines))
+    path = notebook(tmp_path / "own.ipynb", "from reader import read", "read()  # here")
+    with pytest.raises(notebooks.RunError, match=r"failed in cell \[3\]: RuntimeError: told so") as caught:
+        notebooks.run(path, {}, tmp_path / "out.ipynb")
+    assert "> 1 read()  # here" in str(caught.value) and "int('x')" not in str(caught.value)
+
+
 def test_a_kernel_that_dies_is_an_error(tmp_path):
     path = notebook(tmp_path / "dies.ipynb", "import os\nos._exit(3)")
     with pytest.raises(notebooks.RunError, match="the kernel died"):

@@ -101,7 +101,9 @@ def prompts_of(config: Config) -> Prompts:
     """The texts that this run asks with. ConfigError says what is wrong with its file."""
     try:
         return load_prompts(locate(config.prompts_file) if config.prompts_file else None)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ConfigError(f"prompts_file: {config.prompts_file}: {error.strerror}") from None
+    except ValueError as error:
         raise ConfigError(f"prompts_file: {error}") from None
 
 
