@@ -113,7 +113,18 @@ def prepare(examples: list[Example]) -> Batch:
 
 def answer_batch(vlm: VLM, method: str, questions: list[Question], config: Config) -> list[Answer]:
     """One batch; a question that cannot be answered has the reason as its answer."""
-    found = by_halves(lambda some: METHODS[method](vlm, some, config), questions)
+
+    def answered(some: Sequence[Question]) -> list[Answer]:
+        try:
+            return METHODS[method](vlm, some, config)
+        except torch.OutOfMemoryError:
+            if not vlm.recorded:
+                raise
+        vlm.recorded.clear()  # the memory that recorded kernels hold may be what is missing
+        _free()
+        return METHODS[method](vlm, some, config)
+
+    found = by_halves(answered, questions)
     return [failed(one) if isinstance(one, Exception) else one for one in found]
 
 
@@ -126,10 +137,14 @@ def by_halves(work: Callable[[Sequence[S]], list[T]], items: Sequence[S]) -> lis
     except Exception as error:  # whatever it is, it may cost one record and not the run
         if len(items) == 1:
             return [error]
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    _free()
     half = len(items) // 2
     return by_halves(work, items[:half]) + by_halves(work, items[half:])
+
+
+def _free() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def failed(error: Exception) -> Answer:

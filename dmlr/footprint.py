@@ -6,14 +6,15 @@ at a time without gradient, the terms are
     weights        b · parameters (linear layers in 4 or 8 bits where the run asks for that)
     cache          2 · layers · K · d · b                    a position: keys and values
     activations    b · (3 · max(I, 2 · H · d) + 4 · D)       a position: MLP or attention, residuals beside it
-    attention map  H · S · (P + S) · (12 + b)                S slots of the loop over P prompt positions: scores, masked
-                                                             scores and weights in float32, weights in b
+    attention map  (8 · H + 4 · H / K) · S · (P + S)         S slots of the loop over P prompt positions: scores and
+                                                             weights of every head, the mask of one key head; float32
     logits         16 · vocabulary                           a row that is read: float32, and copies of it
 
 A stage holds the weights, its share of the cache and its own terms: `vision` (all images of a batch at once),
 `prefill`, `loop`, `decode` (the cache grows by half when it is full; rows that finish leave a copy behind). A run peaks
-at its largest stage. The sum is that of tensors, within a factor of 1.5 (tests/test_footprint.py); what an allocator
-loses and libraries take comes on top, on a CPU about as much again. Knows nothing about devices, files or data.
+at its largest stage; caches that recorded kernels read are there in each. The sum is that of tensors, within a factor
+of 1.5 (tests/test_footprint.py); what an allocator loses and libraries take comes on top, on a CPU about as much again.
+Knows nothing about devices, files or data.
 """
 
 from __future__ import annotations
@@ -129,6 +130,7 @@ class Work:
     new_tokens: int = 1
     copies: int = 1  # of the cache while answers are decoded
     graph: bool = False  # the exact gradient keeps every layer's activations
+    rooms: int = 0  # copies of the cache that stay between batches (recorded kernels read them)
 
 
 def stages(shape: Shape, itemsize: int, work: Work) -> dict[str, int]:
@@ -138,15 +140,17 @@ def stages(shape: Shape, itemsize: int, work: Work) -> dict[str, int]:
     while room < work.prompt + work.slots + work.new_tokens:
         room += max(1, room // 2)
     positions = work.prompt + work.slots
-    maps = shape.heads * work.slots * positions * (12 + itemsize)
+    maps = (8 * shape.heads + 4 * shape.heads // shape.kv_heads) * work.slots * positions
     rows = 16 * shape.vocabulary
     loop = work.slots * activations * (shape.layers if work.graph else 1) + maps + work.reads * rows
-    return {
+    held = work.rooms * positions * cache
+    parts = {
         "vision": work.image_tokens * shape.vision(itemsize) + work.prompt * shape.hidden * itemsize,
         "prefill": work.prompt * (cache + activations + work.prompt * (itemsize + 2)),
         "loop": work.slots and (min(room, 3 * work.prompt // 2) * cache * (1 + work.graph) + loop),
         "decode": round(room * cache * (work.copies + 0.5)) + activations + rows,
     }
+    return {stage: size and size + held for stage, size in parts.items()}
 
 
 def peak(shape: Shape, itemsize: int, work: Work, batch: int) -> int:

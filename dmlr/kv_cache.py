@@ -83,10 +83,6 @@ class KVCache(Cache):
         for layer in self.layers:
             layer.length += count
 
-    def place(self) -> tuple[int, ...]:
-        """Where its keys are in memory."""
-        return tuple(layer.keys.data_ptr() for layer in self.layers)
-
     def branch(self) -> KVCache:
         """A cache that continues from here. It shares the storage: be done with it before the original goes on."""
         twin = KVCache()
@@ -101,6 +97,23 @@ class KVCache(Cache):
             layer.keys, layer.values = layer.keys[there], layer.values[there]
         return twin
 
+    def room(self, columns: int, slots: int) -> KVCache:
+        """An empty cache for as many rows, `columns` of them committed, with space for `slots` more."""
+        twin = self.branch()
+        for layer in twin.layers:
+            layer.keys, layer.values = (
+                x.new_zeros(*x.shape[:2], columns + slots, x.shape[3]) for x in (layer.keys, layer.values)
+            )
+            layer.length = columns
+        return twin
+
+    def copy_to(self, room: KVCache) -> None:
+        """Writes its committed columns into the last of those of `room`; nothing of `room` moves in memory."""
+        for mine, theirs in zip(self.layers, room.layers, strict=True):
+            begin, end = theirs.length - mine.length, theirs.length
+            theirs.keys[:, :, begin:end] = mine.keys[:, :, : mine.length]
+            theirs.values[:, :, begin:end] = mine.values[:, :, : mine.length]
+
     def take(self, columns: torch.Tensor) -> KVCache:
         """A cache of these columns [B, T] of each row, in this order."""
         twin = self.branch()
@@ -113,20 +126,18 @@ class KVCache(Cache):
 
 
 class AttentionProbe:
-    """Collects the attention of some query rows, averaged over all heads and layers of one forward."""
+    """Collects the attention of some query rows [A] in one forward: the sum over its layers of the mean over heads.
 
-    def __init__(self, rows: torch.Tensor) -> None:
-        self.rows, self.total, self.layers = rows, None, 0
+    total: [B, A, T], zeros at first, float32.
+    """
+
+    def __init__(self, rows: torch.Tensor, total: torch.Tensor) -> None:
+        self.rows, self.total = rows, total
 
     def add(self, weights: torch.Tensor) -> None:
         """weights: [B, H_kv, G, S, T] of one layer."""
-        mean = weights.detach().index_select(3, self.rows.to(weights.device)).mean(dim=(1, 2))  # [B, rows, T]
-        self.total = mean if self.total is None else self.total + mean.to(self.total.device)
-        self.layers += 1
-
-    def mean(self) -> torch.Tensor:
-        """[B, rows, T], float32; each row sums to one."""
-        return self.total / self.layers
+        mean = weights.detach().index_select(3, self.rows.to(weights.device)).mean(dim=(1, 2))  # [B, A, T]
+        self.total += mean.to(self.total.device)
 
 
 def attend(
@@ -134,9 +145,10 @@ def attend(
 ):
     """Attention function of the language model, in transformers' interface.
 
-    query: [B, H, S, d]; key, value: [B, H_kv, T, d]; attention_mask: bool [B, 1, S, T], True where a row may look.
-    Queries that share a key head are stacked along S instead of repeating keys and values, which would copy the
-    prefix at every step. With a probe the weights are computed explicitly, else by SDPA.
+    query: [B, H, S, d]; key, value: [B, H_kv, T, d]; attention_mask: in prefill bool [B, 1, S, T], True where a row may
+    look (None: plain causal), else what `additive_mask` made of it. Queries that share a key head are stacked along S
+    instead of repeating keys and values, which would copy the prefix at every step. With a probe the weights are
+    computed explicitly, else by SDPA.
     """
     batch, heads, rows, dim = query.shape
     kv_heads, columns = key.shape[1], key.shape[2]
@@ -144,18 +156,25 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kw)
     group = heads // kv_heads
     stacked = query.reshape(batch, kv_heads, group * rows, dim)
-    mask = attention_mask[:, :, None].expand(batch, 1, group, rows, columns)
     if probe is None:
-        mask = mask.reshape(batch, 1, group * rows, columns)
-        out = F.scaled_dot_product_attention(stacked, key, value, attn_mask=mask, scale=scaling)
+        out = F.scaled_dot_product_attention(stacked, key, value, attn_mask=attention_mask, scale=scaling)
     else:
-        scores = (stacked @ key.transpose(2, 3)).view(batch, kv_heads, group, rows, columns) * scaling
-        scores = at_least_float32(scores)
-        weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1)
-        probe.add(weights)
-        out = weights.to(value.dtype).view(batch, kv_heads, group * rows, columns) @ value
+        # [B, H_kv, G S, T]; scores are not kept beside them
+        weights = torch.add(attention_mask, stacked @ key.transpose(2, 3), alpha=scaling).softmax(dim=-1)
+        probe.add(weights.view(batch, kv_heads, group, rows, columns))
+        out = weights.to(value.dtype) @ value
     out = out.view(batch, kv_heads, group, rows, dim).flatten(1, 2).transpose(1, 2)  # [B, S, H, d]
     return out.contiguous(), None
+
+
+def additive_mask(mask: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
+    """[B, 1, G S, T] for `attend`, once for all layers: zero where `mask` [B, S, T] allows, the least number elsewhere.
+
+    group: G, queries that share a key head. dtype: the queries' own for SDPA; for a probe at least float32, which the
+    scores then take.
+    """
+    least = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    return least.repeat(1, group, 1)[:, None]
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:

@@ -7,18 +7,14 @@ Examples of a batch do not influence each other: every decision is per row, and 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 from dmlr.config import Config
-from dmlr.cuda_graphs import Replayed
-from dmlr.injection import Patches, choose_patches, interleave, patch_caps, reward_slots
+from dmlr.injection import Patches, choose_patches
 from dmlr.prefix import Prefix
-from dmlr.rewards import REWARDS, parse_score
+from dmlr.score import caps_of, scorer
 from dmlr.vlm import VLM
 
 
@@ -172,17 +168,6 @@ def optimize(vlm: VLM, prefix: Prefix, config: Config, noise: torch.Tensor, scor
     return Trace(start_reward, start_attention, best_reward, best_step, final, scored, steps)
 
 
-def caps_of(config: Config, num_patches: torch.Tensor) -> torch.Tensor:
-    """Most patches per think token [B, L] of examples with so many image tokens [B]."""
-    return patch_caps(
-        config.num_thought_tokens,
-        num_patches,
-        config.visual_insert_stride,
-        config.num_selected_patches,
-        config.max_total_patches,
-    )
-
-
 class Retrieval:
     """Z_cand: which patches each think token of a batch may try, given attention, kept patches and budget."""
 
@@ -200,91 +185,6 @@ class Retrieval:
         """attention: [B, L, N]. The shapes in iteration t are known without looking at the rows."""
         width = min(self.widest, self.first + t * self.growth)
         return choose_patches(attention, self.image_mask, kept, budget, self.caps, width)
-
-
-def scorer(vlm: VLM, prefix: Prefix, config: Config, score_ids: torch.Tensor) -> Callable[..., tuple]:
-    """`score` of this batch; with `cuda_graphs` on a GPU its kernels are recorded once per shapes and replayed."""
-    plain = partial(score, vlm, prefix, config, score_ids)
-    if not (config.cuda_graphs and vlm.on_one_gpu) or config.use_auto_grad or config.disable_conf_reward:
-        return plain
-
-    def of_tensors(latents, index, count, with_attention):
-        return plain(latents, Patches(index, count), with_attention)
-
-    replayed = Replayed(of_tensors, place=prefix.cache.place)
-
-    def scored(latents, patches, with_attention=True, with_gradient=False):
-        return replayed(latents, patches.index, patches.count, with_attention=with_attention)
-
-    return scored
-
-
-def score(
-    vlm: VLM,
-    prefix: Prefix,
-    config: Config,
-    score_ids: torch.Tensor,
-    latents: torch.Tensor,
-    patches: Patches,
-    with_attention: bool = True,
-    with_gradient: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Reward [B, M], attention of the think tokens over the image [B, L, N] (mean over samples), and the reward's
-    gradient in the latents [B, L, D] (of a single sample).
-
-    latents: [B, M, L, D]. One pass of M times [T, patches] over the cached [Q, Z]; where the reward is read follows
-    `reward_position`.
-    """
-    batch, samples, length, _ = latents.shape
-    patches = patches.trimmed()
-    with torch.set_grad_enabled(with_gradient):
-        latents = latents.detach().requires_grad_(with_gradient)
-        embeds, filled = interleave(latents, prefix.images, patches)  # [B, M, S, D], [B, S]
-        if config.reward_position == "think_next":
-            after = vlm.embed(prefix.suffix_ids[:1]).to(embeds.dtype).expand(batch, samples, 1, -1)
-            after = F.pad(after, (0, embeds.shape[3] - after.shape[3]))
-            embeds, filled = torch.cat([embeds, after], dim=2), F.pad(filled, (0, 1), value=True)
-        if config.reward_position == "think":  # nothing that is read can see the patches of the last group
-            used = 1 + (length - 1) * (1 + patches.index.shape[2])
-            embeds, filled = embeds[:, :, :used], filled[:, :used]
-        starts = embeds.shape[2] * torch.arange(samples, device=embeds.device)[:, None]  # [M, 1], first slots
-        read = reward_slots(patches, config.reward_position)  # [B, R]
-        think = torch.arange(length, device=embeds.device) * (1 + patches.index.shape[2])  # [L]
-        logits, attention = vlm.extend(
-            prefix,
-            embeds.flatten(1, 2),
-            filled.repeat(1, samples),
-            read=(starts + read[:, None]).flatten(1),
-            probe_rows=(starts + think).flatten() if with_attention else None,
-            samples=samples,
-        )
-        reward = REWARDS[config.reward](logits.unflatten(1, (samples, -1)), config.top_k)  # [B, M]
-        gradient = torch.autograd.grad(reward.sum(), latents)[0][:, 0] if with_gradient else None
-    if attention is not None:
-        attention = attention.unflatten(1, (samples, length)).mean(dim=1)
-    if config.disable_conf_reward:
-        reward = torch.stack([self_score(vlm, prefix, one, patches, score_ids) for one in latents.unbind(1)], dim=1)
-    return reward.detach(), attention, gradient
-
-
-def self_score(
-    vlm: VLM, prefix: Prefix, latents: torch.Tensor, patches: Patches, score_ids: torch.Tensor
-) -> torch.Tensor:
-    """[B]: the model's own 0-1 score of its latents [B, L, D], decoded after a request for it; 0 without a number."""
-    embeds, filled = interleave(latents[:, None], prefix.images, patches)
-    branch = prefix.branch()
-    vlm.append(branch, *with_tokens(vlm, embeds[:, 0], filled, score_ids))
-    scores = [parse_score(reply.text) for reply in vlm.decode(branch, max_new_tokens=8)]
-    return torch.tensor(scores, device=latents.device).nan_to_num(nan=0.0)
-
-
-def with_tokens(
-    vlm: VLM, embeds: torch.Tensor, filled: torch.Tensor, ids: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slots followed by the same text tokens `ids` [S] in every row."""
-    text = vlm.embed(ids).to(embeds.dtype).expand(embeds.shape[0], -1, -1)
-    text = F.pad(text, (0, embeds.shape[2] - text.shape[2]))
-    return torch.cat([embeds, text], dim=1), torch.cat([filled, filled.new_ones(len(filled), len(ids))], dim=1)
 
 
 def ascend(adam: torch.optim.Adam, latents: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 from dmlr.kv_cache import KVCache
 
@@ -33,6 +34,31 @@ class Prefix:
     def branch(self) -> Prefix:
         """A continuation that can be appended to and decoded, and leaves this prefix as it is."""
         return replace(self, cache=self.cache.branch())
+
+    def room(self, columns: int, image_tokens: int, slots: int) -> Prefix:
+        """An empty prefix for as many rows, with so many columns and image tokens and space for `slots` behind them."""
+        batch, count, width = self.images.shape
+        assert columns >= self.mask.shape[1] and image_tokens >= count
+        return Prefix(
+            cache=self.cache.room(columns, slots),
+            mask=self.mask.new_zeros(batch, columns),
+            next_position=torch.zeros_like(self.next_position),
+            logits=self.logits.new_empty(batch, 0),  # nothing is decoded from here
+            images=self.images.new_zeros(batch, image_tokens, width),
+            image_mask=self.image_mask.new_zeros(batch, image_tokens),
+            image_columns=self.image_columns.new_zeros(batch, image_tokens),
+            suffix_ids=self.suffix_ids,
+        )
+
+    def copy_to(self, room: Prefix) -> None:
+        """Writes this batch into `room`, padded there on the left as prompts are; nothing of `room` moves in memory."""
+        columns, count = room.mask.shape[1] - self.mask.shape[1], room.images.shape[1] - self.images.shape[1]
+        self.cache.copy_to(room.cache)
+        room.mask.copy_(F.pad(self.mask, (columns, 0)))
+        room.next_position.copy_(self.next_position)
+        room.images.copy_(F.pad(self.images, (0, 0, 0, count)))
+        room.image_mask.copy_(F.pad(self.image_mask, (0, count)))
+        room.image_columns.copy_(F.pad(self.image_columns + columns, (0, count)))
 
     def compact(self) -> Prefix:
         """The same in as few columns as the longest row needs: empty ones leave, real ones close up to the right.

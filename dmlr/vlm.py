@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from dmlr import footprint
 from dmlr.config import Config
 from dmlr.cpu_linear import through_onednn
+from dmlr.cuda_graphs import Kept
 from dmlr.decoding import decode
 from dmlr.encode import Encoded, Encoder
 from dmlr.families import family_of
 from dmlr.footprint import Shape, Work
-from dmlr.kv_cache import AttentionProbe, KVCache, at_least_float32
+from dmlr.kv_cache import AttentionProbe, KVCache, additive_mask, at_least_float32
 from dmlr.loading import load_checkpoint
 from dmlr.prefix import Prefix
 
@@ -45,6 +46,7 @@ class VLM:
         self.family = family_of(model, processor, min_pixels, max_pixels)
         self.deep_levels = self.family.deep_levels if deep_patches else 0
         self.encode = Encoder(self)
+        self.recorded = Kept()  # see score.py
 
     @classmethod
     def load(cls, config: Config) -> VLM:
@@ -82,6 +84,12 @@ class VLM:
     @property
     def text_config(self):
         return self.model.config.get_text_config()
+
+    @property
+    def key_group(self) -> int:
+        """Query heads that share a key head."""
+        heads = self.text_config.num_attention_heads
+        return heads // (getattr(self.text_config, "num_key_value_heads", None) or heads)
 
     @property
     def context_length(self) -> int:
@@ -197,8 +205,12 @@ class VLM:
         sample = torch.arange(slots, device=embeds.device) // (slots // samples)
         causal = torch.ones(slots, slots, dtype=torch.bool, device=embeds.device).tril() & (sample[:, None] == sample)
         new = (causal & filled[:, None]) | torch.eye(slots, dtype=torch.bool, device=embeds.device)
-        mask = torch.cat([prefix.mask[:, None].expand(-1, slots, -1), new.expand(batch, -1, -1)], dim=2)[:, None]
-        probe = AttentionProbe(probe_rows) if probe_rows is not None else None
+        mask = torch.cat([prefix.mask[:, None].expand(-1, slots, -1), new.expand(batch, -1, -1)], dim=2)
+        probe, width = None, self.dtype
+        if probe_rows is not None:
+            width = torch.promote_types(width, torch.float32)
+            probe = AttentionProbe(probe_rows, mask.new_zeros(batch, len(probe_rows), mask.shape[2], dtype=width))
+        mask = additive_mask(mask, self.key_group, width)
         hidden = self._run(embeds.to(self.dtype), positions, mask, prefix.cache, probe)
         if commit:
             prefix.cache.commit(slots)
@@ -208,7 +220,7 @@ class VLM:
         logits = self._logits(rows)  # [B, R, V]
         if probe is None:
             return logits, None
-        weights = probe.mean()  # [B, rows, T]
+        weights = probe.total / len(prefix.cache.layers)  # [B, A, T], each row sums to one
         index = prefix.image_columns[:, None].expand(-1, weights.shape[1], -1)
         return logits, weights.gather(2, index.to(weights.device)).masked_fill(~prefix.image_mask[:, None], 0.0)
 
@@ -241,7 +253,7 @@ class VLM:
         return embeds
 
     def _run(self, embeds, positions, mask, cache: KVCache, probe: AttentionProbe | None = None) -> torch.Tensor:
-        """Language model only; mask is bool [B, 1, S, T] or None for plain causal. Returns hidden states [B, S, D]."""
+        """Language model only; mask is as `attend` takes it. Returns hidden states [B, S, D]."""
         embeds, *deep = embeds.split(self.text_config.hidden_size, dim=2)
         also = {}
         if deep:  # zeros for what is no patch

@@ -7,7 +7,7 @@ import torch
 from dmlr.config import Config
 from dmlr.footprint import Work
 from dmlr.methods.self_consistency import loop_positions
-from dmlr.optimize import caps_of
+from dmlr.score import KEPT_ROOMS, caps_of
 
 PROMPT = 1024  # positions that a prompt is taken to have, image included, where nobody counted
 TEXT = 256  # positions of text in a prompt: instructions, question, options
@@ -46,4 +46,5 @@ def workload(config: Config, context: int | None = None, images: int | None = No
         new_tokens=min(longest, (context or longest + prompt) - prompt),
         copies=1 + ("self-consistency" in methods),  # it samples from a copy of the prefix
         graph=config.use_auto_grad,
+        rooms=KEPT_ROOMS if config.cuda_graphs and slots else 0,
     )

@@ -5,19 +5,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_oracle import BASE, VARIANTS, encode
-from tiny import tiny_vlm
+from test_oracle import BASE, QUESTIONS, VARIANTS, encode
+from tiny import noise_image, tiny_vlm
 from tiny_families import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dmlr import cuda_graphs
 from dmlr.answers import Question
+from dmlr.batches import answer_batch
 from dmlr.config import Config
-from dmlr.cuda_graphs import Recording, Replayed
+from dmlr.cuda_graphs import Kept, Recording
 from dmlr.injection import Patches
+from dmlr.methods import METHODS
 from dmlr.methods.latent import question_noise
-from dmlr.optimize import optimize, score
+from dmlr.optimize import optimize
+from dmlr.score import ROUNDED, score
 from dmlr.vlm import VLM
 
 NO_IDS = torch.zeros(0, dtype=torch.long)
@@ -60,9 +63,9 @@ def as_on_a_gpu(monkeypatch):
     """The names of what was recorded."""
     recorded = []
 
-    def record(function, inputs):
-        recorded.append([tuple(x.shape) for x in inputs])
-        return record_on_a_cpu(function, inputs)
+    def record(function, inputs, flags, pool):
+        recorded.append((*(tuple(x.shape) for x in inputs), flags))
+        return record_on_a_cpu(lambda *x: function(*x, **flags), inputs)
 
     monkeypatch.setattr(cuda_graphs, "record", record)
     monkeypatch.setattr(VLM, "on_one_gpu", True)
@@ -71,8 +74,24 @@ def as_on_a_gpu(monkeypatch):
 
 
 def loop(vlm, config, batch=4):
-    noise = torch.stack([question_noise(vlm, Question(i, "", []), config) for i in range(batch)])
-    return optimize(vlm, vlm.prefill(encode(vlm, config, batch)), config, noise, NO_IDS)
+    return loop_over(vlm, config, encode(vlm, config, batch))
+
+
+def loop_over(vlm, config, encoded):
+    noise = torch.stack([question_noise(vlm, Question(i, "", []), config) for i in range(len(encoded))])
+    return optimize(vlm, vlm.prefill(encoded), config, noise, NO_IDS)
+
+
+def same(plain, replayed):
+    assert len(plain.steps) == len(replayed.steps)
+    for one, other in zip(plain.steps, replayed.steps, strict=True):
+        assert torch.equal(one.accepted, other.accepted)
+        assert one.tried.patches.tolist() == other.tried.patches.tolist()
+        torch.testing.assert_close(one.reward, other.reward, atol=1e-6, rtol=0)
+        torch.testing.assert_close(one.explored, other.explored, atol=1e-6, rtol=0)
+        torch.testing.assert_close(one.attention, other.attention, atol=1e-6, rtol=0)
+    torch.testing.assert_close(plain.final.latents, replayed.final.latents, atol=1e-6, rtol=1e-5)
+    assert plain.final.patches.tolist() == replayed.final.patches.tolist()
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "gradient" not in name])
@@ -81,29 +100,62 @@ def test_a_replayed_loop_is_the_loop(name, as_on_a_gpu):
     plain = loop(vlm, config)
     assert not as_on_a_gpu
     replayed = loop(vlm, config.replace(cuda_graphs=True))
-    assert as_on_a_gpu or config.max_num_steps == 0
-    assert len(as_on_a_gpu) <= 6, "shapes that change with every iteration would be recorded again and again"
-    assert len(plain.steps) == len(replayed.steps)
-    for one, other in zip(plain.steps, replayed.steps, strict=True):
-        assert torch.equal(one.accepted, other.accepted)
-        assert one.tried.patches.tolist() == other.tried.patches.tolist()
-        torch.testing.assert_close(one.reward, other.reward, atol=1e-6, rtol=0)
-        torch.testing.assert_close(one.explored, other.explored, atol=1e-6, rtol=0)
-    torch.testing.assert_close(plain.final.latents, replayed.final.latents, atol=1e-6, rtol=0)
-    assert plain.final.patches.tolist() == replayed.final.patches.tolist()
+    assert as_on_a_gpu
+    assert len(as_on_a_gpu) == len({str(shapes) for shapes in as_on_a_gpu}), "recorded again and again"
+    same(plain, replayed)
 
 
-def test_memory_that_moved_is_recorded_anew(monkeypatch):
-    made = []
-    monkeypatch.setattr(cuda_graphs, "record", lambda f, x: made.append(1) or record_on_a_cpu(f, x))
-    weights = [torch.ones(3)]
-    replayed = Replayed(lambda x: (x * weights[0], None), place=lambda: weights[0].data_ptr())
-    ask = lambda value: replayed(torch.full((3,), value))[0].tolist()  # noqa: E731
-    assert [ask(1.0), ask(2.0), ask(3.0)] == [[1.0] * 3, [2.0] * 3, [3.0] * 3]
-    weights[0].mul_(2)  # in place: the recording sees it
-    assert ask(3.0) == [6.0] * 3 and len(made) == 1
-    weights[0] = torch.full((3,), 5.0)
-    assert [ask(1.0), ask(2.0), ask(3.0)] == [[5.0] * 3, [10.0] * 3, [15.0] * 3] and len(made) == 2
+def test_batches_of_other_prompts_and_images_are_replayed_from_one_recording(as_on_a_gpu):
+    vlm, config = tiny_vlm(), Config(**BASE, cuda_graphs=True)
+    rows = encode(vlm, config, 4)
+    batches = [rows[:2], rows[2:], rows[1:3]]
+    lengths = {max(len(e.input_ids) for e in batch) for batch in batches}
+    assert len(lengths) > 1 and len({-(-length // ROUNDED) for length in lengths}) == 1
+    first, *others = batches
+    loop_over(vlm, config, first)
+    count = len(as_on_a_gpu)
+    for batch in others:
+        same(loop_over(vlm, config.replace(cuda_graphs=False), batch), loop_over(vlm, config, batch))
+    assert len(as_on_a_gpu) == count
+    loop_over(vlm, config, rows[:3])
+    assert len(as_on_a_gpu) > count, "another batch size is another shape"
+
+
+def test_a_random_search_is_replayed_too(as_on_a_gpu):
+    vlm, config = tiny_vlm(), Config(**BASE)
+    questions = [Question(i, text, [noise_image(i, *size)]) for i, (text, size) in enumerate(QUESTIONS[:2])]
+    plain, replayed = (METHODS["random"](vlm, questions, config.replace(cuda_graphs=on)) for on in (False, True))
+    assert as_on_a_gpu
+    assert [a.text for a in plain] == [a.text for a in replayed]
+    for one, other in zip(plain, replayed, strict=True):
+        assert one.reasoning.best_reward == pytest.approx(other.reasoning.best_reward, abs=1e-6)
+
+
+def test_recordings_that_were_not_used_for_longest_leave_first():
+    made, kept = [], Kept()
+    for key in "abacab":
+        kept.get(key, lambda key=key: made.append(key), most=2)
+    assert made == list("abcb")
+    kept.clear()
+    assert not kept
+
+
+def test_a_batch_lacks_no_memory_that_recordings_hold(as_on_a_gpu, monkeypatch):
+    vlm, config = tiny_vlm(), Config(**BASE, cuda_graphs=True)
+    questions = [Question(i, text, [noise_image(i, *size)]) for i, (text, size) in enumerate(QUESTIONS[:3])]
+    expected = answer_batch(vlm, "dmlr", questions, config)
+    prefill, asked = VLM.prefill, []
+
+    def cramped(self, batch):
+        asked.append((len(batch), len(self.recorded)))
+        if self.recorded:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return prefill(self, batch)
+
+    monkeypatch.setattr(VLM, "prefill", cramped)
+    found = answer_batch(vlm, "dmlr", questions, config)
+    assert asked == [(3, 1), (3, 0)]
+    assert [(a.text, a.error) for a in found] == [(a.text, None) for a in expected]
 
 
 def test_a_function_that_reads_back_is_not_recorded():

@@ -9,8 +9,9 @@ from tiny import noise_image, tiny_vlm
 from dmlr.config import Config
 from dmlr.injection import Patches
 from dmlr.methods import METHODS, Question
-from dmlr.optimize import example_noise, initial_latents, optimize, score
+from dmlr.optimize import example_noise, initial_latents, optimize
 from dmlr.prompts import Prompts
+from dmlr.score import score
 
 PROMPTS = Prompts()
 NO_IDS = torch.zeros(0, dtype=torch.long)

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from dmlr.answers import Answer, Question
 from dmlr.config import Config
 from dmlr.methods.latent import reasoned, with_notes
-from dmlr.optimize import Retrieval, State, Step, Trace, example_generator, initial_latents, optimize, score
+from dmlr.optimize import Retrieval, State, Step, Trace, example_generator, initial_latents, optimize
 from dmlr.prefix import Prefix
+from dmlr.score import scorer
 from dmlr.vlm import VLM
 
 
@@ -69,7 +70,8 @@ def random_search(
     noise, rows = noise.to(latents.device), torch.arange(len(latents), device=latents.device)
     retrieval = Retrieval(prefix, config)
     budget, kept = retrieval.first_budget, retrieval.nothing
-    start_reward, start_attention, _ = score(vlm, prefix, config, score_ids, latents[:, None], kept)
+    reward_of = scorer(vlm, prefix, config, score_ids)
+    start_reward, start_attention, _ = reward_of(latents[:, None], kept)
     start_reward = start_reward[:, 0]
     best, best_reward, best_step = State(latents, kept), start_reward, torch.zeros_like(budget)
     bar = torch.zeros_like(start_reward) if config.accept_at == "candidate" else start_reward
@@ -82,7 +84,7 @@ def random_search(
         looks = since >= 0 and since % config.visual_injection_interval == 0
         patches = retrieval(ranking[:, 1 + t], kept, budget, t) if looks else kept
         candidates = latents[:, None] + noise[:, t] * sigma  # [B, M, L, D]
-        explored, attention, _ = score(vlm, prefix, config, score_ids, candidates, patches)
+        explored, attention, _ = reward_of(candidates, patches)
         reward, first = explored.max(dim=1)
         tried = State(candidates[rows, first], patches)
         accepted = (reward > bar) & active

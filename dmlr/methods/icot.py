@@ -13,8 +13,8 @@ from dmlr.answers import Answer, Clock, Question, notes
 from dmlr.config import Config
 from dmlr.injection import Patches, choose_patches, in_image_order, interleave
 from dmlr.methods.prompting import decode, prefill_task, prompts_of
-from dmlr.optimize import with_tokens
 from dmlr.prefix import Prefix
+from dmlr.score import with_tokens
 from dmlr.vlm import VLM
 
 

@@ -16,9 +16,10 @@ from dmlr.decoding import Decoded
 from dmlr.encode import Encoded
 from dmlr.injection import interleave
 from dmlr.methods.prompting import decode, prompts_of
-from dmlr.optimize import Trace, example_noise, optimize, with_tokens
+from dmlr.optimize import Trace, example_noise, optimize
 from dmlr.prefix import Prefix
 from dmlr.prompts import Prompts
+from dmlr.score import with_tokens
 from dmlr.vlm import VLM
 
 # model, prefix, configuration, noise [B, T, M, L, D], tokens that ask for a self score -> what to decode, and why

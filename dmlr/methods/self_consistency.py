@@ -17,7 +17,8 @@ from dmlr.judge.choice import compare_choice
 from dmlr.judge.extract import candidates, normalize_text, parse_options
 from dmlr.judge.quantities import parse_number
 from dmlr.methods.prompting import decode, prefill_task, prompts_of
-from dmlr.optimize import caps_of, example_generator
+from dmlr.optimize import example_generator
+from dmlr.score import caps_of
 from dmlr.vlm import VLM
 
 FEWEST, MOST = 3, 40  # samples at equal compute: fewer are no majority; 40 is the original's number

@@ -12,7 +12,8 @@ import torch
 
 from dmlr.injection import Patches
 from dmlr.methods.latent import question_noise
-from dmlr.optimize import State, optimize, score
+from dmlr.optimize import State, optimize
+from dmlr.score import score
 from dmlr.walkthrough import Walk, answers_from, parts
 
 
