@@ -50,6 +50,7 @@ class Config:
     load_in_bits: int | None = _param(None, "language model in 4 or 8 bits (pip install bitsandbytes)", choices=(4, 8))
     batch_size: int | None = _param(None, "examples that go through the model together; none: by free memory", low=1)
     cuda_graphs: bool = _param(False, "replay the loop's kernels on a GPU: faster at small batches, not run on one yet")
+    compile_layers: bool = _param(False, "fuse the kernels of a layer by torch.compile, on a GPU: not run on one yet")
     num_workers: int = _param(1, "processes with a model each; more than 1: on Ray (pip install -e '.[ray]')", low=1)
     worker_device_round_robin: bool = _param(False, "more workers than GPUs: let them share the GPUs evenly")
     ray_address: str = _param("", "a running Ray cluster, host:port or auto; empty: this machine alone")

@@ -11,18 +11,19 @@ import torch
 
 
 class Linear(torch.nn.Linear):
-    """torch.nn.Linear; float32 on a CPU goes through oneDNN where no gradient is wanted."""
+    """torch.nn.Linear; float32 on a CPU goes through oneDNN where no gradient is wanted and nothing is compiled."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]"""
         wants_gradient = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if x.device.type != "cpu" or x.dtype != torch.float32 or self.weight.dtype != x.dtype or wants_gradient:
+        plain = wants_gradient or torch.compiler.is_compiling()
+        if plain or x.device.type != "cpu" or x.dtype != torch.float32 or self.weight.dtype != x.dtype:
             return super().forward(x)
         return multiply(x, self.weight, self.bias)
 
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x @ weight.T + bias, by the operator that torch.compile takes too; not differentiable."""
+    """x @ weight.T + bias; not differentiable."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

@@ -6,11 +6,11 @@ Knows nothing about how latents and patches are chosen, or what the loop does wi
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from dmlr.compiled import compile_layers
 from dmlr.config import Config
 from dmlr.cuda_graphs import Replayed
 from dmlr.injection import Patches, interleave, patch_caps, reward_slots
@@ -18,8 +18,8 @@ from dmlr.prefix import Prefix
 from dmlr.rewards import REWARDS, parse_score
 from dmlr.vlm import VLM
 
-ROUNDED = 128  # what columns and image tokens are padded to where kernels are recorded
-KEPT_ROOMS = 4  # shapes of batches whose recordings stay
+ROUNDED = 128  # columns and image tokens, where shapes must be few
+KEPT_ROOMS = 4  # shapes of batches that are kept ready
 
 
 def score(
@@ -31,6 +31,7 @@ def score(
     patches: Patches,
     with_attention: bool = True,
     with_gradient: bool = False,
+    fused: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Reward [B, M], attention of the think tokens over the image [B, L, N] (mean over samples), and the reward's
     gradient in the latents [B, L, D] (of a single sample).
@@ -59,6 +60,7 @@ def score(
             read=(starts + read[:, None]).flatten(1),
             probe_rows=(starts + think).flatten() if with_attention else None,
             samples=samples,
+            fused=fused,
         )
         reward = REWARDS[config.reward](logits.unflatten(1, (samples, -1)), config.top_k)  # [B, M]
         gradient = torch.autograd.grad(reward.sum(), latents)[0][:, 0] if with_gradient else None
@@ -90,30 +92,39 @@ def with_tokens(
 
 
 def scorer(vlm: VLM, prefix: Prefix, config: Config, score_ids: torch.Tensor) -> Callable[..., tuple]:
-    """`score` of this batch; with `cuda_graphs` on a GPU its kernels are recorded once per shapes and replayed.
+    """`score` of this batch, by the cheapest way that configuration and device allow.
 
-    What is recorded reads a prefix of its own, into which every batch is copied, so that one recording serves all
-    batches of its shape. Prompts and images are padded there to multiples of ROUNDED, and the shapes are few.
+    On a GPU its layers may be compiled and its kernels recorded. Both want few shapes, and a recording wants what it
+    reads to stay where it is: so they work on a prefix of their own, padded to multiples of ROUNDED, into which every
+    batch of its shape is copied.
     """
-    if not (config.cuda_graphs and vlm.on_one_gpu) or config.use_auto_grad or config.disable_conf_reward:
-        return partial(score, vlm, prefix, config, score_ids)
+    steady = (config.cuda_graphs or config.compile_layers) and vlm.on_one_gpu
+    if not steady or config.use_auto_grad or config.disable_conf_reward:
+
+        def plain(latents, patches, **flags):
+            return score(vlm, prefix, config, score_ids, latents, patches.trimmed(), **flags)
+
+        return plain
     (batch, columns), count = prefix.mask.shape, prefix.images.shape[1]
     columns, tokens = (-(-size // ROUNDED) * ROUNDED for size in (columns, count))
 
-    def recordable() -> tuple[Prefix, Replayed]:
+    def make() -> tuple[Prefix, Callable]:
         length, most = config.num_thought_tokens, int(caps_of(config, torch.tensor([tokens])).max())
         room = prefix.room(columns, tokens, config.num_samples * (length * (1 + most) + 1))
+        if config.compile_layers:
+            compile_layers(vlm.text_model)
 
         def of_tensors(latents, index, count, with_attention):
-            return score(vlm, room, config, score_ids, latents, Patches(index, count), with_attention)
+            patches = Patches(index, count)
+            return score(vlm, room, config, score_ids, latents, patches, with_attention, fused=config.compile_layers)
 
-        return room, Replayed(of_tensors)
+        return room, Replayed(of_tensors) if config.cuda_graphs else of_tensors
 
-    room, replayed = vlm.recorded.get((config, batch, columns, tokens), recordable, most=KEPT_ROOMS)
+    room, run = vlm.recorded.get((config, batch, columns, tokens), make, most=KEPT_ROOMS)
     prefix.copy_to(room)
 
     def scored(latents, patches, with_attention=True, with_gradient=False):
-        reward, attention, _ = replayed(latents, patches.index, patches.count, with_attention=with_attention)
+        reward, attention, _ = run(latents, patches.index, patches.count, with_attention=with_attention)
         return reward, None if attention is None else attention[..., :count], None
 
     return scored

@@ -184,6 +184,7 @@ class VLM:
         probe_rows: torch.Tensor | None = None,
         samples: int = 1,
         commit: bool = False,
+        fused: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Runs S more slots over the cached prefix; drops them again unless `commit`.
 
@@ -193,6 +194,7 @@ class VLM:
         probe_rows: [A], slots whose attention over the image tokens is wanted.
         samples: M sequences of S / M slots each that all follow the prefix and do not see each other (they share its
         keys and values instead of repeating them).
+        fused: by layers that `compile_layers` has prepared.
 
         Returns logits [B, R, V] in float32 and attention [B, A, N], mean over layers and heads (None without
         probe_rows). Differentiable in `embeds`.
@@ -211,7 +213,7 @@ class VLM:
             width = torch.promote_types(width, torch.float32)
             probe = AttentionProbe(probe_rows, mask.new_zeros(batch, len(probe_rows), mask.shape[2], dtype=width))
         mask = additive_mask(mask, self.key_group, width)
-        hidden = self._run(embeds.to(self.dtype), positions, mask, prefix.cache, probe)
+        hidden = self._run(embeds.to(self.dtype), positions, mask, prefix.cache, probe, fused)
         if commit:
             prefix.cache.commit(slots)
             prefix.mask = torch.cat([prefix.mask, filled], dim=1)
@@ -252,13 +254,17 @@ class VLM:
             embeds = torch.cat([embeds, added], dim=2)
         return embeds
 
-    def _run(self, embeds, positions, mask, cache: KVCache, probe: AttentionProbe | None = None) -> torch.Tensor:
+    def _run(
+        self, embeds, positions, mask, cache: KVCache, probe: AttentionProbe | None = None, fused: bool = False
+    ) -> torch.Tensor:
         """Language model only; mask is as `attend` takes it. Returns hidden states [B, S, D]."""
         embeds, *deep = embeds.split(self.text_config.hidden_size, dim=2)
         also = {}
+        if fused:  # a view would be compiled for once more
+            embeds, also = embeds.clone(), {"fused": True}
         if deep:  # zeros for what is no patch
             everywhere = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-            also = {"visual_pos_masks": everywhere, "deepstack_visual_embeds": [level.flatten(0, 1) for level in deep]}
+            also |= {"visual_pos_masks": everywhere, "deepstack_visual_embeds": [level.flatten(0, 1) for level in deep]}
         return self.text_model(
             inputs_embeds=embeds,
             position_ids=positions if self.family.position_axes > 1 else positions[0],

@@ -46,5 +46,5 @@ def workload(config: Config, context: int | None = None, images: int | None = No
         new_tokens=min(longest, (context or longest + prompt) - prompt),
         copies=1 + ("self-consistency" in methods),  # it samples from a copy of the prefix
         graph=config.use_auto_grad,
-        rooms=KEPT_ROOMS if config.cuda_graphs and slots else 0,
+        rooms=KEPT_ROOMS if (config.cuda_graphs or config.compile_layers) and slots else 0,
     )

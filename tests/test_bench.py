@@ -6,26 +6,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_cuda_graphs import record_on_a_cpu
 
-from dmlr import bench
+from dmlr import bench, compiled, cuda_graphs, random_weights
 from dmlr.answers import Question
 from dmlr.config import Config, ConfigError, locate
 from dmlr.methods.latent import question_noise
 from dmlr.optimize import initial_latents, optimize
 from dmlr.reference import Reference, eager
+from dmlr.vlm import VLM
 
-TINY = dict(zip(bench._SIZES, (64, 2, 4, 2, 128, 2000, 64), strict=True))
+TINY = dict(zip(random_weights._SIZES, (64, 2, 4, 2, 128, 2000, 64), strict=True))
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setitem(bench.SHAPES, "tiny", TINY)
-    return bench.random_vlm("tiny")
+    monkeypatch.setitem(random_weights.SHAPES, "tiny", TINY)
+    return random_weights.random_vlm("tiny")
 
 
 def test_both_sides_do_the_same_work(tiny):
     config = Config.make("paper", max_num_steps=3)
-    prompt = bench.random_prompt(tiny, 8, 100, 4)
+    prompt = random_weights.random_prompt(tiny, 8, 100, 4)
     assert len(prompt.input_ids) == 100 and len(prompt.image_columns) == 64
     prefix = tiny.prefill([prompt])
     start, noise = initial_latents(tiny, prefix, config)[0], question_noise(tiny, Question(0, "", []), config)
@@ -39,7 +41,7 @@ def test_both_sides_do_the_same_work(tiny):
 
 def test_released_cost_is_two_full_forwards_an_iteration(tiny):
     config = Config.make("paper", max_num_steps=3)
-    prompt = bench.random_prompt(tiny, 8, 100, 4)
+    prompt = random_weights.random_prompt(tiny, 8, 100, 4)
     reference = Reference(eager(tiny), prompt, config)
     noise = question_noise(tiny, Question(0, "", []), config)
     reference.run(tiny.embed(torch.full((4,), tiny.think_id)).float(), noise)
@@ -49,42 +51,100 @@ def test_released_cost_is_two_full_forwards_an_iteration(tiny):
 def test_ratios_follow_from_the_measurements():
     told = {
         "released_iteration": 6.0,
+        "released_iteration_same_dtype": 3.0,
+        "released_iteration_16_patches": 8.0,
+        "released_example": 90.0,
+        "released_iteration_64_image_tokens": 1.0,
+        "released_iteration_1024_image_tokens": 9.0,
+        "released_peak_bytes": 80,
         "iteration_batch_1": 0.2,
         "iteration_batch_8": 0.1,
-        "released_iteration_16_patches": 8.0,
         "iteration_16_patches": 0.5,
-        "released_example": 90.0,
         "example": 3.0,
         "iteration_64_image_tokens": 0.1,
         "iteration_1024_image_tokens": 0.15,
-        "released_iteration_64_image_tokens": 1.0,
-        "released_iteration_1024_image_tokens": 9.0,
         "peak_bytes": 10,
-        "peak_bytes_released": 80,
+        "replayed_iteration_batch_1": 0.15,
+        "compiled_error": "no compiler",
         "floor": 0.1,
     }
-    found = bench.ratios(told)
-    assert found == pytest.approx(
+    assert bench.ratios(told) == pytest.approx(
         {
             "iteration_batch_1": 30,
+            "iteration_batch_1_same_dtype": 15,
             "iteration_batch_8": 60,
+            "iteration_batch_8_same_dtype": 30,
             "iteration_16_patches": 16,
             "example": 30,
+            "peak_bytes": 8,
             "growth": 1.5,
+            "replayed_iteration_batch_1": 40,
+            "replayed_iteration_batch_1_same_dtype": 20,
             "released_growth": 9,
-            "memory": 8,
-            "times_floor": 2,
+            "times_floor": 1.5,
         }
     )
 
 
-def test_unknown_shape_and_a_whole_measurement(tiny, monkeypatch, tmp_path):
+@pytest.fixture
+def brief(monkeypatch):
+    """Small enough for a test; too small for its memory to be seen among that of a process."""
+
+    def peak_bytes(device, work):
+        work()
+        return 1000
+
+    monkeypatch.setattr(bench, "peak_bytes", peak_bytes)
+    monkeypatch.setattr(bench, "SIDES", {64: 2, 256: 3, 1024: 4})
+    monkeypatch.setattr(bench, "TEXT", 40)
+    monkeypatch.setattr(bench, "BATCHES", {"cpu": (1, 2), "cuda": (1, 2)})
+    monkeypatch.setattr(bench, "NEW_TOKENS", {"cpu": 4, "cuda": 4})
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch, brief):
+    """What a GPU would be asked for, on a CPU: kernels recorded one by one, layers traced but not generated."""
+    build = bench.random_vlm
+    monkeypatch.setattr(bench, "random_vlm", lambda shape, dtype, device: build(shape, dtype))
+    monkeypatch.setattr(VLM, "on_one_gpu", True)
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+
+    def record(function, inputs, flags, pool):
+        return record_on_a_cpu(lambda *x: function(*x, **flags), inputs)
+
+    monkeypatch.setattr(cuda_graphs, "record", record)
+
+
+def test_a_gpu_is_measured_in_every_way_and_against_both_dtypes(tiny, like_a_gpu):
+    told = bench.measure("tiny", "cuda")
+    assert told["dtype"] == "bfloat16"
+    assert told["weight_bytes"] == pytest.approx(2 * told["parameters"], rel=0.1)
+    assert told["released_iteration"] > 0 and told["released_example_same_dtype"] > 0
+    found = bench.ratios(told)
+    for way in bench.GPU_WAYS:
+        for name in ("iteration_batch_2", "example", "iteration_16_patches", "peak_bytes"):
+            assert found[f"{way}{name}"] > 0 and found[f"{way}{name}_same_dtype"] > 0
+        assert told[f"{way}peak_bytes_batch_2"] == 1000
+    assert found["times_floor"] > 0
+
+
+def test_a_way_that_fails_costs_its_own_figures_only(tiny, like_a_gpu, monkeypatch):
+    def refuses(*_):
+        raise RuntimeError("this model's loop cannot be a CUDA graph\nmore")
+
+    monkeypatch.setattr(cuda_graphs, "record", refuses)
+    told = bench.measure("tiny", "cuda")
+    assert told["replayed_error"] == told["compiled_error"] == "this model's loop cannot be a CUDA graph"
+    assert told["iteration_batch_2"] > 0 and "replayed_example" not in bench.ratios(told)
+
+
+def test_unknown_shape_and_a_whole_measurement(tiny, brief, monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="unknown shape 'C'"):
         bench.main(["C"])
     monkeypatch.setattr(bench, "locate", lambda path: str(tmp_path / path) if path == "reports" else locate(path))
     assert bench.main(["tiny"]) == 0
     (row,) = json.loads((tmp_path / "reports/efficiency/cpu.json").read_text())["shapes"]
-    assert row["released_iteration"] > row["iteration_batch_1"] > 0 and row["ratios"]["memory"] > 1
+    assert row["ratios"]["iteration_batch_1"] == row["released_iteration"] / row["iteration_batch_1"] > 0
 
 
 def test_the_readme_says_what_was_measured():

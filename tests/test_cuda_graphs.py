@@ -2,6 +2,7 @@
 the same memory, as a CUDA graph does with kernels: no Python in between, nothing read back, nothing moved."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -82,16 +83,17 @@ def loop_over(vlm, config, encoded):
     return optimize(vlm, vlm.prefill(encoded), config, noise, NO_IDS)
 
 
-def same(plain, replayed):
-    assert len(plain.steps) == len(replayed.steps)
-    for one, other in zip(plain.steps, replayed.steps, strict=True):
-        assert torch.equal(one.accepted, other.accepted)
-        assert one.tried.patches.tolist() == other.tried.patches.tolist()
-        torch.testing.assert_close(one.reward, other.reward, atol=1e-6, rtol=0)
-        torch.testing.assert_close(one.explored, other.explored, atol=1e-6, rtol=0)
-        torch.testing.assert_close(one.attention, other.attention, atol=1e-6, rtol=0)
-    torch.testing.assert_close(plain.final.latents, replayed.final.latents, atol=1e-6, rtol=1e-5)
-    assert plain.final.patches.tolist() == replayed.final.patches.tolist()
+def same(plain, other, atol=1e-6):
+    """Two traces of the same decisions; rewards, attention and latents differ by rounding."""
+    close = partial(torch.testing.assert_close, atol=atol, rtol=1e-5)
+    assert len(plain.steps) == len(other.steps)
+    for one, two in zip(plain.steps, other.steps, strict=True):
+        assert torch.equal(one.accepted, two.accepted)
+        assert one.tried.patches.tolist() == two.tried.patches.tolist()
+        for name in ("reward", "explored", "attention"):
+            close(getattr(one, name), getattr(two, name))
+    close(plain.final.latents, other.final.latents)
+    assert plain.final.patches.tolist() == other.final.patches.tolist()
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "gradient" not in name])

@@ -9,13 +9,13 @@ from tiny import noise_image, tiny_vlm
 from tiny_families import TINY
 
 from dmlr.answers import Question
-from dmlr.bench import random_prompt, random_vlm
 from dmlr.config import Config
 from dmlr.footprint import MOST, USABLE, Parameters, Rates, Shape, Work, fitting_batch, peak, seconds, stages
 from dmlr.methods.latent import append_latents, question_noise
 from dmlr.optimize import optimize
 from dmlr.peak_memory import peak_bytes
 from dmlr.planning.known_models import PAPER_MODELS, ModelError, paper_settings, settings_of
+from dmlr.random_weights import random_prompt, random_vlm
 from dmlr.vlm import VLM
 from dmlr.workload import workload
 

@@ -16,18 +16,21 @@ RATIOS = {
     "iteration_batch_1": "an iteration, batch 1",
     "iteration_batch_8": "an iteration, batch 8",
     "iteration_batch_32": "an iteration, batch 32",
-    "replayed_batch_1": "the same, CUDA graphs, batch 1",
-    "replayed_batch_32": "the same, CUDA graphs, batch 32",
+    "replayed_iteration_batch_1": "CUDA graphs, batch 1",
+    "replayed_iteration_batch_32": "CUDA graphs, batch 32",
+    "compiled_iteration_batch_1": "CUDA graphs of compiled layers, batch 1",
+    "compiled_iteration_batch_32": "CUDA graphs of compiled layers, batch 32",
     "iteration_16_patches": "an iteration, 16 patches per think token",
     "example": "a whole example in a batch",
-    "memory": "memory over the weights, 1024 image tokens",
+    "compiled_example": "the same, CUDA graphs of compiled layers",
+    "peak_bytes": "memory over the weights, 1024 image tokens",
 }
 
 
 @styled
 def speedups(shapes: Sequence[Mapping[str, Any]]) -> Figure:
     """How many times less of each quantity than the released behaviour; `shapes` as bench.measure gives them."""
-    names = [name for name in RATIOS if name in shapes[0]["ratios"]]
+    names = [name for name in RATIOS if all(name in shape["ratios"] for shape in shapes)]
     fig, axes = figure(1, 1, (8.6, 0.9 + 0.3 * len(names) * len(shapes)))
     axis, height, shades = axes[0, 0], 0.8 / len(shapes), sns.color_palette("Blues", 2 + len(shapes))
     for s, shape in enumerate(shapes):

@@ -1,0 +1,92 @@
+"""Models of published shapes with random weights, and prompts for them: speed does not depend on what weights say.
+
+Knows nothing about what is measured.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from dmlr.config import locate
+from dmlr.encode import Encoded
+from dmlr.kv_cache import ATTENTION
+from dmlr.vlm import VLM
+
+# Qwen2.5-VL shapes: two for a CPU, and the published 3B and 7B.
+_SIZES = ("hidden", "layers", "heads", "kv_heads", "intermediate", "vocab", "vision")
+SHAPES: dict[str, dict[str, int]] = {
+    "A": dict(zip(_SIZES, (512, 8, 8, 2, 1408, 32_000, 256), strict=True)),
+    "B": dict(zip(_SIZES, (1024, 12, 16, 4, 2816, 32_000, 256), strict=True)),
+    "3B": dict(zip(_SIZES, (2048, 36, 16, 2, 11_008, 151_936, 1280), strict=True)),
+    "7B": dict(zip(_SIZES, (3584, 28, 28, 4, 18_944, 152_064, 1280), strict=True)),
+}
+
+
+def random_vlm(shape: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> VLM:
+    """A model of the given shape with random weights; the processor is the embedded model's."""
+    processor = AutoProcessor.from_pretrained(locate("data/models/shapes-vl"))
+    ids = processor.tokenizer.convert_tokens_to_ids
+    size = SHAPES[shape]
+    head = size["hidden"] // size["heads"]
+    large = size["vision"] > 256
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": size["vocab"],
+            "hidden_size": size["hidden"],
+            "intermediate_size": size["intermediate"],
+            "num_hidden_layers": size["layers"],
+            "num_attention_heads": size["heads"],
+            "num_key_value_heads": size["kv_heads"],
+            "max_position_embeddings": 32_768,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [head // 8, head * 3 // 16, head * 3 // 16],
+            },
+            "bos_token_id": ids("<|endoftext|>"),
+            "eos_token_id": ids("<|im_end|>"),
+        },
+        vision_config={
+            "depth": 32 if large else 8,
+            "hidden_size": size["vision"],
+            "intermediate_size": 3420 if large else 2 * size["vision"],
+            "num_heads": 16 if large else 4,
+            "out_hidden_size": size["hidden"],
+            "fullatt_block_indexes": [7, 15, 23, 31] if large else [3, 7],
+        },
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
+    )
+    config._attn_implementation = {"text_config": ATTENTION, "vision_config": "sdpa"}
+    torch.manual_seed(0)
+    with torch.device(device):
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            model = Qwen2_5_VLForConditionalGeneration(config)
+        finally:
+            torch.set_default_dtype(default)
+    model.generation_config.eos_token_id = []  # random weights must not end a measurement early
+    return VLM(model, processor)
+
+
+def random_prompt(vlm: VLM, side: int, length: int, num_thought_tokens: int, seed: int = 0) -> Encoded:
+    """A prompt of `length` tokens of which side x side are image tokens, before the think tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.full((side * side,), vlm.image_token_id)
+    words = torch.randint(20, 250, (length - side * side,), generator=generator)
+    ids = torch.cat([words[:20], image, words[20:]])
+    grid = torch.tensor([[1, 2 * side, 2 * side]])
+    kinds = (ids == vlm.image_token_id).int()
+    return Encoded(
+        prompt="",
+        input_ids=ids,
+        positions=vlm.family.positions(ids, {"image_grid_thw": grid, "mm_token_type_ids": kinds[None]}),
+        suffix_ids=words[:5],
+        image_columns=kinds.nonzero()[:, 0],
+        image_inputs={"pixel_values": torch.randn(4 * side * side, 1176, generator=generator), "image_grid_thw": grid},
+        patch_grid=(side, side),
+    )
