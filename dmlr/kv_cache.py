@@ -147,8 +147,8 @@ def attend(
 
     query: [B, H, S, d]; key, value: [B, H_kv, T, d]; attention_mask: in prefill bool [B, 1, S, T], True where a row may
     look (None: plain causal), else what `additive_mask` made of it. Queries that share a key head are stacked along S
-    instead of repeating keys and values, which would copy the prefix at every step. With a probe the weights are
-    computed explicitly, else by SDPA.
+    instead of repeating keys and values, which would copy the prefix at every step. The weights are computed
+    explicitly for a probe, and in a compiled layer, whose kernels they are part of; else by SDPA.
     """
     batch, heads, rows, dim = query.shape
     kv_heads, columns = key.shape[1], key.shape[2]
@@ -156,12 +156,13 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kw)
     group = heads // kv_heads
     stacked = query.reshape(batch, kv_heads, group * rows, dim)
-    if probe is None:
+    if probe is None and not torch.compiler.is_compiling():
         out = F.scaled_dot_product_attention(stacked, key, value, attn_mask=attention_mask, scale=scaling)
     else:
         # [B, H_kv, G S, T]; scores are not kept beside them
         weights = torch.add(attention_mask, stacked @ key.transpose(2, 3), alpha=scaling).softmax(dim=-1)
-        probe.add(weights.view(batch, kv_heads, group, rows, columns))
+        if probe is not None:
+            probe.add(weights.view(batch, kv_heads, group, rows, columns))
         out = weights.to(value.dtype) @ value
     out = out.view(batch, kv_heads, group, rows, dim).flatten(1, 2).transpose(1, 2)  # [B, S, H, d]
     return out.contiguous(), None
@@ -170,8 +171,8 @@ def attend(
 def additive_mask(mask: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
     """[B, 1, G S, T] for `attend`, once for all layers: zero where `mask` [B, S, T] allows, the least number elsewhere.
 
-    group: G, queries that share a key head. dtype: the queries' own for SDPA; for a probe at least float32, which the
-    scores then take.
+    group: G, queries that share a key head. dtype: the queries' own for SDPA; where weights are computed explicitly at
+    least float32, which the scores then take.
     """
     least = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
     return least.repeat(1, group, 1)[:, None]

@@ -208,11 +208,10 @@ class VLM:
         causal = torch.ones(slots, slots, dtype=torch.bool, device=embeds.device).tril() & (sample[:, None] == sample)
         new = (causal & filled[:, None]) | torch.eye(slots, dtype=torch.bool, device=embeds.device)
         mask = torch.cat([prefix.mask[:, None].expand(-1, slots, -1), new.expand(batch, -1, -1)], dim=2)
-        probe, width = None, self.dtype
+        probe, wide = None, torch.promote_types(self.dtype, torch.float32)
         if probe_rows is not None:
-            width = torch.promote_types(width, torch.float32)
-            probe = AttentionProbe(probe_rows, mask.new_zeros(batch, len(probe_rows), mask.shape[2], dtype=width))
-        mask = additive_mask(mask, self.key_group, width)
+            probe = AttentionProbe(probe_rows, mask.new_zeros(batch, len(probe_rows), mask.shape[2], dtype=wide))
+        mask = additive_mask(mask, self.key_group, wide if probe or fused else self.dtype)
         hidden = self._run(embeds.to(self.dtype), positions, mask, prefix.cache, probe, fused)
         if commit:
             prefix.cache.commit(slots)
