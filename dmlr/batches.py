@@ -118,9 +118,9 @@ def answer_batch(vlm: VLM, method: str, questions: list[Question], config: Confi
         try:
             return METHODS[method](vlm, some, config)
         except torch.OutOfMemoryError:
-            if not vlm.recorded:
+            if not vlm.prepared:
                 raise
-        vlm.recorded.clear()  # the memory that recorded kernels hold may be what is missing
+        vlm.prepared.clear()  # the memory that recorded kernels hold may be what is missing
         _free()
         return METHODS[method](vlm, some, config)
 

@@ -171,7 +171,7 @@ def least_peak(vlm: VLM, work: Callable[[], Any]) -> int:
     """The least of three peaks: what an allocator does with memory freed before is not what the work needs."""
     peaks = []
     for _ in range(3):
-        vlm.recorded.clear()
+        vlm.prepared.clear()
         peaks.append(peak_bytes(vlm.device, work))
     return min(peaks)
 

@@ -120,7 +120,7 @@ def scorer(vlm: VLM, prefix: Prefix, config: Config, score_ids: torch.Tensor) ->
 
         return room, Replayed(of_tensors) if config.cuda_graphs else of_tensors
 
-    room, run = vlm.recorded.get((config, batch, columns, tokens), make, most=KEPT_ROOMS)
+    room, run = vlm.prepared.get((config, batch, columns, tokens), make, most=KEPT_ROOMS)
     prefix.copy_to(room)
 
     def scored(latents, patches, with_attention=True, with_gradient=False):

@@ -46,7 +46,7 @@ class VLM:
         self.family = family_of(model, processor, min_pixels, max_pixels)
         self.deep_levels = self.family.deep_levels if deep_patches else 0
         self.encode = Encoder(self)
-        self.recorded = Kept()  # see score.py
+        self.prepared = Kept()  # for batches of a shape, see score.scorer
 
     @classmethod
     def load(cls, config: Config) -> VLM:

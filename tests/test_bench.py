@@ -115,6 +115,7 @@ def like_a_gpu(monkeypatch, brief):
     monkeypatch.setattr(cuda_graphs, "record", record)
 
 
+@pytest.mark.filterwarnings("ignore:torch.compile with fullgraph=True found no compiled frames")
 def test_a_gpu_is_measured_in_every_way_and_against_both_dtypes(tiny, like_a_gpu):
     told = bench.measure("tiny", "cuda")
     assert told["dtype"] == "bfloat16"

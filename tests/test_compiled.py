@@ -12,6 +12,8 @@ from dmlr import compiled
 from dmlr.config import Config
 from dmlr.vlm import VLM
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
+
 
 @pytest.fixture
 def graphs(monkeypatch):

