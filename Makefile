@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED)  ## vanilla and DMLR on the embedded benchmark, tables and report; one to four minutes on two cores, MODEL=... for another
 	@$(if $(MODEL),,HF_HUB_OFFLINE=1) $(RUN) demo $(if $(MODEL),--model $(MODEL))
 
-bench: $(INSTALLED)  ## the loop beside the released behaviour on this machine; ten minutes on two idle cores
+bench: $(INSTALLED)  ## the loop beside the released behaviour on this machine; a quarter of an hour on two idle cores
 	@$(RUN) bench
 
 test: $(INSTALLED)  ## the tests, without the slow ones

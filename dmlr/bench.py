@@ -71,8 +71,8 @@ def released_seconds(vlm: VLM, config: Config, encoded: Encoded, iterations: int
     noise = question_noise(vlm, Question(0, "", []), config)
     start = Reference(reference.vlm, encoded, config.replace(max_num_steps=0))
     with torch.no_grad():
-        whole = seconds(lambda: reference.run(latents, noise), vlm.device, 1)
-        begin = seconds(lambda: start.run(latents, noise), vlm.device, 1)
+        whole = seconds(lambda: reference.run(latents, noise), vlm.device)
+        begin = seconds(lambda: start.run(latents, noise), vlm.device)
     return (whole - begin) / iterations
 
 
