@@ -236,14 +236,14 @@ def main(argv: list[str] | None = None) -> int:
     shapes = argv or (["3B", "7B"] if device == "cuda" else ["A", "B"])
     if unknown := [shape for shape in shapes if shape not in SHAPES]:
         raise ConfigError(f"unknown shape {unknown[0]!r}; shapes are {', '.join(SHAPES)}")
-    rows = []
+    rows, measured_on = [], environment()  # before the first shape is written, which makes the tree another revision
     path = Path(locate("reports")) / "efficiency" / f"{device}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     for shape in shapes:
         told = measure(shape, device)
         rows.append({**told, "ratios": ratios(told)})
         print(json.dumps(rows[-1], indent=1), flush=True)
-        write_json(path, {"environment": environment(), "shapes": rows})
+        write_json(path, {"environment": measured_on, "shapes": rows})
     print(f"written: {path}")
     return 0
 
