@@ -85,11 +85,15 @@ class VLM:
     def text_config(self):
         return self.model.config.get_text_config()
 
+    @cached_property
+    def shape(self) -> Shape:
+        """Its sizes."""
+        return Shape.of(self.model.config)
+
     @property
     def key_group(self) -> int:
         """Query heads that share a key head."""
-        heads = self.text_config.num_attention_heads
-        return heads // (getattr(self.text_config, "num_key_value_heads", None) or heads)
+        return self.shape.heads // self.shape.kv_heads
 
     @property
     def context_length(self) -> int:
@@ -122,7 +126,7 @@ class VLM:
         if self.device.type != "cuda":
             return footprint.MOST["cpu"]
         free, _ = torch.cuda.mem_get_info(self.device)
-        return max(1, footprint.fitting_batch(Shape.of(self.model.config), self.dtype.itemsize, work, free))
+        return max(1, footprint.fitting_batch(self.shape, self.dtype.itemsize, work, free))
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings [..., D] of token ids [...]."""

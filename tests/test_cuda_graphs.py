@@ -70,7 +70,6 @@ def as_on_a_gpu(monkeypatch):
 
     monkeypatch.setattr(cuda_graphs, "record", record)
     monkeypatch.setattr(VLM, "on_one_gpu", True)
-    monkeypatch.setattr(Patches, "trimmed", lambda self: self)
     return recorded
 
 
