@@ -10,9 +10,9 @@ from dmlr.config import ConfigError
 
 # Commands that read their own arguments; each module is imported only when its command runs.
 ELSEWHERE = {
-    "check": ("check", "main_check"),
+    "check": ("data.check", "main_check"),
     "judge": ("judge", "main_judge"),
-    "data": ("benchmarks", "main_data"),
+    "data": ("data.benchmarks", "main_data"),
     "bench": ("bench", "main"),
     "doctor": ("planning.doctor", "main"),
     "table1": ("table1", "main"),
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("demo", help="vanilla and DMLR on the embedded benchmark, with tables and reports")
     show.add_argument("--model", default="", help="hub id or folder; the embedded model if none is given")
     commands.add_parser("readme", help="put the demo's table, figure and reports where git keeps them")
-    commands.add_parser("check", help="what is wrong with a dataset file", add_help=False)
+    commands.add_parser("data.check", help="what is wrong with a dataset file", add_help=False)
     commands.add_parser("judge", help="judge cases from a file", add_help=False)
     commands.add_parser("data", help="prepare a benchmark of the hub", add_help=False)
     commands.add_parser("bench", help="how fast the loop is, beside the released behaviour", add_help=False)
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _notebook_command(args: argparse.Namespace) -> int:
     from dmlr import demo, notebooks, parameters
-    from dmlr.report import index as report_index
+    from dmlr.show import index as report_index
 
     try:
         if args.command == "run":
@@ -85,9 +85,9 @@ def _notebook_command(args: argparse.Namespace) -> int:
 
 def _dry_run(notebook: str, given: dict, output: str | None) -> int:
     """Prints the plan; 1 where the run would fail."""
-    from dmlr.data import DatasetError
-    from dmlr.families import ModelError
+    from dmlr.data.examples import DatasetError
     from dmlr.judge.llm_settings import JudgeError
+    from dmlr.model.families import ModelError
     from dmlr.planning.dry_run import dry_run
 
     try:

@@ -11,11 +11,11 @@ from pathlib import Path
 from bs4 import BeautifulSoup
 
 from dmlr.config import root
-from dmlr.metrics import paired, summary
 from dmlr.notebooks import RunError, run
 from dmlr.parameters import read_parameters
-from dmlr.report.index import write_index
-from dmlr.results import find_runs, read_results
+from dmlr.run.results import find_runs, read_results
+from dmlr.show.index import write_index
+from dmlr.stats.metrics import paired, summary
 
 RUNS = root() / "reports" / "runs"
 BENCHMARK_RUN = RUNS / "shapes-vl_mathematics+visual+composition"
@@ -37,7 +37,7 @@ README_MARKS = ("<!-- demo table: python -m dmlr readme -->", "<!-- end of the d
 
 def demo(model: str = "") -> None:
     """Runs the three notebooks with that model (none: the embedded one), and ends with the table and the reports."""
-    from dmlr.evaluate import name  # imports torch
+    from dmlr.run.evaluate import name  # imports torch
 
     began, notebooks = time.perf_counter(), root() / "notebooks"
     chosen = {"model_name_or_path": model} if model else {}

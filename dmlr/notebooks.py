@@ -26,9 +26,9 @@ from traitlets import default
 
 from dmlr.config import root
 from dmlr.parameters import check_parameters, default_output, from_here, literal
-from dmlr.report.policy import policy
-from dmlr.report.provenance import provenance
-from dmlr.report.style import css
+from dmlr.show.policy import policy
+from dmlr.show.provenance import provenance
+from dmlr.show.style import css
 
 
 class RunError(RuntimeError):

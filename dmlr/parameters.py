@@ -106,7 +106,7 @@ def default_output(notebook: Path, values: Mapping[str, Any]) -> Path:
     config = config_of(notebook, values)
     if config is None:
         return root() / "reports" / "runs" / notebook.stem / f"{notebook.stem}.ipynb"
-    from dmlr.evaluate import name, output_folder  # imports torch; a misspelt parameter does not wait for that
+    from dmlr.run.evaluate import name, output_folder  # imports torch; a misspelt parameter does not wait for that
 
     several = ("+".join(name(part) for part in text.split(",")) for text in (config.dataset, config.methods))
     stem = "_".join([notebook.stem, name(config.model_name_or_path), *several])

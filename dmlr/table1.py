@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from dmlr import notebooks
-from dmlr.comparison.published import BENCHMARKS
 from dmlr.config import ConfigError, check_names, root
-from dmlr.data import DatasetError
-from dmlr.families import ModelError
+from dmlr.data.examples import DatasetError
 from dmlr.judge.llm_settings import JudgeError
+from dmlr.model.families import ModelError
 from dmlr.parameters import check_parameters, config_of, from_here, read_parameters
 from dmlr.planning.dry_run import Plan, as_text, plan, shown, time_of
-from dmlr.report import index as report_index
-from dmlr.results import ResultsError, find_runs
+from dmlr.run.results import ResultsError, find_runs
+from dmlr.show import index as report_index
+from dmlr.stats.comparison.published import BENCHMARKS
 
 FOLDER = root() / "notebooks"
 BENCHMARK, COMPARE = FOLDER / "03_benchmark.ipynb", FOLDER / "04_compare.ipynb"

@@ -17,7 +17,7 @@ def cluster():
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    from dmlr.workers import node_here
+    from dmlr.run.workers import node_here
 
     started = Cluster(initialize_head=True, head_node_args=node_here(1, "127.0.0.1"))
     started.add_node(**node_here(1, "127.0.0.1"))

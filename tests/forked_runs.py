@@ -10,8 +10,8 @@ import resource
 import sys
 import traceback
 
-from dmlr import evaluate
 from dmlr.config import Config
+from dmlr.run import evaluate
 
 
 def child(given: dict, report: int) -> None:

@@ -8,13 +8,15 @@ import pytest
 import torch
 from test_cuda_graphs import record_on_a_cpu
 
-from dmlr import bench, compiled, cuda_graphs, random_weights
-from dmlr.answers import Question
+from dmlr import bench, random_weights
 from dmlr.config import Config, ConfigError, locate
+from dmlr.loop.optimize import initial_latents, optimize
+from dmlr.loop.reference import Reference, eager
+from dmlr.methods.answers import Question
 from dmlr.methods.latent import question_noise
-from dmlr.optimize import initial_latents, optimize
-from dmlr.reference import Reference, eager
-from dmlr.vlm import VLM
+from dmlr.model import compiled
+from dmlr.model import graphs as cuda_graphs
+from dmlr.model.vlm import VLM
 
 TINY = dict(zip(random_weights._SIZES, (64, 2, 4, 2, 128, 2000, 64), strict=True))
 

@@ -20,17 +20,17 @@ import pytest
 from huggingface_hub import close_session, constants
 from PIL import Image
 
-from dmlr.benchmarks import BenchmarkError, main_data, prepare, sample_rows
-from dmlr.benchmarks.hub import SourceError, leaves_folder, open_folder, shards
-from dmlr.benchmarks.manifest import ManifestError, ManifestFolder
-from dmlr.benchmarks.rows import BENCHMARKS, choice_fields, inline_options
-from dmlr.check import check_dataset
 from dmlr.config import ConfigError
-from dmlr.data import load_dataset
-from dmlr.images import open_image
+from dmlr.data.benchmarks import BenchmarkError, main_data, prepare, sample_rows
+from dmlr.data.benchmarks.hub import SourceError, leaves_folder, open_folder, shards
+from dmlr.data.benchmarks.manifest import ManifestError, ManifestFolder
+from dmlr.data.benchmarks.rows import BENCHMARKS, choice_fields, inline_options
+from dmlr.data.check import check_dataset
+from dmlr.data.examples import load_dataset
+from dmlr.data.images import open_image
 from dmlr.judge import judge
 from dmlr.judge.verdicts import hints
-from dmlr.metrics import category_mean, group_accuracy, pair_accuracy
+from dmlr.stats.metrics import category_mean, group_accuracy, pair_accuracy
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 TEXTS = pa.list_(pa.string())

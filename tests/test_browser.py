@@ -18,7 +18,7 @@ from saved_run import free_port, save_dataset, settings
 
 from dmlr import notebooks
 from dmlr.config import Config
-from dmlr.evaluate import run
+from dmlr.run.evaluate import run
 
 ROOT = Path(__file__).parents[1]
 ATTACK = '<script>window.hacked = 1</script><img src="http://example.com/x.png" onerror="window.hacked = 2">'

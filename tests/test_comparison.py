@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dmlr import comparison, metrics
-from dmlr.comparison import published
-from dmlr.comparison.runs import load_runs
-from dmlr.results import write_results
+from dmlr.run.results import write_results
+from dmlr.stats import comparison, metrics
+from dmlr.stats.comparison import published
+from dmlr.stats.comparison.runs import load_runs
 
 SPEC = Path(__file__).resolve().parents[2] / "shared" / "spec" / "method.md"
 

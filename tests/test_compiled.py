@@ -8,9 +8,9 @@ from tiny import tiny_vlm
 from tiny_families import TINY
 from torch._dynamo.utils import counters
 
-from dmlr import compiled
 from dmlr.config import Config
-from dmlr.vlm import VLM
+from dmlr.model import compiled
+from dmlr.model.vlm import VLM
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
 

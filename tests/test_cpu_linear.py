@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny import tiny_vlm
 
-from dmlr import cpu_linear
-from dmlr.cpu_linear import Linear, through_onednn, through_torch
-from dmlr.reference import eager
+from dmlr.loop.reference import eager
+from dmlr.model import cpu_linear
+from dmlr.model.cpu_linear import Linear, through_onednn, through_torch
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 

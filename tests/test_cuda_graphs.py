@@ -12,17 +12,17 @@ from tiny_families import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dmlr import cuda_graphs
-from dmlr.answers import Question
-from dmlr.batches import answer_batch
 from dmlr.config import Config
-from dmlr.cuda_graphs import Kept, Recording
-from dmlr.injection import Patches
+from dmlr.loop.injection import Patches
+from dmlr.loop.optimize import optimize
+from dmlr.loop.score import ROUNDED, score
 from dmlr.methods import METHODS
+from dmlr.methods.answers import Question
 from dmlr.methods.latent import question_noise
-from dmlr.optimize import optimize
-from dmlr.score import ROUNDED, score
-from dmlr.vlm import VLM
+from dmlr.model import graphs as cuda_graphs
+from dmlr.model.graphs import Kept, Recording
+from dmlr.model.vlm import VLM
+from dmlr.run.batches import answer_batch
 
 NO_IDS = torch.zeros(0, dtype=torch.long)
 READS_BACK = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)

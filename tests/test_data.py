@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmlr import images
-from dmlr.check import check_dataset, main_check, report
-from dmlr.data import DatasetError, load_dataset
-from dmlr.images import ImageError, open_image
+from dmlr.data import images
+from dmlr.data.check import check_dataset, main_check, report
+from dmlr.data.examples import DatasetError, load_dataset
+from dmlr.data.images import ImageError, open_image
 from dmlr.judge import judge
 
 OFFICIAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "official"

@@ -12,11 +12,11 @@ from tiny import tiny_vlm
 
 from dmlr.__main__ import main
 from dmlr.config import Config
-from dmlr.footprint import USABLE, Shape, peak
+from dmlr.methods.workload import workload
+from dmlr.model.memory import USABLE, Shape, peak
 from dmlr.planning import doctor
 from dmlr.planning.fits import GIB, fit
 from dmlr.planning.known_models import PAPER_MODELS, paper_settings
-from dmlr.workload import workload
 
 SECRET = "sk-do-not-print-me"
 

@@ -8,15 +8,15 @@ import torch
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
 
 from dmlr.config import Config, locate
-from dmlr.data import load_dataset, open_image
+from dmlr.data.examples import load_dataset, open_image
+from dmlr.loop.optimize import initial_latents, optimize
+from dmlr.loop.reference import Reference, eager
 from dmlr.methods import METHODS, Question
 from dmlr.methods.latent import append_latents, prefill_latent, question_noise
-from dmlr.optimize import initial_latents, optimize
+from dmlr.model.vlm import VLM
 from dmlr.prompts import Prompts
-from dmlr.reference import Reference, eager
 from dmlr.shapes.evaluation import accuracy, load_suite
 from dmlr.shapes.suites import chance_level
-from dmlr.vlm import VLM
 
 SUITES = ("mathematics", "visual", "composition")
 

@@ -11,15 +11,16 @@ from judge_server import JudgeServer, refuses, says
 from PIL import Image
 from tiny import noise_image, tiny_vlm
 
-from dmlr import batches, comparison, evaluate
 from dmlr.__main__ import main
-from dmlr.comparison.runs import load_runs
 from dmlr.config import Config, ConfigError
-from dmlr.data import DatasetError, ImageError
+from dmlr.data.examples import DatasetError, ImageError
 from dmlr.judge import llm_judge
 from dmlr.judge.llm_judge import JudgeError
 from dmlr.methods import METHODS
-from dmlr.results import ResultsError, read_log, read_results
+from dmlr.run import batches, evaluate
+from dmlr.run.results import ResultsError, read_log, read_results
+from dmlr.stats import comparison
+from dmlr.stats.comparison.runs import load_runs
 
 FAST = {"max_num_steps": 2, "max_new_tokens": 4, "batch_size": 4, "verbose": 0, "end_data_idx": None}
 
@@ -69,7 +70,7 @@ def test_results_and_files(vlm, dataset, tmp_path):
             assert entry["is_correct"] in (True, False) and entry["seconds"]["prefill"] > 0
     assert results["dmlr"]["entries"][0]["best_reward"] >= results["dmlr"]["entries"][0]["initial_reward"]
     assert results["vanilla"]["entries"][0]["best_reward"] is None
-    lines = (tmp_path / "out/data/dmlr/rewards/00003.csv").read_text().splitlines()
+    lines = (tmp_path / "out/data/dmlr/loop/rewards/00003.csv").read_text().splitlines()
     assert lines[0].startswith("step,reward,sigma,is_new_best,patch_count,patch_budget") and len(lines) == 3
 
 

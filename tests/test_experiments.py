@@ -7,9 +7,10 @@ import pytest
 from bs4 import BeautifulSoup
 from notebook_files import external_requests, filled, nbval
 
-from dmlr import notebooks, sweep
+from dmlr import notebooks
 from dmlr.config import root
-from dmlr.results import find_runs, read_results
+from dmlr.look import sweep
+from dmlr.run.results import find_runs, read_results
 
 ROOT = root()
 ABLATIONS, EFFICIENCY = (ROOT / "notebooks" / f"{name}.ipynb" for name in ("02_ablations", "06_efficiency"))

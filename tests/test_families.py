@@ -11,15 +11,15 @@ from tiny import noise_image
 from tiny_families import TINY
 from transformers import AutoModelForImageTextToText, Gemma3Config, LlamaConfig
 
-from dmlr.answers import NO_IMAGE, Question
 from dmlr.config import Config
-from dmlr.families import FAMILIES, ModelError, check_known
+from dmlr.loop.optimize import initial_latents, optimize
+from dmlr.loop.reference import Reference, eager
 from dmlr.methods import METHODS
+from dmlr.methods.answers import NO_IMAGE, Question
 from dmlr.methods.latent import append_latents, question_noise
-from dmlr.optimize import initial_latents, optimize
+from dmlr.model.families import FAMILIES, ModelError, check_known
+from dmlr.model.vlm import VLM
 from dmlr.prompts import Prompts
-from dmlr.reference import Reference, eager
-from dmlr.vlm import VLM
 
 PROMPTS = Prompts()
 WIDE, TALL, SMALL = (112, 168), (224, 84), (56, 56)

@@ -8,16 +8,16 @@ from live_memory import LiveTensors
 from tiny import noise_image, tiny_vlm
 from tiny_families import TINY
 
-from dmlr.answers import Question
 from dmlr.config import Config
-from dmlr.footprint import MOST, USABLE, Parameters, Rates, Shape, Work, fitting_batch, peak, seconds, stages
+from dmlr.loop.optimize import optimize
+from dmlr.methods.answers import Question
 from dmlr.methods.latent import append_latents, question_noise
-from dmlr.optimize import optimize
+from dmlr.methods.workload import workload
+from dmlr.model.memory import MOST, USABLE, Parameters, Rates, Shape, Work, fitting_batch, peak, seconds, stages
+from dmlr.model.vlm import VLM
 from dmlr.peak_memory import peak_bytes
 from dmlr.planning.known_models import PAPER_MODELS, ModelError, paper_settings, settings_of
 from dmlr.random_weights import random_prompt, random_vlm
-from dmlr.vlm import VLM
-from dmlr.workload import workload
 
 NO_IDS = torch.zeros(0, dtype=torch.long)
 # Parameters of the published checkpoints: total_size of model.safetensors.index.json, over two bytes.

@@ -2,7 +2,7 @@
 
 import torch
 
-from dmlr.injection import Patches, choose_patches, interleave, patch_caps, reward_slots
+from dmlr.loop.injection import Patches, choose_patches, interleave, patch_caps, reward_slots
 
 
 def test_caps_share_the_total_and_follow_the_stride():

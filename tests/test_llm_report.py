@@ -13,9 +13,9 @@ from notebook_files import external_requests
 
 from dmlr import notebooks
 from dmlr.config import Config
-from dmlr.evaluate import run
-from dmlr.report import llm_report
-from dmlr.results import find_runs, read_results
+from dmlr.run.evaluate import run
+from dmlr.run.results import find_runs, read_results
+from dmlr.show import llm_report
 
 BENCHMARK = Path(__file__).parents[1] / "notebooks" / "03_benchmark.ipynb"
 SMALL = {"end_data_idx": 4, "max_num_steps": 1, "batch_size": 4, "max_new_tokens": 48}

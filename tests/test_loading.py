@@ -12,13 +12,13 @@ import torch
 from tiny import noise_image, tiny_vlm
 from transformers import AutoModelForImageTextToText, LlamaConfig
 
-from dmlr.answers import Question
 from dmlr.config import Config, ConfigError
-from dmlr.families import ModelError
-from dmlr.kv_cache import ATTENTION
+from dmlr.loop.optimize import optimize
+from dmlr.methods.answers import Question
 from dmlr.methods.latent import question_noise
-from dmlr.optimize import optimize
-from dmlr.vlm import VLM
+from dmlr.model.cache import ATTENTION
+from dmlr.model.families import ModelError
+from dmlr.model.vlm import VLM
 
 LOOP = {"num_thought_tokens": 2, "max_num_steps": 3, "lr": 0.02, "sigma": 0.05, "max_new_tokens": 6}
 
@@ -82,7 +82,7 @@ def test_few_bits_are_nearly_all_of_them(tmp_path, bits, layer, alike):
 
 
 def test_bits_without_their_library_say_so(monkeypatch):
-    monkeypatch.setattr("dmlr.loading.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("dmlr.model.loading.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelError, match="load_in_bits = 4 needs the library bitsandbytes: pip install"):
         VLM.load(Config(load_in_bits=4))
     with pytest.raises(ConfigError, match="load_in_bits = 3 is not one of .4, 8."):
@@ -132,8 +132,8 @@ def test_what_the_hub_refuses_is_said_in_a_line(tmp_path):
     code = """if True:
         import json
         from dmlr.config import Config
-        from dmlr.families import ModelError
-        from dmlr.vlm import VLM
+        from dmlr.model.families import ModelError
+        from dmlr.model.vlm import VLM
         said = {}
         for owner in ("gated", "nobody", "empty", "old"):
             try:

@@ -7,15 +7,15 @@ import pytest
 import torch
 from tiny import noise_image, tiny_vlm
 
-from dmlr import evaluate
-from dmlr.answers import NO_IMAGE
 from dmlr.config import Config, ConfigError
+from dmlr.loop.optimize import example_generator, initial_latents
+from dmlr.loop.reference import Reference, eager
 from dmlr.methods import METHODS, Question
+from dmlr.methods.answers import NO_IMAGE
 from dmlr.methods.latent import prefill_latent, question_noise
 from dmlr.methods.self_consistency import equal_samples, loop_positions, vote, winner
-from dmlr.optimize import example_generator, initial_latents
 from dmlr.prompts import Prompts, load_prompts
-from dmlr.reference import Reference, eager
+from dmlr.run import evaluate
 
 PROMPTS = Prompts()
 QUESTIONS = [

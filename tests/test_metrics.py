@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmlr import metrics
+from dmlr.stats import metrics
 
 
 def records(outcomes, **more):

@@ -15,9 +15,9 @@ from PIL import Image
 from dmlr import demo, notebooks
 from dmlr.__main__ import main
 from dmlr.judge import judge
-from dmlr.report import index as report_index
-from dmlr.report import page
-from dmlr.results import find_runs, read_results
+from dmlr.run.results import find_runs, read_results
+from dmlr.show import index as report_index
+from dmlr.show import page
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"

@@ -7,11 +7,11 @@ import torch
 from tiny import noise_image, tiny_vlm
 
 from dmlr.config import Config
-from dmlr.injection import Patches
+from dmlr.loop.injection import Patches
+from dmlr.loop.optimize import example_noise, initial_latents, optimize
+from dmlr.loop.score import score
 from dmlr.methods import METHODS, Question
-from dmlr.optimize import example_noise, initial_latents, optimize
 from dmlr.prompts import Prompts
-from dmlr.score import score
 
 PROMPTS = Prompts()
 NO_IDS = torch.zeros(0, dtype=torch.long)

@@ -4,12 +4,12 @@ import pytest
 import torch
 from tiny import noise_image, tiny_vlm
 
-from dmlr.answers import Question
 from dmlr.config import Config
+from dmlr.loop.optimize import initial_latents, optimize
+from dmlr.loop.reference import Reference, eager
+from dmlr.methods.answers import Question
 from dmlr.methods.latent import append_latents, question_noise
-from dmlr.optimize import initial_latents, optimize
 from dmlr.prompts import Prompts
-from dmlr.reference import Reference, eager
 
 PROMPTS = Prompts()
 QUESTIONS = [

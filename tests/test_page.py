@@ -8,7 +8,7 @@ import pandas as pd
 from bs4 import BeautifulSoup
 from PIL import Image
 
-from dmlr.report import page
+from dmlr.show import page
 
 ATTACK = '<script>alert("x")</script><img src=x onerror=alert(1)> & "quoted"'
 

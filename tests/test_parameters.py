@@ -10,7 +10,7 @@ from notebook_files import cell_parameters, notebook
 from dmlr import notebooks, parameters
 from dmlr.__main__ import main
 from dmlr.config import PRESETS, Config, ConfigError
-from dmlr.report import index as report_index
+from dmlr.show import index as report_index
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 BENCHMARK, WALKTHROUGH = (FOLDER / f"{name}.ipynb" for name in ("03_benchmark", "01_walkthrough"))

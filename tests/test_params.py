@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from dmlr.benchmarks import main_data
-from dmlr.benchmarks.rows import BENCHMARKS
-from dmlr.comparison import published
 from dmlr.config import PRESETS, Config
-from dmlr.evaluate import plan
+from dmlr.data.benchmarks import main_data
+from dmlr.data.benchmarks.rows import BENCHMARKS
 from dmlr.judge import judge
 from dmlr.methods.prompting import prompts_of
 from dmlr.parameters import check_parameters, config_of, read_parameters
 from dmlr.planning.known_models import PAPER_MODELS
+from dmlr.run.evaluate import plan
+from dmlr.stats.comparison import published
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "03_benchmark.ipynb"
 PARAMS = NOTEBOOK.parent / "params"
@@ -76,7 +76,9 @@ def test_a_benchmarks_file_is_what_its_command_writes(name, monkeypatch):
     """The command in the first lines, through the real parser: the path that it would write is the file's dataset."""
     command = re.search(r"^# Made by: python -m dmlr data (.+)$", DATA[name].read_text(), re.MULTILINE)[1]
     asked = {}
-    monkeypatch.setattr("dmlr.benchmarks.prepare", lambda name, out, **more: asked.update(name=name, out=out, **more))
+    monkeypatch.setattr(
+        "dmlr.data.benchmarks.prepare", lambda name, out, **more: asked.update(name=name, out=out, **more)
+    )
     with pytest.raises(AttributeError):  # nothing was prepared
         main_data(command.split())
     file = f"{name}.json" if asked["sample"] is None else f"{name}-{asked['sample']}-seed{asked['seed']}.json"

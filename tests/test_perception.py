@@ -12,18 +12,19 @@ from notebook_files import external_requests, filled, nbval
 from PIL import Image
 from tiny import noise_image, tiny_vlm
 
-from dmlr import notebooks, study
-from dmlr.answers import Answer, Question
+from dmlr import notebooks
 from dmlr.config import Config, ConfigError, root
+from dmlr.look import study
+from dmlr.look.study import confidence, geometry, perception, prose, words
+from dmlr.look.study import tables as study_tables
+from dmlr.look.study.boxes import BoxError, boxes_of, centre, share_inside, share_kept, touched
+from dmlr.look.study.words import Span
+from dmlr.loop.reference import eager
+from dmlr.methods.answers import Answer, Question
 from dmlr.methods.latent import dmlr
 from dmlr.methods.prompting import prefill_task, prompts_of
-from dmlr.reference import eager
-from dmlr.study import confidence, geometry, perception, prose, words
-from dmlr.study import tables as study_tables
-from dmlr.study.bootstrap import Bootstrap, Estimate
-from dmlr.study.boxes import BoxError, boxes_of, centre, share_inside, share_kept, touched
-from dmlr.study.words import Span
-from dmlr.vlm import VLM
+from dmlr.model.vlm import VLM
+from dmlr.stats.bootstrap import Bootstrap, Estimate
 
 NOTEBOOK = root() / "notebooks" / "05_perception_and_confidence.ipynb"
 CONFIG = Config(max_new_tokens=12, max_pixels=None, max_num_steps=2, verbose=0)

@@ -7,7 +7,7 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from dmlr import plots
+from dmlr.show import plots
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ from test_oracle import BASE, QUESTIONS, VARIANTS
 from tiny import noise_image, tiny_vlm
 from tiny_families import TINY
 
-from dmlr import study
-from dmlr.answers import Question
 from dmlr.config import Config
-from dmlr.data import Example
+from dmlr.data.examples import Example
+from dmlr.look import study
+from dmlr.look.study import geometry
+from dmlr.look.walkthrough import explore, view
+from dmlr.look.walkthrough.what_if import try_changes, usual_changes
 from dmlr.methods import METHODS
-from dmlr.study import geometry
-from dmlr.walkthrough import explore, view
-from dmlr.walkthrough.what_if import try_changes, usual_changes
+from dmlr.methods.answers import Question
 
 BRIEF = {"rationale_tokens": 4, "rationale_answer_tokens": 4, "scene_graph_tokens": 4, "ltpo_steps": 2}
 

@@ -22,13 +22,13 @@ from PIL import Image
 
 from dmlr import demo, notebooks
 from dmlr.__main__ import _parser
-from dmlr.images import ImageError
+from dmlr.data.images import ImageError
 from dmlr.parameters import check_parameters, read_parameters
-from dmlr.report import gallery, page
-from dmlr.report import index as report_index
-from dmlr.report.policy import gallery_script, policy
-from dmlr.report.provenance import in_words, provenance
-from dmlr.report.thumbnails import outlines, thumbnail
+from dmlr.show import gallery, page
+from dmlr.show import index as report_index
+from dmlr.show.policy import gallery_script, policy
+from dmlr.show.provenance import in_words, provenance
+from dmlr.show.thumbnails import outlines, thumbnail
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

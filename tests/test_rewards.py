@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dmlr.rewards import entropy_confidence, logprob_confidence, parse_score
+from dmlr.loop.rewards import entropy_confidence, logprob_confidence, parse_score
 
 
 def test_truncated_entropy_uses_the_full_softmax():

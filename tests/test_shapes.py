@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmlr.check import check_dataset
 from dmlr.config import locate
-from dmlr.data import load_dataset
+from dmlr.data.check import check_dataset
+from dmlr.data.examples import load_dataset
 from dmlr.judge import judge
 from dmlr.shapes import CELL, GRID, SIDE, random_scene, render
 from dmlr.shapes.packing import ask

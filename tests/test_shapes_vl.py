@@ -10,15 +10,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLF
 
 from dmlr import notebooks
 from dmlr.config import Config, locate
-from dmlr.injection import Patches
+from dmlr.loop.injection import Patches
 from dmlr.methods.latent import append_latents
+from dmlr.model.vlm import VLM
 from dmlr.prompts import Prompts
 from dmlr.shapes import EASY, random_scene, render
 from dmlr.shapes.attention import TREE, tree_attention
 from dmlr.shapes.learner import Learner, Recipe
 from dmlr.shapes.packing import NO_LABEL, Phase, ask, batches, collate, interleaved, pack, pixel_rows
 from dmlr.shapes.vl import FAMILIES, IM_END, build_model, build_processor, build_tokenizer, save_checkpoint, wordings
-from dmlr.vlm import VLM
 
 PROMPTS = Prompts()
 
@@ -70,7 +70,7 @@ def test_packed_branches_equal_separate_conversations(processor, family):
     solver = rng.choices((0, 1, 2), (0.8, 0.12, 0.08))[0]
     groups = [interleaved(rng, scene, question, 0.55) for question in asked]
     assert any(groups) and not all(groups), "this seed must have branches with and without think tokens"
-    from dmlr.kv_cache import ATTENTION
+    from dmlr.model.cache import ATTENTION
 
     model.set_attn_implementation({"text_config": ATTENTION, "vision_config": "sdpa"})
     vlm = VLM(model, processor)

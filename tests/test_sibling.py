@@ -5,16 +5,16 @@ import torch
 from PIL import Image
 
 from dmlr.config import Config
-from dmlr.data import load_dataset, open_image
+from dmlr.data.examples import load_dataset, open_image
+from dmlr.loop.optimize import initial_latents, optimize
+from dmlr.loop.reference import Reference, eager
 from dmlr.methods import METHODS, Question
 from dmlr.methods.latent import question_noise
-from dmlr.optimize import initial_latents, optimize
+from dmlr.model.vlm import VLM
 from dmlr.prompts import Prompts
-from dmlr.reference import Reference, eager
 from dmlr.shapes.evaluation import accuracy, load_suite
 from dmlr.shapes.questions import SUITES
 from dmlr.shapes.suites import chance_level
-from dmlr.vlm import VLM
 
 FOLDER = "data/models/shapes-vl-qwen3"
 

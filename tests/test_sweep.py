@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from tiny import noise_image, tiny_vlm
 
-from dmlr import methods, sweep
+from dmlr import methods
 from dmlr.config import Config, ConfigError, locate, root
+from dmlr.look import sweep
 
 FILES = sorted((root() / "notebooks" / "params" / "sweeps").glob("*.yaml"))
 

@@ -9,11 +9,11 @@ from saved_run import save_dataset
 from dmlr import table1
 from dmlr.__main__ import main
 from dmlr.config import Config, ConfigError
-from dmlr.evaluate import run
-from dmlr.loading import load_checkpoint
+from dmlr.model.loading import load_checkpoint
 from dmlr.planning.dry_run import as_text, plan
 from dmlr.planning.forecast import earlier_pace, settings_pace
-from dmlr.results import ResultsError, read_log, read_results
+from dmlr.run.evaluate import run
+from dmlr.run.results import ResultsError, read_log, read_results
 
 FAST = ["-p", "end_data_idx", "6", "-p", "max_num_steps", "2", "-p", "max_new_tokens", "48", "-p", "verbose", "0"]
 NOTEBOOK = "notebooks/03_benchmark.ipynb"
@@ -156,7 +156,7 @@ def test_table_1_of_the_embedded_model_is_made_resumed_and_skipped(tmp_path, cap
     missing = tmp_path / "missing.yaml"
     missing.write_text("dataset: data/none.json\n")
     names = f"shapes-mathematics,{missing},shapes-visual"
-    monkeypatch.setattr("dmlr.report.index.write_index", lambda: None)
+    monkeypatch.setattr("dmlr.show.index.write_index", lambda: None)
     command = ["table1", "shapes-vl", "--benchmarks", names, "--output", str(tmp_path / "table"), *FAST]
     assert main([*command, "--dry-run"]) == 1
     assert re.search(r"visual +dmlr +6 +0 +0 +6 ", capsys.readouterr().out)

@@ -6,12 +6,12 @@ from tiny import noise_image, tiny_vlm
 from transformers import AutoModelForImageTextToText
 
 from dmlr.config import Config
-from dmlr.decoding import LOOK_EVERY
-from dmlr.encode import PromptError
-from dmlr.families import ModelError
-from dmlr.injection import Patches, interleave
+from dmlr.loop.injection import Patches, interleave
+from dmlr.model.decode import LOOK_EVERY
+from dmlr.model.encode import PromptError
+from dmlr.model.families import ModelError
+from dmlr.model.vlm import VLM
 from dmlr.prompts import Prompts
-from dmlr.vlm import VLM
 
 PROMPTS = Prompts()
 

@@ -19,17 +19,17 @@ from tiny import noise_image, tiny_vlm
 
 from dmlr import notebooks
 from dmlr.config import Config
-from dmlr.data import Example, load_dataset, open_image
-from dmlr.encode import PromptError
-from dmlr.injection import Patches
+from dmlr.data.examples import Example, load_dataset, open_image
+from dmlr.look.walkthrough import Moment, explore, view, widgets
+from dmlr.look.walkthrough.what_if import Change, try_changes, usual_changes
+from dmlr.loop.injection import Patches
+from dmlr.loop.optimize import initial_latents
 from dmlr.methods import METHODS
 from dmlr.methods.latent import append_latents, prefill_latent
 from dmlr.methods.prompting import decode, prompts_of
-from dmlr.optimize import initial_latents
-from dmlr.plots import walkthrough as plots_walkthrough
-from dmlr.vlm import VLM
-from dmlr.walkthrough import Moment, explore, view, widgets
-from dmlr.walkthrough.what_if import Change, try_changes, usual_changes
+from dmlr.model.encode import PromptError
+from dmlr.model.vlm import VLM
+from dmlr.show.plots import walkthrough as plots_walkthrough
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "01_walkthrough.ipynb"
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>"

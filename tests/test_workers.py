@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from saved_run import assert_same, free_port, outcome, save_dataset, save_model, settings
 
-from dmlr import evaluate, workers
 from dmlr.config import Config, ConfigError
-from dmlr.families import ModelError
-from dmlr.results import read_results
-from dmlr.workers import WorkerError, Workers, for_workers, placement, threads_per_worker
+from dmlr.model.families import ModelError
+from dmlr.run import evaluate, workers
+from dmlr.run.results import read_results
+from dmlr.run.workers import WorkerError, Workers, for_workers, placement, threads_per_worker
 
 ROWS = 14
 

@@ -15,8 +15,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from dmlr.kv_cache import ATTENTION
-from dmlr.vlm import VLM
+from dmlr.model.cache import ATTENTION
+from dmlr.model.vlm import VLM
 
 SPECIAL = [
     "<|endoftext|>",

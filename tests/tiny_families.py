@@ -37,8 +37,8 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
-from dmlr.kv_cache import ATTENTION
-from dmlr.vlm import VLM
+from dmlr.model.cache import ATTENTION
+from dmlr.model.vlm import VLM
 
 HIDDEN = 48
 QWEN = [

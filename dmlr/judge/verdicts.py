@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from dmlr.config import Config
-from dmlr.data import Example
+from dmlr.data.examples import Example
 from dmlr.judge import Verdict, judge
-from dmlr.results import RunLog
+from dmlr.run.results import RunLog
 
 if TYPE_CHECKING:
     from dmlr.judge.llm_settings import JudgeSettings

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from dmlr.answers import Answer, Question
 from dmlr.config import Config
+from dmlr.methods.answers import Answer, Question
 from dmlr.methods.controls import random, unoptimised
 from dmlr.methods.icot import icot
 from dmlr.methods.latent import dmlr, ltpo
 from dmlr.methods.prompting import ccot, multimodal_cot, vanilla
 from dmlr.methods.self_consistency import self_consistency
-from dmlr.vlm import VLM
+from dmlr.model.vlm import VLM
 
 __all__ = ["METHODS", "Answer", "Question"]
 

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from dmlr.answers import Answer, Question
 from dmlr.config import Config
+from dmlr.loop.optimize import Retrieval, State, Step, Trace, example_generator, initial_latents, optimize
+from dmlr.loop.score import scorer
+from dmlr.methods.answers import Answer, Question
 from dmlr.methods.latent import reasoned, with_notes
-from dmlr.optimize import Retrieval, State, Step, Trace, example_generator, initial_latents, optimize
-from dmlr.prefix import Prefix
-from dmlr.score import scorer
-from dmlr.vlm import VLM
+from dmlr.model.prefix import Prefix
+from dmlr.model.vlm import VLM
 
 
 def unoptimised(vlm: VLM, questions: Sequence[Question], config: Config) -> list[Answer]:

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 import torch
 
-from dmlr.answers import Answer, Clock, Question, notes
 from dmlr.config import Config
-from dmlr.injection import Patches, choose_patches, in_image_order, interleave
+from dmlr.loop.injection import Patches, choose_patches, in_image_order, interleave
+from dmlr.loop.score import with_tokens
+from dmlr.methods.answers import Answer, Clock, Question, notes
 from dmlr.methods.prompting import decode, prefill_task, prompts_of
-from dmlr.prefix import Prefix
-from dmlr.score import with_tokens
-from dmlr.vlm import VLM
+from dmlr.model.prefix import Prefix
+from dmlr.model.vlm import VLM
 
 
 def icot(vlm: VLM, questions: Sequence[Question], config: Config) -> list[Answer]:

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from dmlr.answers import Answer, Clock, Question, Reasoning, notes
 from dmlr.config import Config
-from dmlr.decoding import Decoded
-from dmlr.encode import Encoded
-from dmlr.injection import interleave
+from dmlr.loop.injection import interleave
+from dmlr.loop.optimize import Trace, example_noise, optimize
+from dmlr.loop.score import with_tokens
+from dmlr.methods.answers import Answer, Clock, Question, Reasoning, notes
 from dmlr.methods.prompting import decode, prompts_of
-from dmlr.optimize import Trace, example_noise, optimize
-from dmlr.prefix import Prefix
+from dmlr.model.decode import Decoded
+from dmlr.model.encode import Encoded
+from dmlr.model.prefix import Prefix
+from dmlr.model.vlm import VLM
 from dmlr.prompts import Prompts
-from dmlr.score import with_tokens
-from dmlr.vlm import VLM
 
 # model, prefix, configuration, noise [B, T, M, L, D], tokens that ask for a self score -> what to decode, and why
 Loop = Callable[[VLM, Prefix, Config, torch.Tensor, torch.Tensor], Trace]

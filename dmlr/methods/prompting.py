@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dmlr.answers import Answer, Clock, Question
 from dmlr.config import Config, ConfigError, locate
-from dmlr.decoding import Decoded, Feed, Pick, greedy
-from dmlr.encode import Encoded
-from dmlr.prefix import Prefix
+from dmlr.methods.answers import Answer, Clock, Question
+from dmlr.model.decode import Decoded, Feed, Pick, greedy
+from dmlr.model.encode import Encoded
+from dmlr.model.prefix import Prefix
+from dmlr.model.vlm import VLM
 from dmlr.prompts import Prompts, load_prompts
-from dmlr.vlm import VLM
 
 
 def vanilla(vlm: VLM, questions: Sequence[Question], config: Config) -> list[Answer]:

@@ -10,16 +10,16 @@ from collections.abc import Sequence
 
 import torch
 
-from dmlr.answers import Answer, Clock, Question
 from dmlr.config import Config
-from dmlr.decoding import Decoded, Pick
 from dmlr.judge.choice import compare_choice
 from dmlr.judge.extract import candidates, normalize_text, parse_options
 from dmlr.judge.quantities import parse_number
+from dmlr.loop.optimize import example_generator
+from dmlr.loop.score import caps_of
+from dmlr.methods.answers import Answer, Clock, Question
 from dmlr.methods.prompting import decode, prefill_task, prompts_of
-from dmlr.optimize import example_generator
-from dmlr.score import caps_of
-from dmlr.vlm import VLM
+from dmlr.model.decode import Decoded, Pick
+from dmlr.model.vlm import VLM
 
 FEWEST, MOST = 3, 40  # samples at equal compute: fewer are no majority; 40 is the original's number
 

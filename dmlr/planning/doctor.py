@@ -25,9 +25,9 @@ from huggingface_hub import constants
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from dmlr.check import check_dataset
 from dmlr.config import locate
-from dmlr.data import DatasetError
+from dmlr.data.check import check_dataset
+from dmlr.data.examples import DatasetError
 from dmlr.judge.llm_settings import JudgeError, JudgeSettings
 from dmlr.machine import environment
 from dmlr.planning.fits import GIB, fit, size, table

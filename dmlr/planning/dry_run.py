@@ -15,15 +15,14 @@ from typing import Any
 
 from huggingface_hub import constants
 
-from dmlr import evaluate
 from dmlr.config import Config, root
-from dmlr.json_files import as_plain
 from dmlr.judge.verdicts import llm_settings
 from dmlr.parameters import check_parameters, config_of, default_output, from_here
 from dmlr.planning.fits import columns, size
 from dmlr.planning.forecast import Model, Pace, describe, earlier_pace, earlier_results, settings_pace
-from dmlr.report.provenance import in_words
-from dmlr.results import (
+from dmlr.run import evaluate
+from dmlr.run.json_files import as_plain
+from dmlr.run.results import (
     FREE_PARAMETERS,
     LOG,
     RESULTS,
@@ -33,6 +32,7 @@ from dmlr.results import (
     read_run,
     with_defaults,
 )
+from dmlr.show.provenance import in_words
 
 
 @dataclass(frozen=True)

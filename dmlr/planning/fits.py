@@ -7,10 +7,10 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from dmlr.config import Config
-from dmlr.families import ModelError
-from dmlr.footprint import USABLE, Parameters, Shape, fitting_batch, peak
+from dmlr.methods.workload import PROMPT, workload
+from dmlr.model.families import ModelError
+from dmlr.model.memory import USABLE, Parameters, Shape, fitting_batch, peak
 from dmlr.planning.known_models import settings_of
-from dmlr.workload import PROMPT, workload
 
 GIB = 2**30
 # What a model is held in: bytes per number of what is not quantised, and bits of what is.

@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import AutoConfig, PretrainedConfig, Qwen2_5_VLConfig, Qwen3VLConfig
 
 from dmlr.config import locate
-from dmlr.families import ModelError
+from dmlr.model.families import ModelError
 
 _QWEN2_5 = "hidden layers heads kv_heads intermediate vocabulary tied".split()
 _QWEN3 = "hidden layers heads kv_heads intermediate tied depth vision vision_intermediate deep".split()

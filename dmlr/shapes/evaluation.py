@@ -14,14 +14,14 @@ import pandas as pd
 import torch
 
 from dmlr.config import Config, locate
-from dmlr.images import open_image
+from dmlr.data.images import open_image
 from dmlr.judge import judge
+from dmlr.loop.optimize import Trace, example_generator, optimize
 from dmlr.methods import METHODS, Question
 from dmlr.methods.latent import reasoned
-from dmlr.optimize import Trace, example_generator, optimize
-from dmlr.prefix import Prefix
+from dmlr.model.prefix import Prefix
+from dmlr.model.vlm import VLM
 from dmlr.shapes.questions import SUITES
-from dmlr.vlm import VLM
 
 
 def load_suite(folder: str | Path, suite: str, examples: int | None = None) -> list[dict]:

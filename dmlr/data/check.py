@@ -1,0 +1,195 @@
+"""`python -m dmlr check FILE`: everything that is wrong with a dataset file, found before a run finds out.
+
+Reads the file as a run would (`data.py`) and then looks closer: images are opened, solutions held against the options
+named in the question, rows against each other, and the file looked at as a whole.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from dmlr.data.examples import DatasetError, Example, Notes, Problem, read_rows
+from dmlr.data.images import ImageError, open_image, shorten
+from dmlr.judge.extract import normalize_text, options_of, split_choice, unbox
+
+MANY = 20  # questions whose first option is never right: by chance, with two options each, once in a million files
+_ROWS_SHOWN = 8
+
+
+def check_dataset(path: str | Path) -> list[Problem]:
+    """Everything that is wrong with a dataset file, images opened and solutions held against the options.
+
+    Raises DatasetError as load_dataset does. Problems of the whole file come first, then those of its rows in order.
+    """
+    return _check(list(read_rows(path)))
+
+
+def _check(rows: list[tuple[Example | None, Notes]]) -> list[Problem]:
+    problems: list[Problem] = []
+    first: dict[tuple, Example] = {}
+    for example, notes in rows:
+        if example is not None:
+            _check_images(example, notes)
+            _check_solution(example, notes)
+            _check_twin(example, first.setdefault((example.question, example.images), example), notes)
+        problems += sorted(notes.problems, key=lambda problem: not problem.fatal)
+    return _check_whole([example for example, _ in rows if example], problems) + problems
+
+
+def _check_whole(examples: list[Example], problems: list[Problem]) -> list[Problem]:
+    """What shows in no row alone: no image is there at all, the first option is never right."""
+    found = []
+    lost = [problem for problem in problems if problem.kind == "image_missing"]
+    if len(lost) > 1 and len(lost) == sum(len(example.images) for example in examples):
+        message = f"none of the {len(lost)} images is there: put them where the paths lead, or start in their folder"
+        found.append(Problem(None, None, "images_elsewhere", message))
+    chosen = [_chosen(example, options) for example in examples if (options := _options(example))]
+    right, empty = len(chosen) - chosen.count(None) - chosen.count("?"), chosen.count(None)
+    if right >= MANY and "A" not in chosen:
+        message = f"none of {right} solutions is the first option"
+        message += f", and {empty} are empty: was answer index 0 taken for none?" if empty else ""
+        found.append(Problem(None, None, "first_option_never", message))
+    return found
+
+
+def _chosen(example: Example, options: dict[str, str]) -> str | None:
+    """Letter of the option that the solution names; "?" when it names none, None when there is no solution."""
+    answer = unbox(example.solution)
+    if not answer:
+        return None
+    part, same = split_choice(answer), normalize_text(answer)
+    letter = part[0] if part else answer.upper()
+    by_text = [letter for letter, text in options.items() if normalize_text(text) == same]
+    return by_text[0] if by_text else letter if letter in options else "?"
+
+
+def _options(example: Example) -> dict[str, str]:
+    return options_of(example.meta.get("choices"), example.question)
+
+
+def _check_twin(example: Example, twin: Example, notes: Notes) -> None:
+    if twin is example:
+        return
+    if normalize_text(twin.solution) == normalize_text(example.solution):
+        notes.add("row_doubled", f"the same question and image as row {twin.row}")
+    else:
+        notes.add("rows_contradict", f"the question and image of row {twin.row} with another solution")
+
+
+def _check_images(example: Example, notes: Notes) -> None:
+    for source in example.images if not notes.fatal else ():
+        if source.lower().startswith(("http://", "https://")):
+            continue  # a check stays on this machine
+        try:
+            open_image(source)
+        except ImageError as error:
+            notes.add("image_unreadable", str(error), True)
+
+
+def _check_solution(example: Example, notes: Notes) -> None:
+    answer = unbox(example.solution)
+    if not answer:
+        if example.solution.strip():
+            notes.add("solution_unparsable", f"nothing in the solution {shorten(example.solution)!r} is an answer")
+        return
+    if answer.count("{") != answer.count("}"):
+        notes.add("solution_unparsable", f"braces do not match in the solution {shorten(answer)!r}")
+    if not (options := _options(example)):
+        return
+    texts = {letter: normalize_text(text) for letter, text in options.items()}
+    doubled = [text for text in options.values() if list(texts.values()).count(normalize_text(text)) > 1]
+    if doubled and len(set(doubled)) == len(doubled):
+        shown = " and ".join(map(repr, map(shorten, doubled)))
+        notes.add("options_alike", f"options that differ in case or punctuation alone: {shown}")
+    elif doubled:
+        notes.add("options_doubled", f"options with the same text: {shorten(doubled[0])!r}")
+    if any(not text for text in texts.values()):
+        notes.add("options_empty", "an option has no text")
+    _check_choice(answer, options, texts, notes)
+
+
+def _check_choice(answer: str, options: dict[str, str], texts: dict[str, str], notes: Notes) -> None:
+    part, whole = split_choice(answer), normalize_text(answer) in texts.values()
+    shown = shorten(answer)
+    by_accident = re.match(r"([A-H])[.):]?\s", answer)
+    if whole and by_accident and texts.get(by_accident[1]) != normalize_text(answer):
+        notes.add(
+            "option_like_letter", f"the solution {shown!r} is an option's text that begins like a letter by accident"
+        )
+    elif part and part[0] not in options:
+        notes.add(
+            "letter_not_an_option", f"the solution {shown!r} names a letter that is not among {', '.join(options)}"
+        )
+    elif part and part[1] and normalize_text(part[1]) != texts[part[0]]:
+        notes.add(
+            "option_text_differs", f"option {part[0]} reads {shorten(options[part[0]])!r}, the solution {shown!r}"
+        )
+    elif not part and len(answer) == 1 and answer.isalpha() and not whole and answer.upper() not in options:
+        notes.add("letter_not_an_option", f"the solution {shown!r} is not among {', '.join(options)}")
+    elif not part and not whole and not (len(answer) == 1 and answer.upper() in options):
+        notes.add("solution_not_an_option", f"the solution {shown!r} is neither a letter nor the text of an option")
+
+
+def report(problems: list[Problem], examples_each: int = 3) -> str:
+    """Problems by kind: the file's own, then kinds that make rows unusable, then the most frequent.
+
+    A kind is its count and a few messages; what is said of many rows alike is said once, with the rows.
+    """
+    if not problems:
+        return "no problems found"
+    kinds = defaultdict(list)
+    for problem in problems:
+        kinds[(problem.row is not None, not problem.fatal, problem.kind)].append(problem)
+    lines = []
+    for (_, harmless, kind), found in sorted(kinds.items(), key=lambda item: (*item[0][:2], -len(item[1]), item[0][2])):
+        lines.append(f"{len(found):6d}  {kind}{'' if harmless else '  (row unusable)'}")
+        alike = defaultdict(list)
+        for problem in found:
+            alike[problem.message].append(problem)
+        shown = list(alike.items())[:examples_each]
+        lines += [f"          {_where(same)}{message}" for message, same in shown]
+        if rest := len(found) - sum(len(same) for _, same in shown):
+            lines.append(f"          and {rest} more")
+    return "\n".join(lines)
+
+
+def _where(problems: list[Problem]) -> str:
+    if problems[0].row is None:
+        return ""
+    if len(problems) == 1:
+        row, idx = problems[0].row, problems[0].idx
+        return f"row {row}: " if idx in (None, row) else f"row {row} (idx {idx}): "
+    rest = len(problems) - _ROWS_SHOWN
+    listed = ", ".join(str(problem.row) for problem in problems[:_ROWS_SHOWN])
+    return f"rows {listed}{f' and {rest} more' if rest > 0 else ''}: "
+
+
+def summary(rows: int, problems: list[Problem]) -> str:
+    """One line: how many rows a run can use, and how many of the others it could not judge."""
+    unusable = {problem.row for problem in problems if problem.fatal}
+    silent = {problem.row for problem in problems if problem.kind in ("solution_missing", "solution_empty")}
+    return f"{rows} rows: {len(unusable)} unusable, {len(silent)} without a solution; {len(problems)} problems"
+
+
+def main_check(argv: Sequence[str] | None = None) -> int:
+    """`FILE...` -> a report each. Returns 0 without problems, 1 with some, 2 when a file cannot be used at all."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or any(argument.startswith("-") for argument in argv):
+        print("usage: check FILE...   (dataset files: JSON lists of {prompt, solution, image_path, idx})")
+        return 0 if argv in (["-h"], ["--help"]) else 2
+    status = 0
+    for path in argv:
+        try:
+            rows = list(read_rows(path))
+        except DatasetError as error:
+            print(error, file=sys.stderr)
+            status = 2
+            continue
+        problems = _check(rows)
+        print(f"{path}: {summary(len(rows), problems)}\n{report(problems)}")
+        status = max(status, 1 if problems else 0)
+    return status

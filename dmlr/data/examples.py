@@ -1,0 +1,220 @@
+"""Dataset file -> usable examples, and the problems of the rows on the way.
+
+A dataset file is a JSON list of objects with `prompt`, `solution`, `image_path` (one, or a list of them) and `idx`;
+every other key is kept as `meta`. A row that cannot be used becomes a fatal `Problem` and the other rows go on. The
+module knows nothing about models: images are opened by `open_image`, one at a time, when the run needs them; `check.py`
+looks closer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dmlr.config import locate
+from dmlr.data.images import ImageError, local_path, open_image, shorten
+
+__all__ = ["DatasetError", "Example", "ImageError", "Notes", "Problem", "load_dataset", "open_image", "read_rows"]
+
+# A literal backslash-n, unless it begins a LaTeX command (\neq, \nu, ...) or follows another backslash.
+_LITERAL_NEWLINE = re.compile(
+    r"(?<!\\)\\n(?!(?:e|eq|eg|u|i|abla|ot|otin|mid|leq|geq|less|gtr|parallel|exists|sub|sup|subseteq|supseteq|cong|sim|"
+    r"atural|earrow|warrow|ewline|oindent|onumber|ormalsize|ewcommand|prec|succ|rightarrow|leftarrow)(?![A-Za-z]))"
+)
+_HALF = re.compile("[\ud800-\udfff]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+
+class DatasetError(ValueError):
+    """A dataset file that cannot be used at all; the message names the file and the reason."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One usable row. `row` is the record's key, `idx` the seed of the example's noise."""
+
+    row: int
+    idx: int | str
+    question: str
+    solution: str
+    images: tuple[str, ...] = ()  # sources, in the order in which the model sees them
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def image(self) -> str | None:
+        """The first image: the one that figures show."""
+        return self.images[0] if self.images else None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a row, or with the file (row None). A fatal one makes its row unusable."""
+
+    row: int | None
+    idx: int | str | None
+    kind: str
+    message: str
+    fatal: bool = False
+
+
+def load_dataset(path: str | Path) -> tuple[list[Example], list[Problem]]:
+    """Usable examples in file order, and the problems found without opening any image.
+
+    Raises DatasetError when the file is missing, is not valid JSON (NaN and Infinity included), or is not a
+    list with at least one element. Relative image paths are looked up in the file's folder, then in the
+    working folder. A null or absent `image_path` is a text-only question, unless it is absent in this row
+    and present in others: that row has lost its image.
+    """
+    rows = list(read_rows(path))
+    problems = [problem for _, notes in rows for problem in notes.problems]
+    return [example for example, notes in rows if example and not notes.fatal], problems
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[Example | None, Notes]]:
+    """Each row with its problems, as an Example also when it is unusable for the lack of its image alone.
+
+    Raises DatasetError as load_dataset does.
+    """
+    path, rows = _read(path)
+    has_images = any(isinstance(row, dict) and row.get("image_path") for row in rows)
+    seen: dict[str, int] = {}
+    for number, row in enumerate(rows):
+        notes = Notes(number)
+        if not isinstance(row, dict):
+            notes.add("not_an_object", f"expected an object with prompt and solution, found {type(row).__name__}", True)
+            yield None, notes
+            continue
+        row = _whole_characters(row, notes)
+        idx = _checked_idx(row, seen, notes)
+        question = _checked_prompt(row, notes)
+        solution = _checked_solution(row, notes)
+        usable = not notes.fatal
+        images = _checked_images(row, path.parent, has_images, notes)
+        meta = {k: v for k, v in row.items() if k not in ("prompt", "solution", "image_path", "idx")}
+        yield (Example(number, idx, question, solution, images, meta) if usable else None), notes
+
+
+class Notes:
+    """Collects the problems of one row."""
+
+    def __init__(self, row: int, idx: int | str | None = None) -> None:
+        self.row, self.idx, self.problems = row, idx, []
+
+    def add(self, kind: str, message: str, fatal: bool = False) -> None:
+        self.problems.append(Problem(self.row, self.idx, kind, message, fatal))
+
+    @property
+    def fatal(self) -> bool:
+        return any(problem.fatal for problem in self.problems)
+
+
+def _read(path: str | Path) -> tuple[Path, list]:
+    path = Path(locate(str(path)))
+    try:
+        rows = json.loads(path.read_bytes().decode("utf-8-sig"), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise DatasetError(f"dataset file {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"dataset file {path}: not UTF-8 text (byte {error.start})") from None
+    except RecursionError:
+        raise DatasetError(f"dataset file {path}: nested too deeply to be a list of objects") from None
+    except ValueError as error:
+        raise DatasetError(f"dataset file {path}: not valid JSON: {error}") from None
+    if not isinstance(rows, list):
+        raise DatasetError(f"dataset file {path}: expected a JSON list of objects, found {type(rows).__name__}")
+    if not rows:
+        raise DatasetError(f"dataset file {path}: the list is empty")
+    return path, rows
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
+
+
+def _whole_characters(row: dict, notes: Notes) -> dict:
+    """The row in text that can be written: JSON may hold half of a character (\\ud83d), no file or page can."""
+    text = json.dumps(row, ensure_ascii=False)
+    if not _HALF.search(text):
+        return row
+    notes.add("half_characters", "holds half of a character (a lone surrogate); it is read as a question mark")
+    return json.loads(text.encode("utf-8", "replace"))
+
+
+def _checked_idx(row: dict, seen: dict[str, int], notes: Notes) -> int | str:
+    number, idx = notes.row, row.get("idx")
+    if isinstance(idx, float) and idx.is_integer():
+        idx = int(idx)
+    if idx is None:
+        notes.add("idx_missing", "no idx: its position is used")
+        idx = number
+    elif isinstance(idx, bool) or not isinstance(idx, int | str) or idx == "":
+        notes.add("idx_invalid", f"idx must be an integer or a string, found {idx!r}", True)
+        return number
+    notes.idx = idx
+    first = seen.setdefault(str(idx), number)
+    if first != number:
+        notes.add("idx_doubled", f"idx {idx!r} is already taken by row {first}", True)
+    return idx
+
+
+def _checked_prompt(row: dict, notes: Notes) -> str:
+    prompt = row.get("prompt")
+    if prompt is None:
+        notes.add("prompt_missing", "no prompt", True)
+        return ""
+    if not isinstance(prompt, str) or not prompt.strip():
+        notes.add("prompt_empty", "the prompt is empty" if isinstance(prompt, str) else "the prompt is not text", True)
+        return ""
+    text = _LITERAL_NEWLINE.sub("\n", prompt)
+    if text != prompt:
+        notes.add("literal_newline", "the prompt holds a literal backslash-n; it is read as a new line")
+    if _CONTROL.search(text):
+        notes.add("control_characters", "the prompt holds control characters")
+    return text
+
+
+def _checked_solution(row: dict, notes: Notes) -> str:
+    solution = row.get("solution")
+    if solution is None:
+        notes.add("solution_missing", "no solution: the row cannot be judged")
+        return ""
+    text = solution if isinstance(solution, str) else str(solution)
+    if not text.strip():
+        notes.add("solution_empty", "the solution is empty: the row cannot be judged")
+        return ""
+    if _CONTROL.search(text):
+        notes.add("control_characters", "the solution holds control characters")
+    return text
+
+
+def _checked_images(row: dict, folder: Path, has_images: bool, notes: Notes) -> tuple[str, ...]:
+    sources = row.get("image_path")
+    if sources is None and ("image_path" in row or not has_images):
+        return ()
+    if sources is None or sources == "":
+        notes.add("image_missing", "names no image, but other rows do (write null for a question without one)", True)
+        return ()
+    found = [_checked_image(source, folder, notes) for source in (sources if isinstance(sources, list) else [sources])]
+    return tuple(source for source in found if source)
+
+
+def _checked_image(source: Any, folder: Path, notes: Notes) -> str | None:
+    if not isinstance(source, str) or not source:
+        kind = type(source).__name__
+        notes.add("image_invalid", f"image_path must be text or a list of texts, found {kind or 'nothing'}", True)
+        return None
+    if re.match(r"(?i)https?://|data:", source):
+        return source
+    local = Path(local_path(source))
+    for candidate in (folder / local, local):
+        try:
+            if candidate.is_file():
+                return str(candidate)
+        except (OSError, ValueError):  # a name too long, or with a NUL
+            break
+    notes.add("image_missing", f"image file {shorten(source)!r} is neither in {folder} nor in the working folder", True)
+    return source

@@ -1,0 +1,1 @@
+"""One question opened up, and studies over many."""

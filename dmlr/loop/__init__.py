@@ -1,0 +1,1 @@
+"""The method: rewards, injection, the loop of Algorithm 1, and its oracle."""

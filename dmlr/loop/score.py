@@ -1,0 +1,141 @@
+"""Reward of latents with their patches: one pass of a few slots over the cached prefix, for a whole batch.
+
+Knows nothing about how latents and patches are chosen, or what the loop does with a reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from dmlr.config import Config
+from dmlr.loop.injection import Patches, interleave, patch_caps, reward_slots
+from dmlr.loop.rewards import REWARDS, parse_score
+from dmlr.model.compiled import compile_layers
+from dmlr.model.graphs import Replayed
+from dmlr.model.prefix import Prefix
+from dmlr.model.vlm import VLM
+
+ROUNDED = 128  # columns and image tokens, where shapes must be few
+KEPT_ROOMS = 4  # shapes of batches that are kept ready
+
+
+def score(
+    vlm: VLM,
+    prefix: Prefix,
+    config: Config,
+    score_ids: torch.Tensor,
+    latents: torch.Tensor,
+    patches: Patches,
+    with_attention: bool = True,
+    with_gradient: bool = False,
+    fused: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Reward [B, M], attention of the think tokens over the image [B, L, N] (mean over samples), and the reward's
+    gradient in the latents [B, L, D] (of a single sample).
+
+    latents: [B, M, L, D]. One pass of M times [T, patches] over the cached [Q, Z]; where the reward is read follows
+    `reward_position`.
+    """
+    batch, samples, length, _ = latents.shape
+    with torch.set_grad_enabled(with_gradient):
+        latents = latents.detach().requires_grad_(with_gradient)
+        embeds, filled = interleave(latents, prefix.images, patches)  # [B, M, S, D], [B, S]
+        if config.reward_position == "think_next":
+            after = vlm.embed(prefix.suffix_ids[:1]).to(embeds.dtype).expand(batch, samples, 1, -1)
+            after = F.pad(after, (0, embeds.shape[3] - after.shape[3]))
+            embeds, filled = torch.cat([embeds, after], dim=2), F.pad(filled, (0, 1), value=True)
+        if config.reward_position == "think":  # nothing that is read can see the patches of the last group
+            used = 1 + (length - 1) * (1 + patches.index.shape[2])
+            embeds, filled = embeds[:, :, :used], filled[:, :used]
+        starts = embeds.shape[2] * torch.arange(samples, device=embeds.device)[:, None]  # [M, 1], first slots
+        read = reward_slots(patches, config.reward_position)  # [B, R]
+        think = torch.arange(length, device=embeds.device) * (1 + patches.index.shape[2])  # [L]
+        logits, attention = vlm.extend(
+            prefix,
+            embeds.flatten(1, 2),
+            filled.repeat(1, samples),
+            read=(starts + read[:, None]).flatten(1),
+            probe_rows=(starts + think).flatten() if with_attention else None,
+            samples=samples,
+            fused=fused,
+        )
+        reward = REWARDS[config.reward](logits.unflatten(1, (samples, -1)), config.top_k)  # [B, M]
+        gradient = torch.autograd.grad(reward.sum(), latents)[0][:, 0] if with_gradient else None
+    if attention is not None:
+        attention = attention.unflatten(1, (samples, length)).mean(dim=1)
+    if config.disable_conf_reward:
+        reward = torch.stack([self_score(vlm, prefix, one, patches, score_ids) for one in latents.unbind(1)], dim=1)
+    return reward.detach(), attention, gradient
+
+
+def self_score(
+    vlm: VLM, prefix: Prefix, latents: torch.Tensor, patches: Patches, score_ids: torch.Tensor
+) -> torch.Tensor:
+    """[B]: the model's own 0-1 score of its latents [B, L, D], decoded after a request for it; 0 without a number."""
+    embeds, filled = interleave(latents[:, None], prefix.images, patches)
+    branch = prefix.branch()
+    vlm.append(branch, *with_tokens(vlm, embeds[:, 0], filled, score_ids))
+    scores = [parse_score(reply.text) for reply in vlm.decode(branch, max_new_tokens=8)]
+    return torch.tensor(scores, device=latents.device).nan_to_num(nan=0.0)
+
+
+def with_tokens(
+    vlm: VLM, embeds: torch.Tensor, filled: torch.Tensor, ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slots followed by the same text tokens `ids` [S] in every row."""
+    text = vlm.embed(ids).to(embeds.dtype).expand(embeds.shape[0], -1, -1)
+    text = F.pad(text, (0, embeds.shape[2] - text.shape[2]))
+    return torch.cat([embeds, text], dim=1), torch.cat([filled, filled.new_ones(len(filled), len(ids))], dim=1)
+
+
+def scorer(vlm: VLM, prefix: Prefix, config: Config, score_ids: torch.Tensor) -> Callable[..., tuple]:
+    """`score` of this batch, by the cheapest way that configuration and device allow.
+
+    On a GPU its layers may be compiled and its kernels recorded. Both want few shapes, and a recording wants what it
+    reads to stay where it is: so they work on a prefix of their own, padded to multiples of ROUNDED, into which every
+    batch of its shape is copied.
+    """
+    steady = (config.cuda_graphs or config.compile_layers) and vlm.on_one_gpu
+    if not steady or config.use_auto_grad or config.disable_conf_reward:
+
+        def plain(latents, patches, **flags):
+            return score(vlm, prefix, config, score_ids, latents, patches.trimmed(), **flags)
+
+        return plain
+    (batch, columns), count = prefix.mask.shape, prefix.images.shape[1]
+    columns, tokens = (-(-size // ROUNDED) * ROUNDED for size in (columns, count))
+
+    def make() -> tuple[Prefix, Callable]:
+        length, most = config.num_thought_tokens, int(caps_of(config, torch.tensor([tokens])).max())
+        room = prefix.room(columns, tokens, config.num_samples * (length * (1 + most) + 1))
+        if config.compile_layers:
+            compile_layers(vlm.text_model)
+
+        def of_tensors(latents, index, count, with_attention):
+            patches = Patches(index, count)
+            return score(vlm, room, config, score_ids, latents, patches, with_attention, fused=config.compile_layers)
+
+        return room, Replayed(of_tensors) if config.cuda_graphs else of_tensors
+
+    room, run = vlm.prepared.get((config, batch, columns, tokens), make, most=KEPT_ROOMS)
+    prefix.copy_to(room)
+
+    def scored(latents, patches, with_attention=True, with_gradient=False):
+        reward, attention, _ = run(latents, patches.index, patches.count, with_attention=with_attention)
+        return reward, None if attention is None else attention[..., :count], None
+
+    return scored
+
+
+def caps_of(config: Config, num_patches: torch.Tensor) -> torch.Tensor:
+    """Most patches per think token [B, L] of examples with so many image tokens [B]."""
+    return patch_caps(
+        config.num_thought_tokens,
+        num_patches,
+        config.visual_insert_stride,
+        config.num_selected_patches,
+        config.max_total_patches,
+    )

@@ -1,0 +1,50 @@
+"""What a run's parameters ask of a model for one example, as far as they say. Knows nothing about models or data."""
+
+from __future__ import annotations
+
+import torch
+
+from dmlr.config import Config
+from dmlr.loop.score import KEPT_ROOMS, caps_of
+from dmlr.methods.self_consistency import loop_positions
+from dmlr.model.memory import Work
+
+PROMPT = 1024  # positions that a prompt is taken to have, image included, where nobody counted
+TEXT = 256  # positions of text in a prompt: instructions, question, options
+INTERLEAVED = {"dmlr", "unoptimised", "random"}  # methods that put patches behind think tokens
+
+
+def workload(config: Config, context: int | None = None, images: int | None = None) -> Work:
+    """Of the largest of a run's methods; only DMLR's loop counts as arithmetic.
+
+    context: positions of the model; images: image tokens of an example, where somebody counted, with TEXT positions of
+    text. Else a prompt is taken to have PROMPT positions, at most half of the context, and an image to be as large as
+    `max_pixels` allows, at most all of the prompt but TEXT positions.
+    """
+    prompt = min(PROMPT, (context or 2 * PROMPT) // 2)
+    if images is None:
+        images = max(1, min(config.max_pixels or prompt, prompt - TEXT))
+    else:
+        prompt = images + TEXT
+    methods = {method.strip() for method in config.methods.split(",")}
+    length = config.num_thought_tokens
+    slots = {"ltpo": config.ltpo_thought_tokens} if "ltpo" in methods else {}
+    if methods & INTERLEAVED:
+        slots["dmlr"] = length * (1 + int(caps_of(config, torch.tensor([images])).max()))
+    loop = "dmlr" in methods
+    tokens = dict.fromkeys(methods, config.max_new_tokens)
+    tokens |= {"multimodal-cot": config.rationale_tokens + config.rationale_answer_tokens}
+    tokens |= {"ccot": config.scene_graph_tokens + config.max_new_tokens}  # two calls each
+    longest = max((tokens[method] for method in methods), default=1)
+    return Work(
+        prompt=prompt,
+        image_tokens=images,
+        slots=max(slots.values(), default=0) * config.num_samples,
+        reads=(max(length, config.ltpo_thought_tokens) + 1) * config.num_samples if slots else 0,
+        loop_positions=loop_positions(config, images) if loop else 0,
+        passes=config.max_num_steps * (1 + (config.accept_at == "updated")) if loop else 0,
+        new_tokens=min(longest, (context or longest + prompt) - prompt),
+        copies=1 + ("self-consistency" in methods),  # it samples from a copy of the prefix
+        graph=config.use_auto_grad,
+        rooms=KEPT_ROOMS if (config.cuda_graphs or config.compile_layers) and slots else 0,
+    )

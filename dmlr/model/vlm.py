@@ -1,0 +1,283 @@
+"""The model: prefill, extend, append.
+
+The only file that runs transformers' models (loading.py loads them, families/ says how architectures differ,
+kv_cache.py holds their caches). It knows nothing about rewards, which patches are chosen, or what the extra embeddings
+mean: it runs embeddings over a cached prefix and returns logits and attention.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+
+from dmlr.config import Config
+from dmlr.model import memory as footprint
+from dmlr.model.cache import AttentionProbe, KVCache, additive_mask, at_least_float32
+from dmlr.model.cpu_linear import through_onednn
+from dmlr.model.decode import decode
+from dmlr.model.encode import Encoded, Encoder
+from dmlr.model.families import family_of
+from dmlr.model.graphs import Kept
+from dmlr.model.loading import load_checkpoint
+from dmlr.model.memory import Shape, Work
+from dmlr.model.prefix import Prefix
+
+
+class VLM:
+    """A frozen vision-language model with its processor, of one of the architectures in families/.
+
+    min_pixels, max_pixels: limits of image sizes in merged visual tokens, as far as the family can choose; none: the
+    processor's own. deep_patches: interleaved patches bring their deep features too, where the model has any
+    (DeepStack).
+    """
+
+    def __init__(
+        self,
+        model,
+        processor,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        deep_patches: bool = False,
+    ):
+        self.model = through_onednn(model.eval().requires_grad_(False))
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        self.family = family_of(model, processor, min_pixels, max_pixels)
+        self.deep_levels = self.family.deep_levels if deep_patches else 0
+        self.encode = Encoder(self)
+        self.prepared = Kept()  # for batches of a shape, see score.scorer
+
+    @classmethod
+    def load(cls, config: Config) -> VLM:
+        """Loads `model_name_or_path` (hub id or folder) without running code from it. ModelError says what failed."""
+        model, processor = load_checkpoint(config)
+        return cls(model, processor, config.min_pixels, config.max_pixels, config.deep_patches)
+
+    # what the model is
+
+    @property
+    def text_model(self) -> torch.nn.Module:
+        """The language model without its head."""
+        return self.family.text_model
+
+    @property
+    def image_token_id(self) -> int:
+        return self.model.config.image_token_id
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the embedding's, also when accelerate keeps its weights elsewhere until they are needed."""
+        embedding = self.model.get_input_embeddings()
+        hook = getattr(embedding, "_hf_hook", None)
+        return torch.device(hook.execution_device) if hook else embedding.weight.device
+
+    @property
+    def on_one_gpu(self) -> bool:
+        """No part of it on another GPU, the CPU or a disk."""
+        return self.device.type == "cuda" and {p.device for p in self.model.parameters()} == {self.device}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def text_config(self):
+        return self.model.config.get_text_config()
+
+    @cached_property
+    def shape(self) -> Shape:
+        """Its sizes."""
+        return Shape.of(self.model.config)
+
+    @property
+    def key_group(self) -> int:
+        """Query heads that share a key head."""
+        return self.shape.heads // self.shape.kv_heads
+
+    @property
+    def context_length(self) -> int:
+        """Positions that the language model was made for."""
+        return self.text_config.max_position_embeddings
+
+    @cached_property
+    def eos_ids(self) -> list[int]:
+        ids = self.model.generation_config.eos_token_id
+        ids = [ids] if isinstance(ids, int) else list(ids or [])
+        return ids or [self.tokenizer.eos_token_id]
+
+    @cached_property
+    def think_id(self) -> int:
+        """Token whose embedding the think tokens start from: the end-of-text token (`<|endoftext|>` for Qwen)."""
+        name = "<|endoftext|>"
+        known = self.tokenizer.convert_tokens_to_ids(name)
+        return known if known not in (None, self.tokenizer.unk_token_id) else self.tokenizer.eos_token_id
+
+    @cached_property
+    def vision_marks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens before and after an image, [0 or 1] each."""
+        return tuple(torch.tensor(ids, dtype=torch.long, device=self.device) for ids in self.family.marks)
+
+    def fitting_batch(self, work: Work) -> int:
+        """Examples that ask for so much and go through together: by the GPU's free memory; 16 on a CPU.
+
+        An estimate (footprint.py): who asks for too much gets an out-of-memory error, and halves the batch.
+        """
+        if self.device.type != "cuda":
+            return footprint.MOST["cpu"]
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return max(1, footprint.fitting_batch(self.shape, self.dtype.itemsize, work, free))
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Input embeddings [..., D] of token ids [...]."""
+        return self.model.get_input_embeddings()(ids.to(self.device))
+
+    @cached_property
+    def embedding_rms(self) -> float:
+        """Root mean square per dimension of the think tokens' start: what sigma is relative to."""
+        return float(self.embed(torch.tensor(self.think_id)).float().pow(2).mean().sqrt())
+
+    # prefill, extend, decode
+
+    @torch.no_grad()
+    def prefill(self, batch: list[Encoded]) -> Prefix:
+        """Vision tower and prompt, once per example; rows are padded on the left."""
+        length = max(len(e.input_ids) for e in batch)
+        pads = [length - len(e.input_ids) for e in batch]
+        pad = self.tokenizer.pad_token_id or 0
+        ids = torch.stack([F.pad(e.input_ids, (n, 0), value=pad) for e, n in zip(batch, pads, strict=True)])
+        positions = torch.stack([F.pad(e.positions, (n, 0)) for e, n in zip(batch, pads, strict=True)], dim=1)
+        mask = (torch.arange(length) >= torch.tensor(pads)[:, None]).to(self.device)  # [B, P]
+
+        count = max(len(e.image_columns) for e in batch)
+        columns = [e.image_columns + n for e, n in zip(batch, pads, strict=True)]
+        image_mask = (torch.arange(count) < torch.tensor([[len(c)] for c in columns])).to(self.device)  # [B, N]
+        columns = torch.stack([F.pad(c, (0, count - len(c))) for c in columns]).to(self.device)
+        embeds = self._with_features(self.embed(ids), ids.to(self.device) == self.image_token_id, batch)
+        images = embeds.gather(1, columns[..., None].expand(-1, -1, embeds.shape[2])) * image_mask[..., None]
+        if not self.deep_levels:
+            images = images[..., : self.text_config.hidden_size]
+
+        cache = KVCache()
+        causal = None  # without padding SDPA needs no mask
+        if max(pads):
+            causal = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
+            causal = (causal & mask[:, None]) | torch.eye(length, dtype=torch.bool, device=self.device)
+            causal = causal[:, None]
+        hidden = self._run(embeds, positions.to(self.device), causal, cache)
+        cache.commit(length)
+        suffix = batch[0].suffix_ids
+        assert all(torch.equal(e.suffix_ids, suffix) for e in batch), "one chat template, one suffix"
+        return Prefix(
+            cache=cache,
+            mask=mask,
+            next_position=torch.stack([e.positions.max() + 1 for e in batch]).to(self.device),
+            logits=self._logits(hidden[:, -1]),
+            images=images,
+            image_mask=image_mask,
+            image_columns=columns,
+            suffix_ids=suffix.to(self.device),
+        )
+
+    def extend(
+        self,
+        prefix: Prefix,
+        embeds: torch.Tensor,
+        filled: torch.Tensor,
+        read: torch.Tensor,
+        probe_rows: torch.Tensor | None = None,
+        samples: int = 1,
+        commit: bool = False,
+        fused: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Runs S more slots over the cached prefix; drops them again unless `commit`.
+
+        embeds: [B, S, D], or [B, S, (1 + n) D] with what n deep levels add.
+        filled: [B, S], False for slots that nothing may attend to and that take no position.
+        read: [B, R], slots whose next-token logits are wanted.
+        probe_rows: [A], slots whose attention over the image tokens is wanted.
+        samples: M sequences of S / M slots each that all follow the prefix and do not see each other (they share its
+        keys and values instead of repeating them).
+        fused: by layers that `compile_layers` has prepared.
+
+        Returns logits [B, R, V] in float32 and attention [B, A, N], mean over layers and heads (None without
+        probe_rows). Differentiable in `embeds`.
+        """
+        batch, slots, _ = embeds.shape
+        assert filled.shape == (batch, slots) and read.shape[0] == batch
+        assert not commit or samples == 1
+        order = filled.view(batch, samples, -1).long().cumsum(dim=2).view(batch, slots)
+        positions = (prefix.next_position[:, None] + order - 1).expand(self.family.position_axes, batch, slots)
+        sample = torch.arange(slots, device=embeds.device) // (slots // samples)
+        causal = torch.ones(slots, slots, dtype=torch.bool, device=embeds.device).tril() & (sample[:, None] == sample)
+        new = (causal & filled[:, None]) | torch.eye(slots, dtype=torch.bool, device=embeds.device)
+        mask = torch.cat([prefix.mask[:, None].expand(-1, slots, -1), new.expand(batch, -1, -1)], dim=2)
+        probe, wide = None, torch.promote_types(self.dtype, torch.float32)
+        if probe_rows is not None:
+            probe = AttentionProbe(probe_rows, mask.new_zeros(batch, len(probe_rows), mask.shape[2], dtype=wide))
+        mask = additive_mask(mask, self.key_group, wide if probe or fused else self.dtype)
+        hidden = self._run(embeds.to(self.dtype), positions, mask, prefix.cache, probe, fused)
+        if commit:
+            prefix.cache.commit(slots)
+            prefix.mask = torch.cat([prefix.mask, filled], dim=1)
+            prefix.next_position = prefix.next_position + order[:, -1]
+        rows = hidden.gather(1, read[..., None].expand(-1, -1, hidden.shape[2]))
+        logits = self._logits(rows)  # [B, R, V]
+        if probe is None:
+            return logits, None
+        weights = probe.total / len(prefix.cache.layers)  # [B, A, T], each row sums to one
+        index = prefix.image_columns[:, None].expand(-1, weights.shape[1], -1)
+        return logits, weights.gather(2, index.to(weights.device)).masked_fill(~prefix.image_mask[:, None], 0.0)
+
+    @torch.no_grad()
+    def append(self, prefix: Prefix, embeds: torch.Tensor, filled: torch.Tensor) -> None:
+        """Makes slots part of the prefix, and `prefix.logits` those after each row's last filled one."""
+        last = torch.where(filled, torch.arange(filled.shape[1], device=filled.device), 0).amax(dim=1, keepdim=True)
+        prefix.logits = self.extend(prefix, embeds, filled, last, commit=True)[0][:, 0]
+
+    def feed(self, prefix: Prefix, token: torch.Tensor, rows: list[int]) -> Prefix:
+        """The prefix followed by one token [B] in each row."""
+        self.append(prefix, self.embed(token[:, None]), torch.ones(len(rows), 1, dtype=torch.bool, device=self.device))
+        return prefix
+
+    decode = decode
+
+    # inside
+
+    def _with_features(self, embeds: torch.Tensor, places: torch.Tensor, batch: list[Encoded]) -> torch.Tensor:
+        """Embeddings [B, P, D] with visual features at `places` [B, P], and the deep ones beside them."""
+        seen = [e.image_inputs for e in batch if e.image_inputs]
+        if not seen:
+            return embeds
+        features, deep = self.family.features(seen, self.device, self.dtype)
+        embeds[places] = features.to(embeds)
+        for level in deep:
+            added = torch.zeros_like(embeds[..., : level.shape[1]])
+            added[places] = level.to(embeds)
+            embeds = torch.cat([embeds, added], dim=2)
+        return embeds
+
+    def _run(
+        self, embeds, positions, mask, cache: KVCache, probe: AttentionProbe | None = None, fused: bool = False
+    ) -> torch.Tensor:
+        """Language model only; mask is as `attend` takes it. Returns hidden states [B, S, D]."""
+        embeds, *deep = embeds.split(self.text_config.hidden_size, dim=2)
+        also = {}
+        if fused:  # a view would be compiled for once more
+            embeds, also = embeds.clone(), {"fused": True}
+        if deep:  # zeros for what is no patch
+            everywhere = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+            also |= {"visual_pos_masks": everywhere, "deepstack_visual_embeds": [level.flatten(0, 1) for level in deep]}
+        return self.text_model(
+            inputs_embeds=embeds,
+            position_ids=positions if self.family.position_axes > 1 else positions[0],
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            probe=probe,
+            **also,
+        ).last_hidden_state.to(self.device)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., V] in float32 or more."""
+        return at_least_float32(self.model.get_output_embeddings()(hidden).to(self.device))

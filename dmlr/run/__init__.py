@@ -1,0 +1,1 @@
+"""A dataset through methods: records that survive a kill."""

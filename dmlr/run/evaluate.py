@@ -1,0 +1,273 @@
+"""A dataset through methods: batches in, judged records out. The only place where answers meet ground truths.
+
+Nothing that goes wrong with one example stops the run: it becomes one error record. Who answers, the model of this
+process or workers on Ray, is chosen here and nowhere else. Knows nothing about how a method works or a notebook looks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import re
+import sys
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from dmlr.config import Config, ConfigError, check_names, locate
+from dmlr.data.examples import Example, ImageError, Problem, load_dataset, open_image
+from dmlr.judge.verdicts import ask_llm, llm_settings, verdict_of
+from dmlr.machine import environment  # noqa: F401 (notebooks take it from here)
+from dmlr.methods import METHODS, Answer
+from dmlr.methods.prompting import prompts_of
+from dmlr.model.vlm import VLM
+from dmlr.run.batches import InProcess, cut, prepare
+from dmlr.run.records import error_record, record_of
+from dmlr.run.results import (
+    ResultsError,
+    RunLog,
+    read_results,
+    read_run,
+    write_results,
+    write_reward_csv,
+)
+from dmlr.stats.metrics import efficiency
+
+if TYPE_CHECKING:
+    from dmlr.judge.llm_settings import JudgeSettings
+    from dmlr.run.workers import Workers
+
+
+@dataclass(frozen=True)
+class Job:
+    """One dataset through one method."""
+
+    dataset: str
+    method: str
+    folder: Path
+    examples: list[Example]
+    problems: list[Problem]
+
+
+class NoAnswers(RuntimeError):
+    """Every record of a run is an error; they are written all the same. The message has the first reason."""
+
+
+def run(config: Config, vlm: VLM | None = None) -> dict[tuple[str, str], dict[str, Any]]:
+    """Every dataset of the config through every method; returns results.json's content by (dataset name, method).
+
+    Each job writes `<output_dir>/<dataset>/<method>/`: log.jsonl as it goes, results.json, rewards/<row>.csv. The
+    model is loaded first, here or in the workers, and not at all with `verify_only`; `vlm` is one that is loaded
+    already, for a run in this process. Raises what makes the whole run pointless (a bad dataset file, a model that
+    does not load, workers that cannot start, a folder that another process holds or that cannot be written, an LLM
+    judge without a key), and NoAnswers at the end of a run in which nothing succeeded.
+    """
+    jobs = plan(config)
+    llm = llm_settings(config)
+    total = sum(len(job.examples) for job in jobs)
+    with contextlib.ExitStack() as stack:
+        if config.verify_only:
+            work = partial(verify, config=config, llm=llm)
+        else:
+            work = partial(run_job, config=config, crew=stack.enter_context(who_answers(config, vlm)), llm=llm)
+        bar = stack.enter_context(tqdm(total=total, unit="ex", disable=config.verbose == 0, smoothing=0.1))
+        results = {(name(job.dataset), job.method): work(job, bar=bar) for job in jobs}
+    complain(results, output_folder(config))
+    return results
+
+
+def who_answers(config: Config, vlm: VLM | None) -> InProcess | Workers:
+    """The model of this process, or workers on Ray where the config asks for several or names a cluster."""
+    if config.num_workers == 1 and not config.ray_address:
+        return InProcess(vlm or VLM.load(config), config)
+    if vlm is not None:
+        raise ConfigError("workers load the model themselves: give no model, or num_workers = 1 and no ray_address")
+    from dmlr.run.workers import Workers  # Ray is an extra
+
+    return Workers(config)
+
+
+def complain(results: dict[tuple[str, str], dict[str, Any]], folder: Path) -> None:
+    """Says on stderr which jobs have no answer at all, only errors; raises NoAnswers when none of the run has any."""
+    failures = []
+    for (dataset, method), result in results.items():
+        if result["errors"] and not result["total"] + result["judge_failed"]:
+            first = next(entry["error"] for entry in result["entries"] if entry["stop_reason"] == "error")
+            failures.append(f"{dataset}, {method}: {result['errors']} errors and no answer; the first: {first}")
+    if failures and len(failures) == len(results):
+        raise NoAnswers(f"every record is an error ({'; '.join(failures)}); they are in {folder}")
+    for failure in failures:
+        print(failure, file=sys.stderr, flush=True)
+
+
+def plan(config: Config) -> list[Job]:
+    """The run's jobs in order. ConfigError for an unknown method, an unusable prompts_file and two jobs of one name,
+    DatasetError for an unusable dataset."""
+    methods = [m.strip() for m in config.methods.split(",") if m.strip()]
+    check_names(methods, METHODS, what="method")
+    prompts_of(config)
+    datasets = [d.strip() for d in config.dataset.split(",") if d.strip()]
+    if not methods or not datasets:
+        raise ConfigError(f"nothing to run: methods = {config.methods!r}, dataset = {config.dataset!r}")
+    jobs = []
+    for dataset in datasets:
+        examples, problems = load_dataset(dataset)
+        inside = [e for e in examples if _in_range(e.row, config)]
+        lost = [p for p in problems if p.fatal and (p.row is None or _in_range(p.row, config))]
+        for method in methods:
+            jobs.append(Job(dataset, method, output_folder(config) / name(dataset) / method, inside, lost))
+    folders = [job.folder for job in jobs]
+    if doubled := next((folder for folder in folders if folders.count(folder) > 1), None):
+        raise ConfigError(
+            f"{doubled.parent.name}, {doubled.name} is there twice in one run, and its folder is {doubled}"
+        )
+    return jobs
+
+
+def checksums(job: Job, config: Config) -> dict[str, str]:
+    """SHA-256 of the files that decide a job's records, by the parameter that names them."""
+    files = {"dataset": job.dataset} | ({"prompts_file": config.prompts_file} if config.prompts_file else {})
+    return {name: hashlib.sha256(Path(locate(path)).read_bytes()).hexdigest() for name, path in files.items()}
+
+
+def output_folder(config: Config) -> Path:
+    """`output_dir`, or a folder under reports/runs named by model and datasets."""
+    if config.output_dir:
+        return Path(config.output_dir)
+    datasets = "+".join(name(d.strip()) for d in config.dataset.split(","))
+    return Path(locate("reports")) / "runs" / f"{name(config.model_name_or_path)}_{datasets}"
+
+
+def name(path: str) -> str:
+    """Short name of a dataset or model: the last part of its path, safe as a folder name."""
+    return re.sub(r"[^\w.+-]+", "-", Path(path.strip().rstrip("/")).name.removesuffix(".json")) or "unnamed"
+
+
+def run_job(
+    job: Job, config: Config, crew: InProcess | Workers, bar: tqdm, llm: JudgeSettings | None = None
+) -> dict[str, Any]:
+    """Gets answers to what is not finished yet, judges them, and derives results.json; also when interrupted."""
+    bar.set_description(f"{name(job.dataset)} {job.method}")
+    facts = {"method": job.method, "dtype": crew.facts.dtype, "device": crew.facts.device, **checksums(job, config)}
+    fair = math.ceil(len(job.examples) / config.num_workers)  # of few examples, each worker still gets some
+    size = config.batch_size or max(1, min(crew.facts.fitting_batch, fair))
+    right = judged = 0
+    recent = deque(maxlen=64)
+    with RunLog(job.folder, config, resume=config.resume, facts=facts) as log:
+        if log.aside and config.verbose:
+            bar.write(f"{name(job.dataset)} {job.method}: what an earlier run left is kept as {log.aside.name}")
+        finished, begun = log.finished(), {record["row"] for record in log.records()}
+        save = partial(save_results, job, log, config, crew.facts.environment)
+        asked = None
+        with contextlib.suppress(ResultsError):  # there are none, unless this run goes on with another
+            asked = read_results(job.folder).get("llm_judge")
+        bar.update(sum(example.row in finished for example in job.examples))
+        try:
+            for problem in job.problems:
+                record = error_record(problem.row, problem.idx, f"{problem.kind}: {problem.message}")
+                if record["row"] not in begun:
+                    log.append(record)
+            batches = map(prepare, cut(job.examples, size, finished, begun))
+            for example, answer in chain.from_iterable(crew.answers(job.method, batches)):
+                if example.row in finished:
+                    continue
+                record = record_of(example, answer)
+                save_extras(job, example, answer, config)  # first: a row in the log is not done again
+                log.append(record)
+                right, judged = right + bool(record["is_correct"]), judged + (record["is_correct"] is not None)
+                recent.append(record)
+                bar.set_postfix_str(f"{right}/{judged} right{pace(recent, crew.peak_memory)}", refresh=False)
+                bar.update()
+                if config.verbose == 2:
+                    bar.write(f"{example.idx}: {answer.text!r} ({example.solution})")
+            asked = ask_llm(log, job.examples, llm, every=config.llm_verify_all)
+        except BaseException:
+            with contextlib.suppress(ResultsError):  # what went wrong first is what must be heard
+                save(crew.peak_memory, llm_judge=asked)
+            raise
+        return save(crew.peak_memory, llm_judge=asked)
+
+
+def verify(job: Job, config: Config, bar: tqdm, llm: JudgeSettings | None = None) -> dict[str, Any]:
+    """Judges the saved answers again, without the model, under the configuration that made them.
+
+    The dataset's ground truths are taken as they are now; its questions must be those that were answered, else
+    ResultsError. Whether an LLM is asked is this configuration's choice; what it said before comes from its cache, and
+    only what failed, or is new, costs a request.
+    """
+    bar.set_description(f"{name(job.dataset)} {job.method}: judging again")
+    saved, before = read_run(job.folder)["config"], read_results(job.folder)
+    examples = {e.row: e for e in job.examples}
+    with RunLog(job.folder, saved, resume=True) as log:
+        pairs = [(old, examples[old["row"]]) for old in log.records() if old["row"] in examples]
+        pairs = [(old, example) for old, example in pairs if old["stop_reason"] != "error"]
+        for old, example in pairs:
+            if (old["data_idx"], old["question"]) != (example.idx, example.question):
+                raise ResultsError(
+                    f"{job.folder}: row {example.row} of {job.dataset} is another question now than the one that was "
+                    "answered; only solutions may change between a run and verify_only"
+                )
+        for old, example in pairs:
+            verdict = verdict_of(example, old["model_output"], old["stop_reason"])
+            log.append({**old, **verdict, "ground_truth": example.solution})
+            bar.update()
+        asked = ask_llm(log, job.examples, llm, every=config.llm_verify_all)
+        memory = before.get("efficiency", {}).get("peak_memory_bytes")
+        return save_results(job, log, Config.make(None, **saved), before["environment"], memory, llm_judge=asked)
+
+
+def pace(records: Iterable[dict[str, Any]], memory: int | None) -> str:
+    """What a progress bar says of recent records beside their number per second."""
+    told = efficiency(list(records))
+    speeds = [(told["iterations_per_second"], "it/s"), (told["tokens_per_second"], "tok/s")]
+    said = "".join(f", {value:.3g} {unit}" for value, unit in speeds if value)
+    return f"{said}, {memory / 2**30:.1f} GiB" if memory else said
+
+
+def save_extras(job: Job, example: Example, answer: Answer, config: Config) -> None:
+    """The reward CSV of one example and, on request, a drawing of its kept patches.
+
+    An image that is gone by now (one from a server is fetched again) costs its drawing alone.
+    """
+    if answer.reasoning is None:
+        return
+    if config.save_reward_csv:
+        write_reward_csv(job.folder / "rewards" / f"{example.row:05d}.csv", answer.reasoning.steps)
+    if config.visual_token_viz and example.image:
+        from dmlr.show.plots import save_kept_patches  # matplotlib costs a second that most runs need not pay
+
+        path = job.folder / config.visual_token_viz_dir / f"{example.row:05d}.png"
+        try:
+            save_kept_patches(path, open_image(example.image), answer.reasoning.patches, answer.reasoning.patch_grid)
+        except ImageError as error:
+            print(f"not drawn: {error}", file=sys.stderr, flush=True)
+        except OSError as error:
+            raise ResultsError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def save_results(
+    job: Job, log: RunLog, config: Config, made_on: dict[str, str], peak_memory: int | None, **more: Any
+) -> dict[str, Any]:
+    """results.json from the log; `made_on` (the environment) and `peak_memory` (bytes) are those of the answers."""
+    return write_results(
+        job.folder,
+        log.records(),
+        model=config.model_name_or_path,
+        dataset=job.dataset,
+        config=config.as_dict(),
+        method=job.method,
+        environment=made_on,
+        efficiency=efficiency(log.records()) | {"peak_memory_bytes": peak_memory},
+        **more,
+    )
+
+
+def _in_range(row: int, config: Config) -> bool:
+    return row >= config.start_data_idx and (config.end_data_idx is None or row < config.end_data_idx)

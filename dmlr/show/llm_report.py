@@ -1,0 +1,101 @@
+"""What an LLM judge did in a run, as HTML for its report: asked, cost, failures, and how often the rules agree.
+
+Reads `llm_judge` of results.json, as verdicts.ask_llm leaves it. Nothing is shown when no LLM was asked.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from dmlr.show.page import table
+from dmlr.stats.metrics import wilson
+
+Results = Mapping[tuple[str, str], Mapping[str, Any]]
+_WORDS = {"correct": "correct", "wrong": "wrong", "unparsed": "no answer", "judge_failed": "call failed"}
+
+
+def llm_report(results: Results) -> str:
+    """The section for the results of a run, by (dataset, method); "" when no LLM judged."""
+    used = {key: result["llm_judge"] for key, result in results.items() if result.get("llm_judge")}
+    if not used:
+        return ""
+    parts = [
+        "<h3>The LLM judge</h3>",
+        table(cost_table(used), "Tokens and dollars of this pass; the cache costs none."),
+    ]
+    if any(asked["failures"] for asked in used.values()):
+        parts.append(
+            table(failure_table(used), "Why calls failed: first message of each kind. A failed call is no verdict.")
+        )
+    counts = agreement_counts(used)
+    parts += ["<h3>Rules against LLM</h3>", f"<p>{agreement_in_words(counts)}</p>", table(agreement_table(counts))]
+    return "\n".join(parts)
+
+
+def cost_table(used: Mapping[tuple[str, str], Mapping[str, Any]]) -> pd.DataFrame:
+    """A row per dataset and method: what was put to the judge, where the verdicts came from, what they cost."""
+    rows = []
+    for (dataset, method), asked in used.items():
+        cost = asked["cost_usd"]
+        rows.append(
+            {
+                "dataset": dataset,
+                "method": method,
+                "judge": asked["model"],
+                "answers": sum(sum(row.values()) for row in asked["agreement"].values()),
+                "from the cache": asked["cached"],
+                "requests": asked["requests"],
+                "failed": asked["failed"],
+                "prompt tokens": asked["prompt_tokens"],
+                "completion tokens": asked["completion_tokens"],
+                "cost": "price not given" if cost is None else f"${cost:.4f}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def failure_table(used: Mapping[tuple[str, str], Mapping[str, Any]]) -> pd.DataFrame:
+    """A row per dataset, method and kind of failure, with the server's first message."""
+    rows = [
+        {"dataset": dataset, "method": method, "failure": kind, "message": message}
+        for (dataset, method), asked in used.items()
+        for kind, message in asked["failures"].items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def agreement_counts(used: Mapping[tuple[str, str], Mapping[str, Any]]) -> Counter[tuple[str, str]]:
+    """Answers of all datasets and methods by (verdict of the rules, verdict of the LLM)."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for asked in used.values():
+        counts.update({(rules, llm): n for rules, row in asked["agreement"].items() for llm, n in row.items()})
+    return counts
+
+
+def agreement_table(counts: Mapping[tuple[str, str], int]) -> pd.DataFrame:
+    """Rows: what the rules said; columns: what the LLM said."""
+    rows = [
+        {"rules": _WORDS[rules]} | {f"LLM: {word}": counts[rules, llm] for llm, word in _WORDS.items()}
+        for rules in ("correct", "wrong", "unparsed")
+    ]
+    return pd.DataFrame(rows)
+
+
+def agreement_in_words(counts: Mapping[tuple[str, str], int]) -> str:
+    """A sentence: how often both said the same, where both were asked; else what the LLM made of the undecided."""
+    both = {pair: n for pair, n in counts.items() if pair[1] != "judge_failed"}
+    total = sum(both.values())
+    if not total:
+        return "No answer has a verdict of both."
+    if sum(n for (rules, _), n in both.items() if rules != "unparsed"):
+        same = wilson(sum(n for (rules, llm), n in both.items() if rules == llm), total)
+        return f"Rules and LLM give the same verdict on {same.correct} of {total} answers: {same}."
+    right, wrong = both.get(("unparsed", "correct"), 0), both.get(("unparsed", "wrong"), 0)
+    return (
+        f"Only what the rules could not decide was asked: the LLM found {right} of {total} answers correct, "
+        f"{wrong} wrong, and no answer in {total - right - wrong}."
+    )

@@ -1,0 +1,150 @@
+"""HTML pieces of a page: a figure with its caption, a table, a gallery of questions and answers.
+
+Whatever a dataset or a model says is escaped; images are embedded, so a page needs no other file. Knows nothing about
+what a figure or a table shows.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from PIL import Image
+
+from dmlr.data.images import ImageError
+from dmlr.show.gallery import CHANGES
+from dmlr.show.plots import TOKEN_COLOURS
+from dmlr.show.policy import TEMPLATES, gallery_script
+from dmlr.show.thumbnails import Thumbnail, outlines, thumbnail
+
+
+def data_uri(picture: Figure | Image.Image, largest: int | None = None) -> str:
+    """A PNG data URI; `largest` limits the longer side of an image in pixels."""
+    buffer = io.BytesIO()
+    if isinstance(picture, Figure):
+        picture.savefig(buffer, format="png", dpi=160)
+    else:
+        if largest and max(picture.size) > largest:
+            picture = picture.copy()
+            picture.thumbnail((largest, largest))
+        picture.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def show(picture: Figure | Image.Image, caption: str, alt: str | None = None) -> None:
+    """Displays a figure with its caption; `alt` says in words what it shows, where the caption does not."""
+    from IPython.display import HTML, display
+
+    width = round(picture.get_figwidth() * 84) if isinstance(picture, Figure) else picture.size[0]
+    image = '<img src="{}" alt="{}" width="{}" style="max-width:100%;height:auto">'
+    html = Markup(f"<figure>{image}<figcaption>{{}}</figcaption></figure>")
+    display(HTML(str(html.format(data_uri(picture), alt or caption, width, caption))))
+
+
+def table(frame: pd.DataFrame, caption: str = "") -> str:
+    """An HTML table, every cell escaped; columns of numbers (also as text, "81.2%") are set flush right.
+
+    Columns without names give a table without a head.
+    """
+    number = re.compile(r"[-+−]?\d[\d.,]*(e[-+]?\d+)?( ?%| points)?( (–|to) [-+−]?\d[\d.]* ?%?)?|–|nan|")
+    columns = [frame.iloc[:, i].astype(str) for i in range(frame.shape[1])]
+    right = [bool(len(frame)) and all(map(number.fullmatch, column)) for column in columns]
+
+    def row(tag: str, cells: Sequence[Any]) -> Markup:
+        styles = [Markup(' class="number" style="text-align:right"') if r else "" for r in right]
+        return Markup("<tr>{}</tr>\n").format(
+            Markup("").join(Markup("<{0}{1}>{2}</{0}>").format(tag, s, c) for s, c in zip(styles, cells, strict=True))
+        )
+
+    body = Markup("").join(row("td", [str(cell) for cell in cells]) for cells in frame.itertuples(index=False))
+    note = Markup("<caption>{}</caption>").format(caption) if caption else ""
+    head = Markup("<thead>{}</thead>").format(row("th", list(frame.columns))) if any(frame.columns) else ""
+    return str(Markup("<table>{}{}<tbody>{}</tbody></table>").format(note, head, body))
+
+
+def gallery(
+    cards: Sequence[Mapping[str, Any]], folder: Path | None = None, largest: int = 224, most: int = 1000
+) -> str:
+    """HTML cards, every text escaped; from two cards on with a search box and filters.
+
+    A card: idx, question, truth, answers [name, text, right, note] and, where it has them, what gallery.cards gives:
+    dataset, category, image or images (PIL images or paths, relative ones under `folder`), methods, changes, and kept,
+    the patches that are outlined on the first image for the method chosen. An image is embedded once, `largest` pixels
+    wide or high; one that cannot be read is named instead. Cards beyond `most` are counted and left out.
+    """
+    shown, pictures = [], {}
+    for card in cards[:most]:
+        shown.append({**card, **_pictures(card, pictures, folder, largest)})
+        changes = card.get("changes") or []
+        shown[-1] |= {"change": changes[0] if len(changes) == 1 else "", "changes": "|".join(changes)}
+    return _template("gallery.html.j2").render(
+        cards=shown,
+        images={found.id: found for found in pictures.values() if isinstance(found, Thumbnail)}.values(),
+        filters=_filters(shown) if len(shown) > 1 else [],
+        left_out=len(cards) - len(shown),
+        drawn=sorted({position for card in shown for picture in card["pictures"] for position, _ in picture["kept"]}),
+        colours=TOKEN_COLOURS,
+        script=Markup(gallery_script()),
+    )
+
+
+def _template(name: str) -> jinja2.Template:
+    return jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True).get_template(name)
+
+
+def _pictures(
+    card: Mapping[str, Any], known: dict[Any, Thumbnail | str], folder: Path | None, largest: int
+) -> dict[str, list]:
+    """What a card shows of its images; `known` has every image that was read before, or why it could not be."""
+    sources = card.get("images") or ([card["image"]] if card.get("image") is not None else [])
+    pictures, unread = [], []
+    for position, source in enumerate(sources):
+        key = id(source) if isinstance(source, Image.Image) else str(source)
+        if key not in known:
+            try:
+                known[key] = thumbnail(source, largest, folder)
+            except ImageError as error:
+                known[key] = f"no image: {error}"
+        found = known[key]
+        if isinstance(found, str):
+            unread.append(found)
+            continue
+        size = (found.width, found.height)
+        kept = [
+            (method, [(token % len(TOKEN_COLOURS), line) for token, line in outlines(*drawn, size)])
+            for method, drawn in enumerate(card.get("kept") or [])
+            if drawn and position == 0
+        ]
+        names = ", ".join(card["methods"][method] for method, _ in kept)
+        alt = f"Image of example {card['idx']}" + (f"; outlined are the patches kept by {names}" if names else "")
+        pictures.append({"id": found.id, "width": size[0], "height": size[1], "alt": alt, "kept": kept})
+    return {"pictures": pictures, "unread": unread}
+
+
+def _filters(cards: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The select boxes that tell these cards apart: method, change, dataset, category."""
+
+    def select(name: str, label: str, values: Sequence[str], everything: str) -> dict[str, Any]:
+        return {"name": name, "label": label, "options": [("", everything), *((v, v) for v in values)]}
+
+    changes = {change for card in cards for change in card["changes"].split("|") if change}
+    methods = next((card["methods"] for card in cards if card.get("methods")), [])
+    found = []
+    if changes and len(methods) > 2:
+        options = [(str(i), name) for i, name in enumerate(methods) if i]
+        found.append({"name": "method", "label": f"{methods[0]} against", "options": options})
+    if changes:
+        label = f"From {methods[0]} to {methods[1]}" if len(methods) == 2 else "Outcome"
+        found.append(select("change", label, [change for change in CHANGES if change in changes], "all outcomes"))
+    for name, plural in (("dataset", "all datasets"), ("category", "all categories")):
+        values = sorted({str(card[name]) for card in cards if card.get(name)})
+        found += [select(name, name.capitalize(), values, plural)] if len(values) > 1 else []
+    return found

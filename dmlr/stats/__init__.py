@@ -1,0 +1,1 @@
+"""Accuracy, intervals, pairs, calibration, Table 1."""

@@ -1,0 +1,215 @@
+"""All runs in the form of the paper's Table 1: model × method × benchmark, with what a reader needs to doubt a number.
+
+Runs (see runs.py) -> data frames of text, ready to be shown. Seeds of the same run are one line with mean and spread.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pandas as pd
+
+from dmlr.stats import metrics
+from dmlr.stats.comparison import published
+from dmlr.stats.comparison.runs import DEFAULTS, GROUPS, Run, order, same_but_for_the_seed, settings, title
+
+_ALWAYS = {"judge": "judge", "L": "num_thought_tokens", "T": "max_num_steps", "η": "lr", "σ": "sigma"}
+
+
+def settings_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """A row per setting: the parameters that everybody asks for, and all in which the settings differ."""
+    letters = settings(runs)
+    each = {letters[repr(run.setting)]: run.setting for run in runs}
+    differing = [name for name in DEFAULTS if len({repr(chosen[name]) for chosen in each.values()}) > 1]
+    columns = {**_ALWAYS, **{name: name for name in differing if name not in _ALWAYS.values()}}
+    rows = [
+        {"setting": letter, **{shown: _plain(chosen[name]) for shown, name in columns.items()}}
+        for letter, chosen in each.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def table_1(runs: Sequence[Run]) -> pd.DataFrame:
+    """Rows model × setting × method, a column per dataset: accuracy in per cent with its Wilson interval.
+
+    Several seeds: mean ± standard deviation. The paper's number follows where it has one. What stands twice in a cell
+    differs in the questions, or was run twice; the table of runs says which.
+    """
+    letters = settings(runs)
+    cells: dict[tuple, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for group in same_but_for_the_seed(runs):
+        run = group[0]
+        row = (Path(run.model).name, letters[repr(run.setting)], run.method)
+        cells[row][title(run.dataset)].append(_cell(group))
+    columns = list(dict.fromkeys(title(run.dataset) for run in sorted(runs, key=order)))
+    rows = [
+        {"model": model, "setting": letter, "method": method} | {c: " / ".join(by.get(c, [])) for c in columns}
+        for (model, letter, method), by in sorted(cells.items(), key=lambda item: item[0][:2])
+    ]
+    table = pd.DataFrame(rows, columns=["model", "setting", "method", *columns])
+    return table if len(letters) > 1 else table.drop(columns="setting")
+
+
+def cites_the_paper(runs: Sequence[Run]) -> bool:
+    """Whether the paper has a number for one of these runs."""
+    return any(published.accuracy(run.model, run.method, run.dataset) is not None for run in runs)
+
+
+def runs_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """A row per run: its accuracy with the interval; model and setting are columns where there are several."""
+    letters = settings(runs)
+    rows = []
+    for run in runs:
+        s = run.summary
+        rows.append(
+            {
+                **run.names,
+                "model": Path(run.model).name,
+                "setting": letters[repr(run.setting)],
+                "seed": _plain(run.seed),
+                "accuracy": _percent(s["accuracy"]),
+                "95 % interval": f"{_percent(s['low'])} – {_percent(s['high'])}",
+                "n": s["total"],
+            }
+        )
+    alike = [name for name, values in (("model", {run.model for run in runs}), ("setting", letters)) if len(values) < 2]
+    return pd.DataFrame(rows).drop(columns=alike, errors="ignore")
+
+
+def outcomes_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """A row per run: what is no plain right or wrong, and seconds per example (the mean over its examples)."""
+    rows = [
+        {
+            **run.names,
+            "seed": _plain(run.seed),
+            "judged": s["total"],
+            "unparsed": s["unparsed"],
+            "judge failed": s["judge_failed"],
+            "errors": s["errors"],
+            "skipped": s["skipped"],
+            "s / example": "–" if math.isnan(s["seconds"]) else f"{s['seconds']:.2f}",
+        }
+        for run in runs
+        for s in [run.summary]
+    ]
+    return pd.DataFrame(rows)
+
+
+def paired_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """A row per run that has a baseline beside it: the difference in points, its bootstrap interval, McNemar's p."""
+    rows = [
+        {
+            **run.names,
+            "seed": _plain(run.seed),
+            "difference": f"{100 * pair.difference:+.1f} points",
+            "95 % interval": f"{100 * pair.low:+.1f} to {100 * pair.high:+.1f}",
+            "gained": len(pair.gained),
+            "lost": len(pair.lost),
+            "n": pair.n,
+            "p": f"{pair.p_value:.2g}",
+        }
+        for run in runs
+        if (pair := run.paired) is not None
+    ]
+    return pd.DataFrame(rows)
+
+
+def seeds_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """A row per group of several seeds: mean and standard deviation of accuracy and of the paired difference."""
+    letters = settings(runs)
+    rows = []
+    for group in same_but_for_the_seed(runs):
+        if len(group) < 2:
+            continue
+        run, values = group[0], [100 * member.summary["accuracy"] for member in group]
+        gains = [100 * member.paired.difference for member in group if member.paired]
+        rows.append(
+            {
+                "model": Path(run.model).name,
+                "dataset": title(run.dataset),
+                "setting": letters[repr(run.setting)],
+                "method": run.method,
+                "seeds": ", ".join(str(member.seed) for member in group),
+                "accuracy, mean ± s.d.": f"{mean(values):.1f} ± {stdev(values):.1f}",
+                "lowest – highest": f"{min(values):.1f} – {max(values):.1f}",
+                "difference, mean ± s.d.": f"{mean(gains):+.1f} ± {stdev(gains):.1f}" if len(gains) > 1 else "",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def group_metrics(entries: Sequence[Mapping[str, Any]]) -> dict[str, metrics.Accuracy | float]:
+    """The metrics that some benchmarks define on groups of questions, where the records have the groups.
+
+    HallusionBench: aAcc, fAcc, qAcc; MMVP: pair accuracy; MMStar: the mean over l2 categories, and each category.
+    """
+    has = {key for key in GROUPS if any(entry.get(key) is not None for entry in entries)}
+    found: dict[str, metrics.Accuracy | float] = {}
+    if {"figure_group", "question_group"} <= has:
+        found["aAcc (questions)"] = metrics.accuracy(entries)
+        found["fAcc (figures)"] = metrics.group_accuracy(entries, "figure_group")
+        found["qAcc (question groups)"] = metrics.group_accuracy(entries, "question_group")
+    if "pair_id" in has:
+        found["pairs"] = metrics.pair_accuracy(entries)
+    if "l2_category" in has:
+        found["mean over l2 categories"] = metrics.category_mean(entries, "l2_category")
+        for row in metrics.by_category(entries).itertuples():
+            found[f"category {row.category}"] = metrics.wilson(row.correct, row.total)
+    return found
+
+
+def groups_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """A row per run and group metric; a mean over categories has no interval here."""
+    rows = []
+    for run in runs:
+        for metric, value in group_metrics(run.entries).items():
+            whole = isinstance(value, metrics.Accuracy)
+            rows.append(
+                {
+                    **run.names,
+                    "metric": metric,
+                    "accuracy": _percent(value.value if whole else value),
+                    "95 % interval": f"{_percent(value.low)} – {_percent(value.high)}" if whole else "",
+                    "n": value.total if whole else "",
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def calibration_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """A row per run with rewards: the AUROC of the best reward, and what its interval says."""
+    rows = []
+    for run in runs:
+        found = metrics.auroc(run.entries)
+        if not math.isnan(found.value):
+            says = "more often right" if found.low > 0.5 else "more often wrong" if found.high < 0.5 else "cannot tell"
+            numbers = {"AUROC": f"{found.value:.2f}", "95 % interval": f"{found.low:.2f} – {found.high:.2f}"}
+            rows.append({**run.names, **numbers, "n": found.right + found.wrong, "a higher reward is": says})
+    return pd.DataFrame(rows)
+
+
+def _cell(group: Sequence[Run]) -> str:
+    run, values = group[0], [100 * member.summary["accuracy"] for member in group]
+    if len(group) > 1:
+        text = f"{mean(values):.1f} ± {stdev(values):.1f} ({len(group)} seeds)"
+    elif math.isnan(values[0]):
+        text = "–"
+    else:
+        text = f"{values[0]:.1f} [{100 * run.summary['low']:.1f}, {100 * run.summary['high']:.1f}]"
+    paper = published.accuracy(run.model, run.method, run.dataset)
+    return text if paper is None else f"{text}, paper {paper:.1f}"
+
+
+def _percent(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.1%}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value) or "–"

@@ -1,0 +1,292 @@
+"""Records -> numbers with their uncertainty: accuracy, paired comparison, groups. Pure functions.
+
+A record counts when it was judged (`outcomes.is_right`); errors, skipped examples and failed judge calls are left
+out and counted beside. Nothing here is random except the bootstrap, which takes a seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dmlr.run.outcomes import is_right, tally
+
+Records = Iterable[Mapping[str, Any]]
+PHASES = ("prefill", "optimise", "decode")  # of an example's `seconds`
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A proportion with its Wilson interval; all three NaN when `total` is 0."""
+
+    correct: int
+    total: int
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}] (n = {self.total})"
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Run B against run A on the examples judged in both; `difference` = accuracy B − accuracy A."""
+
+    n: int
+    accuracy_a: float
+    accuracy_b: float
+    difference: float
+    low: float
+    high: float
+    gained: list  # data_idx wrong in A and right in B
+    lost: list  # right in A and wrong in B
+    p_value: float
+    only_one: int  # examples judged in one run only: left out
+
+
+@dataclass(frozen=True)
+class Auroc:
+    """Chance that of a right and a wrong answer the right one has the higher score; NaN when one kind is absent."""
+
+    value: float
+    low: float
+    high: float
+    right: int
+    wrong: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def wilson(correct: int, total: int, level: float = 0.95) -> Accuracy:
+    """Score interval of a proportion (Wilson, JASA 1927), inside [0, 1] also near its ends.
+
+    ValueError unless 0 <= correct <= total and 0 < level < 1.
+    """
+    if not 0 <= correct <= total or not 0 < level < 1:
+        raise ValueError(f"wilson: {correct} correct of {total} at level {level}")
+    if total == 0:
+        return Accuracy(0, 0, math.nan, math.nan, math.nan)
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    p, scale = correct / total, 1 + z * z / total
+    centre = (p + z * z / (2 * total)) / scale
+    half = z / scale * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    # At the ends the interval touches 0 or 1 exactly; rounding must not push it past the value.
+    low, high = (0.0 if correct == 0 else centre - half), (1.0 if correct == total else centre + half)
+    return Accuracy(correct, total, p, low, high)
+
+
+def accuracy(records: Records, level: float = 0.95) -> Accuracy:
+    """Accuracy over judged records."""
+    judged = [right for record in records if (right := is_right(record)) is not None]
+    return wilson(sum(judged), len(judged), level)
+
+
+def mcnemar_exact(gained: int, lost: int) -> float:
+    """Two-sided exact McNemar test: binomial with p = 1/2 on the examples on which two runs disagree."""
+    n = gained + lost
+    tail = sum(math.comb(n, k) for k in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2**n)  # exact integers: a true division of large ones still rounds correctly
+
+
+def paired(a: Records, b: Records, *, seed: int = 0, samples: int = 10_000, level: float = 0.95) -> Paired:
+    """Compare two runs example by example (matched by data_idx), with percentile bootstrap interval and exact test.
+
+    ValueError when a run has a data_idx twice. With no common example the numbers are NaN and the p-value 1.
+    """
+    a, b = _by_idx(a), _by_idx(b)
+    common = [idx for idx in a if idx in b]
+    gained = [idx for idx in common if b[idx] and not a[idx]]
+    lost = [idx for idx in common if a[idx] and not b[idx]]
+    n, only_one = len(common), len(a) + len(b) - 2 * len(common)
+    if n == 0:
+        return Paired(0, *[math.nan] * 5, [], [], 1.0, only_one)
+    # Resampling n differences in {+1, -1, 0} with replacement is one multinomial draw.
+    shares = [len(gained) / n, len(lost) / n, (n - len(gained) - len(lost)) / n]
+    draws = np.random.default_rng(seed).multinomial(n, shares, size=samples)
+    low, high = np.quantile((draws[:, 0] - draws[:, 1]) / n, [(1 - level) / 2, (1 + level) / 2])
+    accuracy_a, accuracy_b = (sum(run[idx] for idx in common) / n for run in (a, b))
+    difference = (len(gained) - len(lost)) / n
+    p_value = mcnemar_exact(len(gained), len(lost))
+    return Paired(n, accuracy_a, accuracy_b, difference, float(low), float(high), gained, lost, p_value, only_one)
+
+
+def _by_idx(records: Records) -> dict[Any, bool]:
+    judged: dict[Any, bool] = {}
+    for record in records:
+        if (right := is_right(record)) is None:
+            continue
+        idx = record["data_idx"]
+        if idx in judged:
+            raise ValueError(f"data_idx {idx!r} occurs twice in one run")
+        judged[idx] = right
+    return judged
+
+
+def efficiency(records: Records) -> dict[str, float | int | None]:
+    """Seconds per phase over all answered examples, and what they amount to per second; None where nothing was done."""
+    answered = [r for r in records if r.get("seconds") and r.get("stop_reason") != "error"]
+    phases = {f"{phase}_seconds": sum(r["seconds"].get(phase, 0.0) for r in answered) for phase in PHASES}
+    counts = {
+        "examples_per_second": (len(answered), sum(phases.values())),
+        "iterations_per_second": (sum(len(r.get("rewards") or ()) for r in answered), phases["optimise_seconds"]),
+        "tokens_per_second": (sum(r.get("num_new_tokens") or 0 for r in answered), phases["decode_seconds"]),
+    }
+    return phases | {name: count / spent if count and spent else None for name, (count, spent) in counts.items()}
+
+
+def group_accuracy(records: Records, key: str, level: float = 0.95) -> Accuracy:
+    """Share of groups with every example right (MMVP's pairs by pair_id, HallusionBench's figures and questions).
+
+    Records without the key do not enter. A group with a member that was not judged is left out: it is
+    neither right nor wrong.
+    """
+    groups = defaultdict(list)
+    for record in records:
+        if record.get(key) is not None:
+            groups[record[key]].append(is_right(record))
+    whole = [all(group) for group in groups.values() if None not in group]
+    return wilson(sum(whole), len(whole), level)
+
+
+def pair_accuracy(records: Records, level: float = 0.95) -> Accuracy:
+    """Share of pairs (two records with the same pair_id) with both right; half a pair, as a sample leaves, is none."""
+    records = list(records)
+    size = Counter(record.get("pair_id") for record in records)
+    return group_accuracy((record for record in records if size[record.get("pair_id")] == 2), "pair_id", level)
+
+
+def by_category(records: Records, key: str = "category", level: float = 0.95) -> pd.DataFrame:
+    """Accuracy per value of `key`, a row each, sorted; records without it under "(none)"."""
+    groups = defaultdict(list)
+    for record in records:
+        groups[str(record.get(key) if record.get(key) is not None else "(none)")].append(record)
+    rows = [{key: name, **vars(accuracy(groups[name], level))} for name in sorted(groups)]
+    return pd.DataFrame(rows, columns=[key, "correct", "total", "value", "low", "high"])
+
+
+def category_mean(records: Records, key: str = "category") -> float:
+    """Unweighted mean of the accuracies per category (MMStar's second metric); NaN without any."""
+    values = by_category([r for r in records if r.get(key) is not None], key)["value"].dropna()
+    return float(values.mean()) if len(values) else math.nan
+
+
+def above_chance(value: float, chance: float) -> float:
+    """Accuracy on a scale from 0 (guessing) to 1 (all right), as Cohen's kappa does; ValueError if chance is 1."""
+    if not 0 <= chance < 1:
+        raise ValueError(f"chance must be in [0, 1), found {chance}")
+    return (value - chance) / (1 - chance)
+
+
+def auroc(records: Records, score: str = "best_reward", level: float = 0.95) -> Auroc:
+    """How well `score` tells right answers from wrong ones: 0.5 not at all, 1 perfectly; ties count half.
+
+    The interval is Newcombe's for the Mann-Whitney statistic (Statistics in Medicine 2006, method 5): like Wilson's it
+    stays inside [0, 1] and has a width also when every pair is in order.
+    """
+    scores, right = _scored(records, score)
+    m, n = int(right.sum()), int((~right).sum())
+    if not m or not n:
+        return Auroc(math.nan, math.nan, math.nan, m, n)
+    wrong = np.sort(scores[~right])
+    below = np.searchsorted(wrong, scores[right], "left") + np.searchsorted(wrong, scores[right], "right")
+    value = float(below.sum()) / (2 * m * n)
+    z = NormalDist().inv_cdf((1 + level) / 2)
+
+    def deviation(t: float) -> float:
+        spread = 1 + ((m + n) / 2 - 1) * ((1 - t) / (2 - t) + t / (1 + t))
+        return math.sqrt(t * (1 - t) * spread / (m * n))
+
+    def end(bound: float) -> float:
+        """The value nearest to `bound` from which the observed one is z standard deviations away."""
+        inside, outside = value, bound
+        for _ in range(60):
+            middle = (inside + outside) / 2
+            near = abs(value - middle) <= z * deviation(middle)
+            inside, outside = (middle, outside) if near else (inside, middle)
+        return outside
+
+    return Auroc(value, end(0.0), end(1.0), m, n)
+
+
+def auroc_in_words(found: Auroc) -> str:
+    """What an AUROC of the reward says, in a sentence."""
+    if math.isnan(found.value):
+        return f"{found.right} right and {found.wrong} wrong answers with a reward: there is nothing to compare."
+    told = f"AUROC {found} from {found.right} right and {found.wrong} wrong answers: "
+    if found.low > 0.5:
+        return told + "a higher reward is more often right."
+    if found.high < 0.5:
+        return told + "a higher reward is more often wrong."
+    return told + "the interval includes 0.5, so this run cannot tell whether a higher reward is more often right."
+
+
+def reliability(records: Records, score: str = "best_reward", bins: int = 5, level: float = 0.95) -> pd.DataFrame:
+    """Accuracy with Wilson interval per bin of `score`; the bins are quantiles, so they hold about as many answers.
+
+    A row per bin: score (mean), score_low, score_high, correct, total, value, low, high. Equal scores share a bin, so
+    there may be fewer bins; none without judged answers that have a score.
+    """
+    scores, right = _scored(records, score)
+    rows = []
+    if len(scores):
+        edges = np.unique(np.quantile(scores, np.linspace(0, 1, bins + 1)[1:-1]))
+        where = np.searchsorted(edges, scores, "right")
+        for number in np.unique(where):
+            inside = scores[where == number]
+            ends = {"score": inside.mean(), "score_low": inside.min(), "score_high": inside.max()}
+            rows.append(ends | vars(wilson(int(right[where == number].sum()), len(inside), level)))
+    return pd.DataFrame(rows, columns=["score", "score_low", "score_high", "correct", "total", "value", "low", "high"])
+
+
+def _scored(records: Records, score: str) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and outcomes of the judged records that have a score."""
+    judged = [(r[score], is_right(r)) for r in records if r.get(score) is not None and is_right(r) is not None]
+    return np.array([s for s, _ in judged], dtype=float), np.array([ok for _, ok in judged], dtype=bool)
+
+
+def summary(runs: Iterable[Mapping[str, Any]], level: float = 0.95) -> pd.DataFrame:
+    """One row per run (content of results.json): accuracy with interval, counts by outcome, mean reward and time.
+
+    `seconds` is the mean over examples of the summed stages of a record's `seconds`.
+    """
+    rows = []
+    for run in runs:
+        entries = run["entries"]
+        counts, value = tally(entries), accuracy(entries, level)
+        rows.append(
+            {
+                "model": run.get("model"),
+                "dataset": run.get("dataset"),
+                "method": run.get("method"),
+                "accuracy": value.value,
+                "low": value.low,
+                "high": value.high,
+                **{
+                    k: counts[k] for k in ("correct", "total", "wrong", "unparsed", "errors", "skipped", "judge_failed")
+                },
+                "best_reward": _mean(entry.get("best_reward") for entry in entries),
+                "seconds": _mean(_seconds(entry.get("seconds")) for entry in entries),
+            }
+        )
+    columns = "model dataset method accuracy low high correct total wrong unparsed errors skipped judge_failed"
+    return pd.DataFrame(rows, columns=[*columns.split(), "best_reward", "seconds"])
+
+
+def _seconds(value: Any) -> float | None:
+    if isinstance(value, Mapping):
+        return sum(v for v in value.values() if v is not None)
+    return value
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    values = [v for v in values if v is not None]
+    return sum(values) / len(values) if values else math.nan
