@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from dmlr.config import Config, ConfigError, locate
+from dmlr.json_files import write_json
 from dmlr.loop.optimize import initial_latents, optimize
 from dmlr.loop.reference import Reference, eager
 from dmlr.machine import environment
@@ -27,7 +28,6 @@ from dmlr.model.encode import Encoded
 from dmlr.model.vlm import VLM
 from dmlr.peak_memory import peak_bytes
 from dmlr.random_weights import SHAPES, random_prompt, random_vlm
-from dmlr.run.json_files import write_json
 
 SIDES = {64: 8, 256: 16, 1024: 32}  # of square images, by their tokens
 TEXT = 384  # positions of text in a prompt

@@ -13,7 +13,7 @@ from bs4 import BeautifulSoup
 from dmlr.config import root
 from dmlr.notebooks import RunError, run
 from dmlr.parameters import read_parameters
-from dmlr.run.results import find_runs, read_results
+from dmlr.run.records import find_runs, read_results
 from dmlr.show.index import write_index
 from dmlr.stats.metrics import paired, summary
 

@@ -20,7 +20,7 @@ from dmlr.judge.llm_settings import JudgeError
 from dmlr.model.families import ModelError
 from dmlr.parameters import check_parameters, config_of, from_here, read_parameters
 from dmlr.planning.dry_run import Plan, as_text, plan, shown, time_of
-from dmlr.run.results import ResultsError, find_runs
+from dmlr.run.records import ResultsError, find_runs
 from dmlr.show import index as report_index
 from dmlr.stats.comparison.published import BENCHMARKS
 

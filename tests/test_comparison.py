@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dmlr.run.results import write_results
+from dmlr.run.records import write_results
 from dmlr.stats import comparison, metrics
 from dmlr.stats.comparison import published
 from dmlr.stats.comparison.runs import load_runs

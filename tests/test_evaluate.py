@@ -18,7 +18,7 @@ from dmlr.judge import llm_judge
 from dmlr.judge.llm_judge import JudgeError
 from dmlr.methods import METHODS
 from dmlr.run import batches, evaluate
-from dmlr.run.results import ResultsError, read_log, read_results
+from dmlr.run.records import ResultsError, read_log, read_results
 from dmlr.stats import comparison
 from dmlr.stats.comparison.runs import load_runs
 

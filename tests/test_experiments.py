@@ -10,7 +10,7 @@ from notebook_files import external_requests, filled, nbval
 from dmlr import notebooks
 from dmlr.config import root
 from dmlr.look import sweep
-from dmlr.run.results import find_runs, read_results
+from dmlr.run.records import find_runs, read_results
 
 ROOT = root()
 ABLATIONS, EFFICIENCY = (ROOT / "notebooks" / f"{name}.ipynb" for name in ("02_ablations", "06_efficiency"))

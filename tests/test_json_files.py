@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmlr.run.json_files import as_plain, write_json
+from dmlr.json_files import as_plain, write_json
 
 
 @dataclass

@@ -32,10 +32,10 @@ from judge_server import (
     without,
 )
 
+from dmlr.json_files import as_plain
 from dmlr.judge import Verdict, judge, llm_judge, main_judge
 from dmlr.judge.llm_judge import JudgeError, JudgeSettings, LLMJudge, agreement, decide
 from dmlr.judge.llm_prompt import data_message, read_reply
-from dmlr.run.json_files import as_plain
 
 KEY = "sk-very-secret-0123456789"
 PARIS = {"prediction": "I believe that it is the city of Paris", "ground_truth": "Paris", "question": "Which city?"}

@@ -14,7 +14,7 @@ from notebook_files import external_requests
 from dmlr import notebooks
 from dmlr.config import Config
 from dmlr.run.evaluate import run
-from dmlr.run.results import find_runs, read_results
+from dmlr.run.records import find_runs, read_results
 from dmlr.show import llm_report
 
 BENCHMARK = Path(__file__).parents[1] / "notebooks" / "03_benchmark.ipynb"

@@ -15,7 +15,7 @@ from PIL import Image
 from dmlr import demo, notebooks
 from dmlr.__main__ import main
 from dmlr.judge import judge
-from dmlr.run.results import find_runs, read_results
+from dmlr.run.records import find_runs, read_results
 from dmlr.show import index as report_index
 from dmlr.show import page
 

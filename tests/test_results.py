@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from dmlr.config import Config
-from dmlr.run.json_files import write_json
-from dmlr.run.results import (
+from dmlr.json_files import write_json
+from dmlr.run.records import (
     LOG,
     RESULTS,
     ResultsError,
@@ -147,7 +147,7 @@ def test_a_fact_stands_for_the_parameter_of_its_name(tmp_path):
 def test_a_second_writer_says_so_and_stops(tmp_path):
     with RunLog(tmp_path) as log:
         log.append(record(0))
-        code = f"from dmlr.run.results import RunLog; RunLog({str(tmp_path)!r}, resume=True)"
+        code = f"from dmlr.run.records import RunLog; RunLog({str(tmp_path)!r}, resume=True)"
         second = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         assert second.returncode != 0 and "another process is writing" in second.stderr
         with pytest.raises(ResultsError, match="another process"):
@@ -157,7 +157,7 @@ def test_a_second_writer_says_so_and_stops(tmp_path):
 
 WRITER = """
 import sys
-from dmlr.run.results import RunLog
+from dmlr.run.records import RunLog
 with RunLog(sys.argv[1], {"lr": 0.1}, resume=True) as log:
     for row in sorted(set(range(400)) - log.finished()):
         log.append({"row": row, "verdict": "correct", "is_correct": True, "text": "x" * (row % 97) * 50})
@@ -199,7 +199,7 @@ def test_a_disk_that_fills_up_keeps_what_was_done(tmp_path):
     resource = pytest.importorskip("resource")
     code = f"""
 import resource, signal
-from dmlr.run.results import RunLog
+from dmlr.run.records import RunLog
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with RunLog({str(tmp_path)!r}) as log:
     log.append({{"row": 0}})

@@ -13,7 +13,7 @@ from dmlr.model.loading import load_checkpoint
 from dmlr.planning.dry_run import as_text, plan
 from dmlr.planning.forecast import earlier_pace, settings_pace
 from dmlr.run.evaluate import run
-from dmlr.run.results import ResultsError, read_log, read_results
+from dmlr.run.records import ResultsError, read_log, read_results
 
 FAST = ["-p", "end_data_idx", "6", "-p", "max_num_steps", "2", "-p", "max_new_tokens", "48", "-p", "verbose", "0"]
 NOTEBOOK = "notebooks/03_benchmark.ipynb"

@@ -12,7 +12,7 @@ from saved_run import assert_same, free_port, outcome, save_dataset, save_model,
 from dmlr.config import Config, ConfigError
 from dmlr.model.families import ModelError
 from dmlr.run import evaluate, workers
-from dmlr.run.results import read_results
+from dmlr.run.records import read_results
 from dmlr.run.workers import WorkerError, Workers, for_workers, placement, threads_per_worker
 
 ROWS = 14

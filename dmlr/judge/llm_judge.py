@@ -25,10 +25,10 @@ import openai
 from anyio.from_thread import start_blocking_portal
 
 from dmlr.config import locate
+from dmlr.json_files import write_json
 from dmlr.judge import Verdict
 from dmlr.judge.llm_prompt import Reply, clean, data_message, messages, output_of, read_reply, response_format
 from dmlr.judge.llm_settings import JudgeError, JudgeSettings
-from dmlr.run.json_files import write_json
 
 STATUSES = ("correct", "wrong", "unparsed", "judge_failed")
 

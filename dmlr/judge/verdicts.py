@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dmlr.config import Config
 from dmlr.data.examples import Example
 from dmlr.judge import Verdict, judge
-from dmlr.run.results import RunLog
+from dmlr.run.records import RunLog
 
 if TYPE_CHECKING:
     from dmlr.judge.llm_settings import JudgeSettings

@@ -16,13 +16,13 @@ from typing import Any
 from huggingface_hub import constants
 
 from dmlr.config import Config, root
+from dmlr.json_files import as_plain
 from dmlr.judge.verdicts import llm_settings
 from dmlr.parameters import check_parameters, config_of, default_output, from_here
 from dmlr.planning.fits import columns, size
 from dmlr.planning.forecast import Model, Pace, describe, earlier_pace, earlier_results, settings_pace
 from dmlr.run import evaluate
-from dmlr.run.json_files import as_plain
-from dmlr.run.results import (
+from dmlr.run.records import (
     FREE_PARAMETERS,
     LOG,
     RESULTS,

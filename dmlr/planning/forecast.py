@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from dmlr import bench
 from dmlr.config import Config, locate
 from dmlr.data.examples import Example, ImageError, open_image
+from dmlr.json_files import as_plain
 from dmlr.machine import environment
 from dmlr.methods.latent import ltpo_config
 from dmlr.methods.workload import workload
@@ -26,8 +27,7 @@ from dmlr.model.families import ModelError, check_known
 from dmlr.model.memory import MOST, Parameters, Rates, Shape, fitting_batch, peak, seconds
 from dmlr.planning.fits import context_of
 from dmlr.planning.known_models import settings_of
-from dmlr.run.json_files import as_plain
-from dmlr.run.results import FREE_PARAMETERS, RESULTS, ResultsError, read_results
+from dmlr.run.records import FREE_PARAMETERS, RESULTS, ResultsError, read_results
 
 LOOKED_AT = 60  # most results.json files that are read, the newest first; most images that are measured
 

@@ -1,62 +1,318 @@
-"""What a log keeps of one example and its answer: everything a reader needs to check the verdict. Pure functions."""
+"""Records of a run: an append-only log that survives kill -9, what a record counts as, and results.json from both.
+
+One finished example is one JSON line in `log.jsonl`, synced to disk before `append` returns; the last line of
+a row is the one that counts, so judging again appends too. `run.json` beside it holds the configuration the
+log was made under. The module knows nothing about models or judges; it stores what they say.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
-from dmlr.data.examples import Example
-from dmlr.judge.verdicts import verdict_of
-from dmlr.methods.answers import Answer
+from filelock import FileLock, Timeout
 
-# What metrics group records by, copied from the dataset where it is there, as text where it is no single value.
-GROUPS = (
-    *("suite", "category", "subcategory", "l2_category", "answer_type", "level"),
-    *("pair_id", "figure_group", "question_group"),
+from dmlr.config import Config
+from dmlr.json_files import as_plain, write_json
+
+LOG, SIDECAR, LOCK, RESULTS = "log.jsonl", "run.json", "run.lock", "results.json"
+
+# Parameters that cannot change a record: they may differ on resume. Which examples run may be widened or narrowed,
+# and each method has its own folder, named by the run's facts.
+FREE_PARAMETERS = frozenset(
+    "output_dir batch_size cuda_graphs compile_layers num_workers worker_device_round_robin ray_address resume "
+    "verify_only verbose visual_token_viz visual_token_viz_dir save_reward_csv start_data_idx end_data_idx methods "
+    "use_llm_verify llm_verify_all".split()
 )
+REWARD_COLUMNS = ("step", "reward", "sigma", "is_new_best", "patch_count", "patch_budget")
 
 
-def record_of(example: Example, answer: Answer) -> dict[str, Any]:
-    """One line of the log."""
-    record = {
-        "row": example.row,
-        "data_idx": example.idx,
-        "question": example.question,
-        "prompt": answer.prompt,
-        "image_path": shown_path(example.images),
-        "model_output": answer.text,
-        **verdict_of(example, answer.text, answer.stop_reason),
-        "ground_truth": example.solution,
-        "best_reward": None,
-        "best_reward_step": None,
-        "stop_reason": answer.stop_reason,
-        "error": answer.error,
-        "num_new_tokens": answer.num_new_tokens,
-        "seconds": answer.seconds,
+class ResultsError(RuntimeError):
+    """A run folder that cannot be used or written; the message says why and what was kept."""
+
+
+class RunLog:
+    """The log of one run (one model, dataset and method) in its own folder; one process at a time.
+
+    `config` is the run's parameters (a mapping, or a dataclass such as Config) and `facts` whatever else decides
+    its records (method, checksum of the dataset; None: not compared, as for judging again). With `resume` an
+    existing log is continued if both are as they were, FREE_PARAMETERS aside, and aside parameters for which a
+    fact of the same name stands; without it the files of an earlier run become log.1.jsonl, run.1.json and
+    results.1.json (2, 3, ...; `aside` is that log), and a new log begins. Use as a context manager, or call `close`.
+
+    Raises ResultsError when another process holds the folder, the configuration differs (naming the parameters), the
+    log is damaged before its last line, or the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        config: Any = None,
+        *,
+        resume: bool = False,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.config, self.facts = as_plain(config or {}), None if facts is None else as_plain(dict(facts))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.folder / LOCK, timeout=0)
+            self._lock.acquire()
+        except Timeout:
+            raise ResultsError(f"{self.folder}: another process is writing this run; wait for it or stop it") from None
+        except OSError as error:
+            raise ResultsError(f"{self.folder}: cannot be used as output folder: {_why(error)}") from None
+        self._file, self.aside = None, None
+        try:
+            self._records = self._open(resume)
+        except OSError as error:
+            self.close()
+            raise ResultsError(f"{self.folder}: cannot be written: {_why(error)}") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, resume: bool) -> dict[int, dict]:
+        path, records = self.folder / LOG, {}
+        for half_written in self.folder.glob(".*.json.*"):  # by a process that was killed, see `write_json`
+            half_written.unlink()
+        if path.exists() and path.is_file() and path.stat().st_size:
+            if resume:
+                saved = _read_sidecar(self.folder)
+                _check_same(self.folder, saved, self.config, self.facts)
+                self.facts = saved.get("facts", {}) if self.facts is None else self.facts
+                records, size = _parse(path)
+                os.truncate(path, size)  # a torn last line: its example runs again
+            else:
+                number = next(n for n in range(1, 10**9) if not (self.folder / f"log.{n}.jsonl").exists())
+                # The log first: whoever is killed in between leaves nothing that resume could take for a run.
+                self.aside = path.rename(self.folder / f"log.{number}.jsonl")
+                for old in filter(Path.exists, (self.folder / SIDECAR, self.folder / RESULTS)):
+                    old.rename(old.with_suffix(f".{number}.json"))
+        write_json(self.folder / SIDECAR, {"config": self.config, "facts": self.facts or {}})
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
+        return records
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add a record (keys: see interface; `row` is required), on disk when this returns.
+
+        NaN and infinities become null. Raises ResultsError when the disk is full or the folder lost; what was
+        finished before stays readable.
+        """
+        if self._file is None:
+            raise ResultsError(f"{self.folder}: the log is closed")
+        record = as_plain(dict(record))
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
+        start = os.fstat(self._file.fileno()).st_size
+        try:
+            view = memoryview(line)
+            while view:
+                view = view[self._file.write(view) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), start)  # no half line for the next writer to run into
+            raise ResultsError(
+                f"{self.folder / LOG}: cannot be written: {_why(error)}; "
+                f"{len(self._records)} finished records are kept, mend it and start again with resume"
+            ) from None
+        self._records[int(record["row"])] = record
+
+    def records(self) -> list[dict]:
+        """The latest record of each row, in the order of rows."""
+        return [self._records[row] for row in sorted(self._records)]
+
+    def finished(self) -> set[int]:
+        """Rows that need no inference any more; those that ended in an error are tried again."""
+        return {row for row, record in self._records.items() if record.get("stop_reason") != "error"}
+
+    def close(self) -> None:
+        """Close the log and let other processes in. Closing twice is harmless."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self._lock.release()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _read_sidecar(folder: Path) -> dict[str, dict]:
+    try:
+        return dict(json.loads((folder / SIDECAR).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ResultsError(f"{folder / SIDECAR}: cannot tell which configuration made the log ({error})") from None
+
+
+def with_defaults(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A saved configuration, with the defaults of parameters that there were not yet when it was saved."""
+    return {field.name: field.default for field in fields(Config)} | dict(config or {})
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Iterable[str] = ()) -> list[str]:
+    """What was one thing and is now another, but for the names that are `free` to change."""
+    names = sorted((before.keys() | now.keys()) - set(free))
+    return [
+        f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _check_same(folder: Path, saved: dict[str, dict], config: dict, facts: dict | None) -> None:
+    old_facts = saved.get("facts") or {}
+    facts = old_facts if facts is None else facts
+    before, now = with_defaults(saved.get("config")), with_defaults(config)
+    changes = differences(before, now, FREE_PARAMETERS | facts.keys()) + differences(old_facts, facts)
+    if changes:
+        raise ResultsError(
+            f"{folder}: cannot resume under another configuration: {'; '.join(changes)}; "
+            "take the old value, or another output_dir"
+        )
+
+
+def _parse(path: Path) -> tuple[dict[int, dict], int]:
+    """Latest record by row, and the size of the log without a torn last line."""
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    records: dict[int, dict] = {}
+    for number, line in enumerate(content[:end].split(b"\n")[:-1], 1):
+        try:
+            record = json.loads(line)
+            records[int(record["row"])] = record
+        except (ValueError, KeyError, TypeError):
+            raise ResultsError(f"{path}, line {number}: not a record; the file was changed or damaged") from None
+    return records, end
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """`config` and `facts` under which a folder's log was made. ResultsError when there is no run."""
+    path = Path(folder) / SIDECAR
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResultsError(f"{folder}: no finished run to work on ({error})") from None
+
+
+def read_log(folder: str | Path) -> list[dict]:
+    """Finished records of a run, latest of each row, in the order of rows; also while it is being written."""
+    try:
+        records, _ = _parse(Path(folder) / LOG)
+    except OSError as error:
+        raise ResultsError(f"{Path(folder) / LOG}: {_why(error)}") from None
+    return [records[row] for row in sorted(records)]
+
+
+def outcome(record: Mapping[str, Any]) -> str:
+    """correct, wrong, unparsed, judge_failed, error or skipped: what a record counts as, everywhere."""
+    stop = str(record.get("stop_reason") or "")
+    if stop == "error":
+        return "error"
+    if stop.startswith("skipped"):
+        return "skipped"
+    verdict = record.get("verdict")
+    if verdict in ("correct", "wrong", "unparsed", "judge_failed"):
+        return verdict
+    known = {True: "correct", False: "wrong"}
+    return known.get(record.get("is_correct"), "judge_failed")
+
+
+def is_right(record: Mapping[str, Any]) -> bool | None:
+    """Whether a judged record is correct; None for an error, a skipped example or a failed judge call."""
+    return {"correct": True, "wrong": False, "unparsed": False}.get(outcome(record))
+
+
+def tally(records: Iterable[Mapping[str, Any]]) -> dict[str, int | float | None]:
+    """Counts by `outcome`, and accuracy = correct / (correct + wrong + unparsed), null when nothing was judged.
+
+    Errors, skipped examples and failed judge calls are no wrong answers: they are counted beside `total`.
+    """
+    counts = Counter(outcome(record) for record in records)
+    total = counts["correct"] + counts["wrong"] + counts["unparsed"]
+    return {
+        "accuracy": counts["correct"] / total if total else None,
+        "correct": counts["correct"],
+        "total": total,
+        "wrong": counts["wrong"],
+        "unparsed": counts["unparsed"],
+        "errors": counts["error"],
+        "skipped": counts["skipped"],
+        "judge_failed": counts["judge_failed"],
     }
-    if reasoning := answer.reasoning:
-        record |= {
-            "best_reward": reasoning.best_reward,
-            "best_reward_step": reasoning.best_step,
-            "initial_reward": reasoning.start_reward,
-            "rewards": [step["reward"] for step in reasoning.steps],
-            "patch_counts": [step["patch_count"] for step in reasoning.steps],
-            "patches": reasoning.patches,
-            "patch_grid": list(reasoning.patch_grid),
-        }
-    if answer.details:
-        record["details"] = answer.details
-    groups = {key: example.meta[key] for key in GROUPS if key in example.meta}
-    record |= {key: str(value) if isinstance(value, list | dict) else value for key, value in groups.items()}
-    return record | ({"boxes": example.meta["boxes"]} if "boxes" in example.meta else {})
 
 
-def error_record(row: int | None, idx: int | str | None, message: str) -> dict[str, Any]:
-    """A row of the dataset that never became an example."""
-    example = Example(-1 if row is None else row, idx, "", "")
-    return record_of(example, Answer("", "", "error", error=message))
+def write_results(
+    folder: str | Path,
+    records: Iterable[Mapping[str, Any]] | None = None,
+    *,
+    model: str,
+    dataset: str,
+    config: Any = None,
+    args: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Derive results.json from records (default: the folder's log), atomically, and return its content.
+
+    Only rows in [start_data_idx, end_data_idx) of `config` enter. `more` are further top-level keys (method, seconds,
+    git revision, ...). Raises ResultsError when it cannot be written.
+    """
+    records = read_log(folder) if records is None else sorted(map(dict, records), key=lambda r: r.get("row", 0))
+    config = as_plain(config or {})
+    start, end = config.get("start_data_idx") or 0, config.get("end_data_idx")
+    entries = [r for r in records if start <= r.get("row", start) < (math.inf if end is None else end)]
+    content = {"model": model, "dataset": dataset, **tally(entries)}
+    content |= {**more, "config": config, "args": dict(args or {}), "entries": entries}
+    try:
+        write_json(Path(folder) / RESULTS, content)
+    except OSError as error:
+        raise ResultsError(f"{Path(folder) / RESULTS}: cannot be written: {_why(error)}") from None
+    return as_plain(content)
 
 
-def shown_path(images: tuple[str, ...]) -> str | list[str] | None:
-    """As in the dataset file: one path, or several; images that lie in the file itself are not copied."""
-    paths = [path for path in images if not path.startswith("data:")]
-    return (paths[0] if len(paths) == 1 else paths) if paths else None
+def read_results(folder: str | Path) -> dict[str, Any]:
+    """Content of a folder's results.json (or of the file itself). ResultsError when absent, broken or another shape."""
+    path = Path(folder)
+    path = path / RESULTS if path.is_dir() else path
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ResultsError(f"{path}: {_why(error)}") from None
+    except ValueError as error:
+        raise ResultsError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict) or not isinstance(content.get("entries"), list):
+        raise ResultsError(f"{path}: expected an object with a list of entries")
+    return content
+
+
+def find_runs(root: str | Path) -> list[Path]:
+    """Folders under `root` (itself included) that hold a results.json, sorted."""
+    return sorted(path.parent for path in Path(root).rglob(RESULTS))
+
+
+def write_reward_csv(path: str | Path, trace_rows: Iterable[Mapping[str, Any]]) -> None:
+    """One line per iteration with REWARD_COLUMNS first and the trace's other keys after them."""
+    rows = [as_plain(dict(row)) for row in trace_rows]
+    others = dict.fromkeys(key for row in rows for key in row if key not in REWARD_COLUMNS)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [*REWARD_COLUMNS, *others], restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise ResultsError(f"{path}: cannot be written: {_why(error)}") from None
+
+
+def _why(error: OSError) -> str:
+    return error.strerror or str(error)

@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from dmlr.config import root
-from dmlr.run.results import RESULTS, ResultsError, find_runs, read_results
+from dmlr.run.records import RESULTS, ResultsError, find_runs, read_results
 from dmlr.show.policy import TEMPLATES, policy
 from dmlr.show.style import css
 from dmlr.stats.metrics import paired, summary

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dmlr.run.outcomes import is_right, tally
+from dmlr.run.records import is_right, tally
 
 Records = Iterable[Mapping[str, Any]]
 PHASES = ("prefill", "optimise", "decode")  # of an example's `seconds`

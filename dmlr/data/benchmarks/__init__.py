@@ -36,7 +36,7 @@ from dmlr.data.benchmarks.picture import encode_image, image_bytes
 from dmlr.data.benchmarks.rows import BENCHMARKS, Benchmark
 from dmlr.data.check import check_dataset, report
 from dmlr.data.images import ImageError
-from dmlr.run.json_files import as_json
+from dmlr.json_files import as_json
 
 
 class BenchmarkError(ValueError):

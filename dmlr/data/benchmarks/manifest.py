@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dmlr.run.json_files import as_json
+from dmlr.json_files import as_json
 
 MANIFEST = "manifest.json"
 

@@ -19,7 +19,7 @@ import pandas as pd
 
 from dmlr.config import Config
 from dmlr.data.benchmarks.rows import BENCHMARKS
-from dmlr.run.results import FREE_PARAMETERS, ResultsError, find_runs, read_results
+from dmlr.run.records import FREE_PARAMETERS, ResultsError, find_runs, read_results
 from dmlr.stats import metrics
 from dmlr.stats.comparison import published
 
