@@ -29,7 +29,7 @@ from dmlr.data.check import check_dataset
 from dmlr.data.examples import load_dataset
 from dmlr.data.images import open_image
 from dmlr.judge import judge
-from dmlr.judge.verdicts import hints
+from dmlr.run.verdicts import hints
 from dmlr.stats.metrics import category_mean, group_accuracy, pair_accuracy
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

@@ -294,6 +294,11 @@ def test_an_llm_judge_that_fails_counts_neither_way_and_verify_only_mends_it(vlm
         server.behave = says({"answer": "a dog", "verdict": "correct"})
         mended = run(None, dataset, tmp_path / "out", **with_llm, verify_only=True)["vanilla"]
         all_asked = run(None, dataset, tmp_path / "out", **with_llm, verify_only=True, llm_verify_all=True)["vanilla"]
+        server.behave = refuses(400)  # and nothing in another cache: what was judged stays judged
+        monkeypatch.setattr(llm_judge, "shared_cache", lambda: tmp_path / "other")
+        for again in ({"resume": True}, {"verify_only": True}):
+            kept = run(vlm, dataset, tmp_path / "out", **with_llm, **again)["vanilla"]
+            assert kept["llm_judge"]["failed"] == len(undecided) and comparable(kept) == comparable(mended)
     assert {e["row"] for e in failed["entries"] if e["verdict"] == "judge_failed"} == undecided
     assert failed["judge_failed"] == len(undecided) and failed["total"] == 6 - len(undecided)
     assert failed["llm_judge"]["failed"] == len(undecided)

@@ -17,7 +17,6 @@ from huggingface_hub import constants
 
 from dmlr.config import Config, root
 from dmlr.json_files import as_plain
-from dmlr.judge.verdicts import llm_settings
 from dmlr.parameters import check_parameters, config_of, default_output, from_here
 from dmlr.planning.fits import columns, size
 from dmlr.planning.forecast import Model, Pace, describe, earlier_pace, earlier_results, settings_pace
@@ -32,6 +31,7 @@ from dmlr.run.records import (
     read_run,
     with_defaults,
 )
+from dmlr.run.verdicts import llm_settings
 from dmlr.show.provenance import in_words
 
 

@@ -23,13 +23,13 @@ from tqdm import tqdm
 
 from dmlr.config import Config, ConfigError, check_names, locate
 from dmlr.data.examples import Example, ImageError, Problem, load_dataset, open_image
-from dmlr.judge.verdicts import ask_llm, llm_settings, verdict_of
 from dmlr.machine import environment  # noqa: F401 (notebooks take it from here)
 from dmlr.methods import METHODS, Answer
 from dmlr.methods.prompting import prompts_of
 from dmlr.model.vlm import VLM
 from dmlr.run.batches import InProcess, cut, prepare
 from dmlr.run.records import ResultsError, RunLog, read_results, read_run, write_results, write_reward_csv
+from dmlr.run.verdicts import ask_llm, judged_again, llm_settings, verdict_of
 from dmlr.stats.metrics import efficiency
 
 if TYPE_CHECKING:
@@ -213,8 +213,7 @@ def verify(job: Job, config: Config, bar: tqdm, llm: JudgeSettings | None = None
                     "answered; only solutions may change between a run and verify_only"
                 )
         for old, example in pairs:
-            verdict = verdict_of(example, old["model_output"], old["stop_reason"])
-            log.append({**old, **verdict, "ground_truth": example.solution})
+            log.append(judged_again(old, example))
             bar.update()
         asked = ask_llm(log, job.examples, llm, every=config.llm_verify_all)
         memory = before.get("efficiency", {}).get("peak_memory_bytes")

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from dmlr.config import Config
 from dmlr.data.examples import Example
-from dmlr.judge.verdicts import verdict_of
 from dmlr.look.study.boxes import Box, boxes_of
 from dmlr.look.study.confidence import answer_log_probs, step_spans, truth_text
 from dmlr.look.study.perception import Chain, answered, attention_after, with_dependency
@@ -27,6 +26,7 @@ from dmlr.methods.workload import workload
 from dmlr.model.vlm import VLM
 from dmlr.run.batches import answer_batch, by_halves, cut, failed, prepare
 from dmlr.run.evaluate import name, plan
+from dmlr.run.verdicts import verdict_of
 
 
 @dataclass(frozen=True)

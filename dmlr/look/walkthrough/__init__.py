@@ -14,7 +14,6 @@ from PIL import Image
 
 from dmlr.config import Config
 from dmlr.data.examples import Example
-from dmlr.judge.verdicts import verdict_of
 from dmlr.loop.injection import Patches, interleave, reward_slots
 from dmlr.loop.optimize import State, Trace, initial_latents, optimize
 from dmlr.methods import METHODS
@@ -26,6 +25,7 @@ from dmlr.model.encode import Encoded
 from dmlr.model.memory import Work
 from dmlr.model.prefix import Prefix
 from dmlr.model.vlm import VLM
+from dmlr.run.verdicts import verdict_of
 
 NextTokens = list[list[tuple[str, float]]]  # per think token, the most probable next tokens with their probabilities
 

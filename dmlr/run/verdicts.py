@@ -6,7 +6,7 @@ how often the two agree.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dmlr.config import Config
@@ -27,6 +27,19 @@ def verdict_of(example: Example, text: str, stop_reason: str) -> dict[str, Any]:
         return nothing | {"ground_truth_text": example.solution}
     verdict = judge(text, example.solution, **hints(example))
     return fields_of(verdict) | {"ground_truth_text": example.solution, "rule_verdict": verdict.status}
+
+
+def judged_again(old: Mapping[str, Any], example: Example) -> dict[str, Any]:
+    """A record under today's rules and ground truth; what an LLM said about the same truth stays until it is asked."""
+    new = verdict_of(example, old["model_output"], old["stop_reason"])
+    if by_llm(old) and old["ground_truth"] == example.solution:
+        new = {key: new[key] for key in ("rule_verdict", "ground_truth_text")}
+    return {**old, **new, "ground_truth": example.solution}
+
+
+def by_llm(record: Mapping[str, Any]) -> bool:
+    """Whether an LLM was asked last, or failed to answer."""
+    return str(record["rule"]).startswith("llm:")
 
 
 def hints(example: Example) -> dict[str, Any]:
@@ -61,8 +74,8 @@ def ask_llm(
 
     What an LLM decided in an earlier run, and is not asked about in this one, is the rules' again. Returns what it
     cost and how it agrees with the rules, for results.json; None without settings. A failed call is judge_failed, which
-    counts neither way and is asked again by resume and by verify_only; whatever was answered before comes from the
-    judge's cache.
+    counts neither way and is asked again by resume and by verify_only; it never replaces an LLM's earlier verdict.
+    Whatever was answered before comes from the judge's cache.
     """
     by_row = {example.row: example for example in examples}
     wanted = ("correct", "wrong", "unparsed") if every else ("unparsed",)
@@ -70,7 +83,7 @@ def ask_llm(
     records = [record for record in judged if settings is not None and record.get("rule_verdict") in wanted]
     asked = {record["row"] for record in records}
     for old in judged:
-        if old["row"] not in asked and str(old["rule"]).startswith("llm:"):
+        if old["row"] not in asked and by_llm(old):
             log.append(old | verdict_of(by_row[old["row"]], old["model_output"], old["stop_reason"]))
     if settings is None:
         return None
@@ -81,9 +94,12 @@ def ask_llm(
         example = by_row[record["row"]]
         cases.append({"prediction": record["model_output"], "ground_truth": example.solution, **hints(example)})
     llm = LLMJudge(settings, shared_cache())
-    verdicts = llm.judge_many(cases)
-    for record, verdict in zip(records, verdicts, strict=True):
-        if (changed := record | fields_of(verdict)) != record:
+    verdicts = []
+    for record, verdict in zip(records, llm.judge_many(cases), strict=True):
+        if verdict.status == "judge_failed" and by_llm(record) and record["verdict"] != "judge_failed":
+            verdict = Verdict(record["verdict"], record["rule"], record["answer"])
+        elif (changed := record | fields_of(verdict)) != record:
             log.append(changed)
-    table = agreement([record["rule_verdict"] for record in records], [verdict.status for verdict in verdicts])
+        verdicts.append(verdict.status)
+    table = agreement([record["rule_verdict"] for record in records], verdicts)
     return llm.report() | {"every": every, "agreement": table}
