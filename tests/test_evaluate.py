@@ -70,7 +70,7 @@ def test_results_and_files(vlm, dataset, tmp_path):
             assert entry["is_correct"] in (True, False) and entry["seconds"]["prefill"] > 0
     assert results["dmlr"]["entries"][0]["best_reward"] >= results["dmlr"]["entries"][0]["initial_reward"]
     assert results["vanilla"]["entries"][0]["best_reward"] is None
-    lines = (tmp_path / "out/data/dmlr/loop/rewards/00003.csv").read_text().splitlines()
+    lines = (tmp_path / "out/data/dmlr/rewards/00003.csv").read_text().splitlines()
     assert lines[0].startswith("step,reward,sigma,is_new_best,patch_count,patch_budget") and len(lines) == 3
 
 
