@@ -6,7 +6,6 @@ goes on, and what fails does not stop the others. Knows nothing about models or 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,19 +53,24 @@ class Cell:
 
 
 def cells(
-    model: str, benchmarks: Sequence[str], files: Sequence[str], given: Mapping[str, Any], output: Path | None
+    model: str, benchmarks: str, files: Sequence[str], given: Mapping[str, Any], output: Path | None
 ) -> list[Cell]:
-    """One cell for each benchmark: parameters of the model, of `files`, of the benchmark, then `given`; later ones win.
+    """One cell for each of the benchmarks (separated by commas; none: Table 1's).
+
+    Its parameters are those of the model, of `files`, of the benchmark, then `given`; later ones win.
 
     ConfigError for a file that is not there or not readable, and for a parameter that this command decides itself.
     """
+    names = [name.strip() for name in (benchmarks or ",".join(BENCHMARKS)).split(",") if name.strip()]
+    if not names:
+        raise ConfigError("--benchmarks names none")
     path = parameter_file("models", model)
     shared = read_parameters(path)
     for file in files:
         shared |= read_parameters(file)
     base = output or root() / "reports" / "runs" / "table1" / path.stem
     made = []
-    for benchmark in benchmarks:
+    for benchmark in names:
         file = parameter_file("benchmarks", benchmark)
         parameters = {**shared, **read_parameters(file), **given}
         if taken := [name for name in OWN if name in parameters]:
@@ -141,32 +145,3 @@ def _how_to_make(name: str) -> str:
     text = (FOLDER / "params" / "benchmarks" / f"{name}.yaml").read_text(encoding="utf-8") if name in BENCHMARKS else ""
     command = next((line.partition(": ")[2] for line in text.splitlines() if line.startswith("# Made by: ")), None)
     return f" ({command} makes it)" if command else ""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0, 1 when a benchmark failed or would fail, 2 for a misspelt option. ConfigError for a bad file."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dmlr table1", description="Every benchmark of Table 1 for one model, then all in one table."
-    )
-    parser.add_argument("model", help="parameter file of the model, or its name in notebooks/params/models")
-    parser.add_argument(
-        "--benchmarks", default=",".join(BENCHMARKS), help="names in notebooks/params/benchmarks, or files"
-    )
-    parser.add_argument("-f", "--file", action="append", default=[], help="YAML file of parameters over the model's")
-    parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    parser.add_argument("--output", type=Path, help="folder of all runs (default: reports/runs/table1/<model>)")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print what would be done, how long it takes, what would fail"
-    )
-    try:
-        args = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    names = [name.strip() for name in args.benchmarks.split(",") if name.strip()]
-    if not names:
-        raise ConfigError("--benchmarks names none")
-    table = cells(args.model, names, args.file, dict(args.parameter), args.output)
-    failures = (dry_run if args.dry_run else run_all)(table)
-    if failures:
-        print(f"\n{len(failures)} failed, for the reasons above: {', '.join(failures)}", file=sys.stderr)
-    return 1 if failures else 0

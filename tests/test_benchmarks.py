@@ -20,8 +20,9 @@ import pytest
 from huggingface_hub import close_session, constants
 from PIL import Image
 
+from dmlr.cli import main
 from dmlr.config import ConfigError
-from dmlr.data.benchmarks import BenchmarkError, main_data, prepare, sample_rows
+from dmlr.data.benchmarks import BenchmarkError, prepare, sample_rows
 from dmlr.data.benchmarks.hub import SourceError, leaves_folder, open_folder, shards
 from dmlr.data.benchmarks.manifest import ManifestError, ManifestFolder
 from dmlr.data.benchmarks.rows import BENCHMARKS, choice_fields, inline_options
@@ -552,7 +553,7 @@ def test_samples_are_even_nested_and_stable():
 
 
 def run(*argv):
-    return main_data([str(argument) for argument in argv])
+    return main(["data", *map(str, argv)])
 
 
 def test_the_command_prepares_and_then_verifies(prepared, tmp_path, capsys):

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dmlr.cli import main
 from dmlr.data import images
-from dmlr.data.check import check_dataset, main_check, report
+from dmlr.data.check import check_dataset, report
 from dmlr.data.examples import DatasetError, load_dataset
 from dmlr.data.images import ImageError, open_image
 from dmlr.judge import judge
@@ -269,14 +270,14 @@ def test_what_is_wrong_with_many_rows_alike_is_said_once(write):
 
 
 def test_the_check_command_and_its_exit_status(write, tmp_path, capsys):
-    assert main_check([str(write([row()]))]) == 0
+    assert main(["check", str(write([row()]))]) == 0
     assert "no problems" in capsys.readouterr().out
-    assert main_check([str(write([row(solution="")]))]) == 1
+    assert main(["check", str(write([row(solution="")]))]) == 1
     out = capsys.readouterr().out
     assert "solution_empty" in out and "1 rows: 0 unusable, 1 without a solution; 1 problems" in out
-    assert main_check([str(tmp_path / "none.json")]) == 2
+    assert main(["check", str(tmp_path / "none.json")]) == 2
     assert "No such file" in capsys.readouterr().err
-    assert main_check([]) == 2
+    assert main(["check"]) == 2
 
 
 @pytest.mark.skipif(not OFFICIAL.exists(), reason="the released data files are not part of the repository")

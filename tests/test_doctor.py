@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import tiny_vlm
 
-from dmlr.__main__ import main
+from dmlr.cli import main
 from dmlr.config import Config
 from dmlr.methods.workload import workload
 from dmlr.model.memory import USABLE, Shape, peak

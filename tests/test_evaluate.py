@@ -11,7 +11,7 @@ from judge_server import JudgeServer, refuses, says
 from PIL import Image
 from tiny import noise_image, tiny_vlm
 
-from dmlr.__main__ import main
+from dmlr.cli import main
 from dmlr.config import Config, ConfigError
 from dmlr.data.examples import DatasetError, ImageError
 from dmlr.judge import llm_judge

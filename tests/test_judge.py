@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmlr.judge import judge, main_judge, mathcheck
+from dmlr.cli import main
+from dmlr.judge import judge, mathcheck
 from dmlr.judge.extract import boxed_groups, candidates, last_boxed, normalize_text, parse_options, split_choice
 from dmlr.judge.quantities import find_numbers, parse_number
 
@@ -206,14 +207,14 @@ def test_the_command_prints_one_verdict_a_line(tmp_path, capsys):
     path.write_text(
         json.dumps([{"prediction": "7", "ground_truth": "17"}, {"prediction": "yes", "ground_truth": "Yes"}])
     )
-    assert main_judge([str(path)]) == 0
+    assert main(["judge", str(path)]) == 0
     assert [json.loads(line)["status"] for line in capsys.readouterr().out.splitlines()] == ["wrong", "correct"]
     path.write_text(json.dumps([{"prediction": "\\boxed{\ud83d}", "ground_truth": "Paris"}]))  # half a character
-    assert main_judge([str(path)]) == 0
+    assert main(["judge", str(path)]) == 0
     assert json.loads(capsys.readouterr().out)["answer"] == "?"
     path.write_text('{"prediction": "7"}')
-    assert main_judge([str(path)]) == 2
-    assert main_judge([str(tmp_path / "none.json")]) == 2
+    assert main(["judge", str(path)]) == 2
+    assert main(["judge", str(tmp_path / "none.json")]) == 2
 
 
 # ------------------------------------------------------------------------------------ extraction

@@ -32,8 +32,9 @@ from judge_server import (
     without,
 )
 
+from dmlr.cli import main
 from dmlr.json_files import as_plain
-from dmlr.judge import Verdict, judge, llm_judge, main_judge
+from dmlr.judge import Verdict, judge, llm_judge
 from dmlr.judge.llm_judge import JudgeError, JudgeSettings, LLMJudge, agreement, decide
 from dmlr.judge.llm_prompt import data_message, read_reply
 
@@ -509,21 +510,21 @@ def test_the_command_asks_on_request(server, monkeypatch, capsys):
     server.behave = says({"answer": "a", "verdict": "wrong"})
     monkeypatch.setattr(llm_judge, "shared_cache", lambda: Path("cache"))
     Path("cases.json").write_text(json.dumps([{"prediction": "yes", "ground_truth": "Yes"}, PARIS]))
-    assert main_judge(["cases.json", "--llm"]) == 2  # no key: nothing is judged
+    assert main(["judge", "cases.json", "--llm"]) == 2  # no key: nothing is judged
     out, err = capsys.readouterr()
     assert out == "" and "OPENAI_API_KEY" in err and err.count("\n") == 1
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("OPENAI_API_BASE_URL", server.url)
-    assert main_judge(["cases.json"]) == 0
+    assert main(["judge", "cases.json"]) == 0
     assert [json.loads(line)["status"] for line in capsys.readouterr().out.splitlines()] == ["correct", "unparsed"]
-    assert main_judge(["cases.json", "--llm"]) == 0
+    assert main(["judge", "cases.json", "--llm"]) == 0
     out, err = capsys.readouterr()
     assert [json.loads(line)["status"] for line in out.splitlines()] == ["correct", "wrong"]
     assert json.loads(err)["requests"] == 1
-    assert main_judge(["--llm-all", "cases.json"]) == 0
+    assert main(["judge", "--llm-all", "cases.json"]) == 0
     out, err = capsys.readouterr()
     assert [json.loads(line)["status"] for line in out.splitlines()] == ["wrong", "wrong"]
     table = json.loads(err.splitlines()[1])["rules, then llm"]
     assert table["correct"]["wrong"] == table["unparsed"]["wrong"] == 1
     assert KEY not in out + err + everything_written("cache")
-    assert main_judge(["cases.json", "--lm"]) == 2
+    assert main(["judge", "cases.json", "--lm"]) == 2

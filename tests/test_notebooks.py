@@ -13,7 +13,7 @@ from notebook_files import external_requests, filled, nbval, notebook
 from PIL import Image
 
 from dmlr import demo, notebooks
-from dmlr.__main__ import main
+from dmlr.cli import main
 from dmlr.judge import judge
 from dmlr.run.records import find_runs, read_results
 from dmlr.show import index as report_index
@@ -38,18 +38,6 @@ def test_sources_are_stored_stripped(path):
             assert bool(cell.outputs) == kept, cell.source
             assert (cell.execution_count is None) != kept  # nbval compares only cells that have run
             assert set(cell.metadata) <= {"tags"}
-
-
-def test_commands_that_live_elsewhere_are_reached(tmp_path, capsys):
-    path = tmp_path / "data.json"
-    path.write_text('[{"prompt": "", "solution": "3"}]')
-    assert main(["check", str(path)]) == 1
-    assert "the prompt is empty" in capsys.readouterr().out
-    path.write_text('[{"prediction": "\\\\boxed{7}", "ground_truth": "7"}]')
-    assert main(["judge", str(path)]) == 0
-    assert "correct" in capsys.readouterr().out
-    assert main(["bench", "9000B"]) == 1
-    assert "unknown shape '9000B'" in capsys.readouterr().err
 
 
 # the runner

@@ -8,7 +8,7 @@ import pytest
 from notebook_files import cell_parameters, notebook
 
 from dmlr import notebooks, parameters
-from dmlr.__main__ import main
+from dmlr.cli import main
 from dmlr.config import PRESETS, Config, ConfigError
 from dmlr.show import index as report_index
 

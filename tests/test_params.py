@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from dmlr.cli import main
 from dmlr.config import PRESETS, Config
-from dmlr.data.benchmarks import main_data
 from dmlr.data.benchmarks.rows import BENCHMARKS
 from dmlr.judge import judge
 from dmlr.methods.prompting import prompts_of
@@ -80,7 +80,7 @@ def test_a_benchmarks_file_is_what_its_command_writes(name, monkeypatch):
         "dmlr.data.benchmarks.prepare", lambda name, out, **more: asked.update(name=name, out=out, **more)
     )
     with pytest.raises(AttributeError):  # nothing was prepared
-        main_data(command.split())
+        main(["data", *command.split()])
     file = f"{name}.json" if asked["sample"] is None else f"{name}-{asked['sample']}-seed{asked['seed']}.json"
     values = read_parameters(DATA[name])
     assert asked["name"] == name and values["dataset"] == f"{asked['out']}/{name}/{file}"

@@ -21,7 +21,7 @@ from notebook_files import cell_parameters, external_requests
 from PIL import Image
 
 from dmlr import demo, notebooks
-from dmlr.__main__ import _parser
+from dmlr.cli import parser
 from dmlr.data.images import ImageError
 from dmlr.parameters import check_parameters, read_parameters
 from dmlr.show import gallery, page
@@ -500,7 +500,7 @@ def test_every_run_that_the_readme_shows_would_start():
     commands = [shlex.split(found, comments=True) for found in re.findall(r"python -m dmlr (run .*)", blocks)]
     assert len(commands) > 8
     for command in commands:
-        arguments = _parser().parse_args(command)
+        arguments = parser().parse_args(command)
         given = {}
         for file in arguments.file:
             given |= read_parameters(ROOT / file)

@@ -7,12 +7,10 @@ named in the question, rows against each other, and the file looked at as a whol
 from __future__ import annotations
 
 import re
-import sys
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 
-from dmlr.data.examples import DatasetError, Example, Notes, Problem, read_rows
+from dmlr.data.examples import Example, Notes, Problem, read_rows
 from dmlr.data.images import ImageError, open_image, shorten
 from dmlr.judge.extract import normalize_text, options_of, split_choice, unbox
 
@@ -25,10 +23,11 @@ def check_dataset(path: str | Path) -> list[Problem]:
 
     Raises DatasetError as load_dataset does. Problems of the whole file come first, then those of its rows in order.
     """
-    return _check(list(read_rows(path)))
+    return check_rows(list(read_rows(path)))
 
 
-def _check(rows: list[tuple[Example | None, Notes]]) -> list[Problem]:
+def check_rows(rows: list[tuple[Example | None, Notes]]) -> list[Problem]:
+    """`check_dataset` of rows as `read_rows` gives them."""
     problems: list[Problem] = []
     first: dict[tuple, Example] = {}
     for example, notes in rows:
@@ -173,23 +172,3 @@ def summary(rows: int, problems: list[Problem]) -> str:
     unusable = {problem.row for problem in problems if problem.fatal}
     silent = {problem.row for problem in problems if problem.kind in ("solution_missing", "solution_empty")}
     return f"{rows} rows: {len(unusable)} unusable, {len(silent)} without a solution; {len(problems)} problems"
-
-
-def main_check(argv: Sequence[str] | None = None) -> int:
-    """`FILE...` -> a report each. Returns 0 without problems, 1 with some, 2 when a file cannot be used at all."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or any(argument.startswith("-") for argument in argv):
-        print("usage: check FILE...   (dataset files: JSON lists of {prompt, solution, image_path, idx})")
-        return 0 if argv in (["-h"], ["--help"]) else 2
-    status = 0
-    for path in argv:
-        try:
-            rows = list(read_rows(path))
-        except DatasetError as error:
-            print(error, file=sys.stderr)
-            status = 2
-            continue
-        problems = _check(rows)
-        print(f"{path}: {summary(len(rows), problems)}\n{report(problems)}")
-        status = max(status, 1 if problems else 0)
-    return status

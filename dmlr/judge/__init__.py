@@ -7,12 +7,9 @@ against accuracy but is told apart from a wrong answer, and it is what a further
 from __future__ import annotations
 
 import ast
-import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from dmlr.judge.choice import as_choice, compare_choice, compare_yes_no
@@ -195,43 +192,3 @@ def _compare_text(candidate: Candidate, truth: str):
     if candidate.explicit or len(candidate.text.split()) <= max(3, len(expected.split())):
         return False, candidate.text
     return None
-
-
-_USAGE = """\
-usage: judge CASES.json [--llm | --llm-all]
-  CASES.json   a list of {prediction, ground_truth, choices?, kind?, precision?, relative_tolerance?, question?}
-  --llm        an LLM judges what the rules cannot: OPENAI_API_KEY, OPENAI_API_BASE_URL, MODEL_TYPE (or .env);
-               what it cost, if MODEL_PRICE says "dollars,dollars" per million prompt and completion tokens
-  --llm-all    an LLM judges every case; how often the rules agree goes to stderr"""
-
-
-def main_judge(argv: Sequence[str] | None = None) -> int:
-    """`CASES.json` -> one JSON verdict a line. Returns 0, or 2 when the file or the LLM's settings cannot be used."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    flags, paths = {a for a in argv if a.startswith("-")}, [a for a in argv if not a.startswith("-")]
-    if len(paths) != 1 or not flags <= {"--llm", "--llm-all"}:
-        print(_USAGE, file=sys.stdout if flags & {"-h", "--help"} else sys.stderr)
-        return 0 if flags & {"-h", "--help"} else 2
-    try:
-        cases = json.loads(Path(paths[0]).read_text(encoding="utf-8"))
-        if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
-            raise ValueError("expected a list of objects")
-    except (OSError, ValueError, RecursionError) as error:
-        print(f"{paths[0]}: {error}", file=sys.stderr)
-        return 2
-    optional = ("choices", "kind", "precision", "relative_tolerance", "question")
-    verdicts = (
-        judge(case.get("prediction"), case.get("ground_truth"), **{k: case.get(k) for k in optional}) for case in cases
-    )
-    if flags:
-        from dmlr.judge.llm_judge import JudgeError, judge_cases  # the client takes a second to import
-
-        try:
-            verdicts = judge_cases(cases, verdicts, always="--llm-all" in flags)
-        except JudgeError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-    for verdict in verdicts:
-        line = json.dumps(asdict(verdict), ensure_ascii=False)
-        print(line.encode("utf-8", "replace").decode(), flush=True)  # half a character (\ud83d) cannot be printed
-    return 0

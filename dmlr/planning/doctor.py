@@ -5,16 +5,13 @@ Knows how to look and how to print; what a model needs is footprint.py's. Of sec
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import importlib.util
-import json
 import math
 import os
 import platform
 import re
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +27,7 @@ from dmlr.data.check import check_dataset
 from dmlr.data.examples import DatasetError
 from dmlr.judge.llm_settings import JudgeError, JudgeSettings
 from dmlr.machine import environment
-from dmlr.planning.fits import GIB, fit, size, table
+from dmlr.planning.fits import fit, size, table
 from dmlr.planning.known_models import PAPER_MODELS
 
 EMBEDDED_MODEL = "data/models/shapes-vl"
@@ -205,18 +202,3 @@ def as_text(found: dict[str, Any]) -> str:
     parts = ["\n".join(f"{name:<{width}}{text}" for name, text in lines)]
     parts.append(table(found["models"], plan["free_bytes"], plan["device"]))
     return "\n\n".join([*parts, *(f"broken: {problem}" for problem in found["broken"])])
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`[MODEL ...] [--memory GIB] [--json]`. Returns 0, 1 when something needed is broken, 2 for a misspelt option."""
-    parser = argparse.ArgumentParser(prog="python -m dmlr doctor", description="What this machine can run.")
-    parser.add_argument("model", nargs="*", help="folder, or hub id in the cache, beside the paper's models")
-    parser.add_argument("--memory", type=float, metavar="GIB", help="plan with a GPU of so much memory, not this one")
-    parser.add_argument("--json", action="store_true", help="everything as JSON")
-    try:
-        args = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    found = examine(args.model, None if args.memory is None else round(args.memory * GIB))
-    print(json.dumps(found, indent=1) if args.json else as_text(found))
-    return 1 if found["broken"] else 0

@@ -11,27 +11,24 @@ manifest is written last, so that a preparation that was interrupted is complete
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import re
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dmlr.config import ConfigError, check_names
+from dmlr.config import check_names
 from dmlr.data.benchmarks.hub import (
     MissingSplitError,
     Repository,
-    SourceError,
     jsonl_rows,
     open_folder,
     open_hub,
     parquet_rows,
 )
-from dmlr.data.benchmarks.manifest import ManifestError, ManifestFolder
+from dmlr.data.benchmarks.manifest import ManifestFolder
 from dmlr.data.benchmarks.picture import encode_image, image_bytes
 from dmlr.data.benchmarks.rows import BENCHMARKS, Benchmark
 from dmlr.data.check import check_dataset, report
@@ -166,35 +163,3 @@ def _row(benchmark: Benchmark, split: str, raw: dict, number: int, files: Manife
         files.write(path, content)
     first = {"prompt": fields.pop("prompt"), "solution": fields.pop("solution"), "image_path": path, "idx": number}
     return {**first, **fields}
-
-
-# --------------------------------------------------------------------------------------------- command line
-
-
-def main_data(argv: Sequence[str] | None = None) -> int:
-    """`NAME [--out DIR] [--source DIR] [--sample N] [--seed S]`. Returns 0, 1 with one sentence on stderr, or 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dmlr data", description="Prepare a benchmark: " + ", ".join(BENCHMARKS) + "."
-    )
-    parser.add_argument("name")
-    parser.add_argument("--out", default="data", help="its files go into a folder of its name in here (default: data)")
-    parser.add_argument("--source", help="local folder with the hub's files; without it they are downloaded")
-    parser.add_argument("--sample", type=int, metavar="N", help="also write a sample of at most N rows")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the sample (default: 0)")
-    try:
-        args = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    try:
-        made = prepare(args.name, args.out, source=args.source, sample=args.sample, seed=args.seed)
-    except (ConfigError, SourceError, BenchmarkError, ManifestError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.filename or args.out}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    for remark in made.remarks:
-        print(remark)
-    done = f"{len(made.written)} files written" if made.written else "unchanged, checksums verified"
-    print(f"{made.path}: {made.rows} rows ({done})")
-    return 0

@@ -1,0 +1,250 @@
+"""`python -m dmlr …`: the few things that are commands; everything else is a notebook.
+
+Each command is a function with its arguments declared beside it; what it needs is imported when it runs, so that
+`--help` and a misspelt option cost nothing. Knows which room does the work, and none of the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+Command = Callable[[argparse.Namespace], int]
+_COMMANDS: list[tuple[Command, list[tuple[tuple[str, ...], dict[str, Any]]]]] = []
+
+
+def _argument(*names: str, **how: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """An argument as argparse's `add_argument` takes it."""
+    return names, how
+
+
+def _command(*arguments: tuple[tuple[str, ...], dict[str, Any]]) -> Callable[[Command], Command]:
+    """Makes a function a command of its name; the first line of its docstring is its help."""
+
+    def declare(function: Command) -> Command:
+        _COMMANDS.append((function, list(arguments)))
+        return function
+
+    return declare
+
+
+PARAMETERS = (
+    _argument("-f", "--file", action="append", default=[], help="YAML file of parameters; later files win"),
+    _argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")),
+    _argument("--dry-run", action="store_true", help="print what would be done, how long it takes, what would fail"),
+)
+
+
+@_command(
+    _argument("notebook"),
+    *PARAMETERS,
+    _argument("--output", help="path of the executed copy (.ipynb); its report lies beside it"),
+)
+def run(args: argparse.Namespace) -> int:
+    """execute a notebook with checked parameters and render its report"""
+    from dmlr.parameters import read_parameters
+
+    given: dict[str, Any] = {}
+    for path in args.file:
+        given |= read_parameters(path)
+    given |= dict(args.parameter)
+    if args.dry_run:
+        from dmlr.planning.dry_run import dry_run
+
+        text, errors = dry_run(args.notebook, given, args.output)
+        print(text)
+        for error in errors:
+            print(f"error: {error}", file=sys.stderr)
+        return 1 if errors else 0
+    from dmlr import notebooks
+    from dmlr.show.index import write_index
+
+    report = notebooks.run(args.notebook, given, args.output)
+    write_index()
+    print(f"report: {report}")
+    return 0
+
+
+@_command(_argument("--model", default="", help="hub id or folder; the embedded model if none is given"))
+def demo(args: argparse.Namespace) -> int:
+    """vanilla and DMLR on the embedded benchmark, with tables and reports"""
+    from dmlr.demo import demo
+
+    demo(args.model)
+    return 0
+
+
+@_command(_argument("shapes", nargs="*", metavar="SHAPE", help="A, B (default on a CPU), 3B, 7B (default on a GPU)"))
+def bench(args: argparse.Namespace) -> int:
+    """how fast the loop is, beside the released behaviour"""
+    from dmlr.bench import main
+
+    return main(args.shapes)
+
+
+@_command(_argument("files", nargs="+", metavar="FILE", help="JSON list of {prompt, solution, image_path, idx}"))
+def check(args: argparse.Namespace) -> int:
+    """what is wrong with a dataset file; exit status 1 where anything is, 2 where a file cannot be used at all"""
+    from dmlr.data.check import check_rows, report, summary
+    from dmlr.data.examples import DatasetError, read_rows
+
+    status = 0
+    for path in args.files:
+        try:
+            rows = list(read_rows(path))
+        except DatasetError as error:
+            print(error, file=sys.stderr)
+            status = 2
+            continue
+        problems = check_rows(rows)
+        print(f"{path}: {summary(len(rows), problems)}\n{report(problems)}")
+        status = max(status, 1 if problems else 0)
+    return status
+
+
+@_command(
+    _argument(
+        "cases",
+        metavar="CASES.json",
+        help="a list of {prediction, ground_truth, choices?, kind?, precision?, relative_tolerance?, question?}",
+    ),
+    _argument(
+        "--llm",
+        action="store_true",
+        help="an LLM judges what the rules cannot: OPENAI_API_KEY, OPENAI_API_BASE_URL, MODEL_TYPE (or .env); what it "
+        'cost, if MODEL_PRICE says "dollars,dollars" per million prompt and completion tokens',
+    ),
+    _argument(
+        "--llm-all", action="store_true", help="an LLM judges every case; how often the rules agree goes to stderr"
+    ),
+)
+def judge(args: argparse.Namespace) -> int:
+    """one JSON verdict a line; exit status 2 where the file or the LLM's settings cannot be used"""
+    from dmlr.judge import judge as by_rules
+
+    try:
+        cases = json.loads(Path(args.cases).read_text(encoding="utf-8"))
+        if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
+            raise ValueError("expected a list of objects")
+    except (OSError, ValueError, RecursionError) as error:
+        print(f"{args.cases}: {error}", file=sys.stderr)
+        return 2
+    hints = ("choices", "kind", "precision", "relative_tolerance", "question")
+    verdicts = (
+        by_rules(case.get("prediction"), case.get("ground_truth"), **{k: case.get(k) for k in hints}) for case in cases
+    )
+    if args.llm or args.llm_all:
+        from dmlr.judge.llm_judge import JudgeError, judge_cases  # the client takes a second to import
+
+        try:
+            verdicts = judge_cases(cases, verdicts, always=args.llm_all)
+        except JudgeError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    for verdict in verdicts:
+        line = json.dumps(asdict(verdict), ensure_ascii=False)
+        print(line.encode("utf-8", "replace").decode(), flush=True)  # half a character (\ud83d) cannot be printed
+    return 0
+
+
+@_command(
+    _argument("name", help="mathvista, mathvision, mmmath, hallusionbench, mmvp, mmstar or scienceqa"),
+    _argument("--out", default="data", help="its files go into a folder of its name in here (default: data)"),
+    _argument("--source", help="local folder with the hub's files; without it they are downloaded"),
+    _argument("--sample", type=int, metavar="N", help="also write a sample of at most N rows"),
+    _argument("--seed", type=int, default=0, metavar="S", help="of the sample (default: 0)"),
+)
+def data(args: argparse.Namespace) -> int:
+    """prepare a benchmark of the hub, or verify the files that are there"""
+    from dmlr.data.benchmarks import prepare
+
+    made = prepare(args.name, args.out, source=args.source, sample=args.sample, seed=args.seed)
+    for remark in made.remarks:
+        print(remark)
+    done = f"{len(made.written)} files written" if made.written else "unchanged, checksums verified"
+    print(f"{made.path}: {made.rows} rows ({done})")
+    return 0
+
+
+@_command(
+    _argument("model", help="parameter file of the model, or its name in notebooks/params/models"),
+    _argument("--benchmarks", default="", help="names in notebooks/params/benchmarks, or files (default: Table 1's)"),
+    *PARAMETERS,
+    _argument("--output", type=Path, help="folder of all runs (default: reports/runs/table1/<model>)"),
+)
+def table1(args: argparse.Namespace) -> int:
+    """every benchmark of Table 1 for one model, then one table; what is finished is skipped"""
+    from dmlr import table1
+
+    cells = table1.cells(args.model, args.benchmarks, args.file, dict(args.parameter), args.output)
+    failures = (table1.dry_run if args.dry_run else table1.run_all)(cells)
+    if failures:
+        print(f"\n{len(failures)} failed, for the reasons above: {', '.join(failures)}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+@_command(
+    _argument("model", nargs="*", help="folder, or hub id in the cache, beside the paper's models"),
+    _argument("--memory", type=float, metavar="GIB", help="plan with a GPU of so much memory, not this one"),
+    _argument("--json", action="store_true", help="everything as JSON"),
+)
+def doctor(args: argparse.Namespace) -> int:
+    """what this machine has, and which models fit in it; exit status 1 where something needed is broken"""
+    from dmlr.planning.doctor import as_text, examine
+
+    found = examine(args.model, None if args.memory is None else round(args.memory * 2**30))
+    print(json.dumps(found, indent=1) if args.json else as_text(found))
+    return 1 if found["broken"] else 0
+
+
+@_command()
+def report(args: argparse.Namespace) -> int:
+    """write reports/index.html from the runs that are there"""
+    from dmlr.show.index import write_index
+
+    print(f"index: {write_index()}")
+    return 0
+
+
+@_command()
+def readme(args: argparse.Namespace) -> int:
+    """put the demo's table, figure and reports where git keeps them"""
+    from dmlr.demo import publish
+
+    publish()
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands with their arguments; `command` is the function that was chosen."""
+    whole = argparse.ArgumentParser(prog="python -m dmlr", description="What is no notebook of DMLR.")
+    commands = whole.add_subparsers(required=True, metavar="COMMAND")
+    for function, arguments in _COMMANDS:
+        one = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+        for names, how in arguments:
+            one.add_argument(*names, **how)
+        one.set_defaults(command=function)
+    return whole
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; 0 is success, 2 a misspelt option. Errors of this package are one line (or a few) on stderr."""
+    try:
+        args = parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        return args.command(args)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
+    except Exception as error:
+        if not type(error).__module__.startswith("dmlr."):  # a fault of this program, which wants its traceback
+            raise
+        message = error
+    print(f"error: {message}", file=sys.stderr)
+    return 1
