@@ -6,7 +6,7 @@ import re
 
 from dmlr.judge.expressions import equal, is_prose, latex_key, looks_like_math
 from dmlr.judge.extract import Candidate, normalize_text, plain, split_choice
-from dmlr.judge.quantities import parse_number
+from dmlr.judge.quantities import NOT, parse_number
 
 
 def as_choice(inner: str, options: dict[str, str], kind: str | None) -> tuple[str, str] | None:
@@ -54,7 +54,7 @@ def _picked_letter(answer: str, candidate: Candidate, known: dict[str, str], com
     bare = re.fullmatch(r"[(\[{]?\s*([A-Za-z])\s*[)\]}]?[.,:;!]?", answer)
     if bare:
         return (bare[1].upper() if bare[1].upper() in letters else None), ""
-    if _BETWEEN_TWO.match(answer):
+    if (both := _BETWEEN_TWO.match(answer)) and not _DENIED_AFTER.match(answer[both.end() :]):
         return "?", ""
     part = split_choice(answer)
     if part and part[0] in letters and (answer[0] in "([" or answer[0].isupper() or part[1]):
@@ -70,7 +70,7 @@ def _picked_letter(answer: str, candidate: Candidate, known: dict[str, str], com
     if closing and closing[-1] in letters:
         return closing[-1], ""
     opening = re.match(r"([A-Z])(?=\s+(?:answer|option|choice|is\b)|\s*[-–—]\s)", answer)
-    if opening and opening[1] in letters:
+    if opening and opening[1] in letters and not _DENIED_AFTER.match(answer[1:]):
         return opening[1], ""
     # Without an explicit answer the end of the text counts, unless letter and named option disagree there.
     sentences = [sentence for sentence in re.split(r"(?<=[.!?])\s+|\n+", answer) if sentence.strip()] or [""]
@@ -107,9 +107,23 @@ def _letters_of_text(answer: str, known: dict[str, str]) -> list[str]:
 
 _MENTION = re.compile(r"(?<![A-Za-z0-9'’\\_^$-])(\(?)([A-Z]|(?<=\()[a-z](?=\)))(?![A-Za-z0-9'’_^-])(\)?)")
 _BETWEEN_TWO = re.compile(
-    r"(?:either\s+|both\s+)?\(?([A-Z])\)?\s*(?:,|/|&|\bor\b|\band\b)\s*(?:and\s+|or\s+)?\(?(?!\1)[A-Z]\)?(?![A-Za-z'’])"
+    r"(?:(?i:either|both)\s+)?\(?([A-Z])\)?\s*(?:,|/|&|\bor\b|\band\b)\s*(?:and\s+|or\s+)?\(?(?!\1)[A-Z]\)?(?![A-Za-z'’])"
 )
 _ARTICLE = re.compile(r"\s+[a-z]")
+_FOLLOWED = re.compile(r"\s+(?:is|are|because|since|as|answer|option|choice|and|or|which|with|for)\b")
+# A denial reaches to the end of its clause, and along a list of letters: "not A, B or C".
+_DENIED = re.compile(
+    r"(?i:\b(?:not|cannot|neither|nor|rather than|instead of)\b|n['’]t\b)"
+    r"(?:(?!\bbut\b)[^.,;!?\n]|,\s*\(?[A-Z]\)?(?![A-Za-z])|,\s*(?:or\s+|and\s+)?\(?$){0,20}$"
+    rf"|(?i:{NOT})\s*(?i:(?:es|est|ist|è|é|la|die|the|option|answer|choice|вариант)\s+)*[(*\"']*$"
+)
+_DENIED_AFTER = re.compile(  # but "B is not A" and "B不是A" name B
+    r"(?i)[)\]*\"']*\s*(?:(?:is|are|was|can|could|would|does|ist|est|es|é|è)\s*)?"
+    r"(?:not\b|n['’]t\b|cannot\b|wrong\b|incorrect|false\b|(?:be )?(?:excluded|ruled out|eliminated)"
+    r"|nicht\b|falsch|faux\b|no es\b|n['’]est pas|невер|неправ|değil"
+    r"|不对|不是|不正确|错|ではない|ではありません|(?:가|이|는|은) 아[니닙]|नहीं)"
+    r"(?!\s*\(?[A-Z](?![A-Za-z]))"
+)
 
 
 def _mentions(text: str, letters: str) -> list[str]:
@@ -122,18 +136,11 @@ def _mentions(text: str, letters: str) -> list[str]:
         after = text[match.end() : match.end() + 30]
         if match[1] != "(" and letter in "AI" and _ARTICLE.match(after) and not _FOLLOWED.match(after):
             continue
-        if _DENIED.search(text[max(0, match.start() - 30) : match.start()]):
-            continue
-        found.append(letter)
+        if not _DENIED_AFTER.match(after) and not _DENIED.search(text[max(0, match.start() - 30) : match.start()]):
+            found.append(letter)
     return found
 
 
-_FOLLOWED = re.compile(r"\s+(?:is|are|because|since|as|answer|option|choice|and|or|which|with|for)\b")
-# A denial reaches to the end of its clause, and along a list of letters: "not A, B or C".
-_DENIED = re.compile(
-    r"(?i:\b(?:not|cannot|neither|nor|rather than|instead of)\b|n['’]t\b)"
-    r"(?:[^.,;!?\n]|,\s*\(?[A-Z]\)?(?![A-Za-z])|,\s*(?:or\s+|and\s+)?\(?$){0,20}$"
-)
 _NEGATION = re.compile(r"(?i)\b(?:not|no|never|neither|nor|cannot|without|except|rather than)\b|n't\b")
 
 
@@ -163,18 +170,63 @@ def _named_in(sentence: str, known: dict[str, str]) -> str | None:
     return longest[0] if len(longest) == 1 else None
 
 
-def compare_yes_no(candidate: Candidate, truth: str) -> tuple[bool, str] | None:
+_SAYS = {
+    "yes": "yes yep yeah true correct right indeed oui ja sí si sim да はい 네 예 是 是的 对 对的 對 正确",
+    "no": "no nope false incorrect wrong non nein não нет いいえ 아니요 아니오 否 不 不是 不对 没有",
+}
+_SAID = {word: meaning for meaning, words in _SAYS.items() for word in words.split()}
+_STATED = re.compile(
+    r"(?i)(?:^|[:\"'({]\s*|\b(?:is|so|think|say)\s+|,\s*|[.!?\n]\s*)(yes|no|true|false)(?=[.,;!\"')}\n]|\s*$)"
+)
+_QUESTION = re.compile(
+    r"(?i)(?:^|[.:?!\n]\s*)(?:is|are|was|were|do|does|did|can|could|has|have|will)\s+([^?\n]{3,200})\?"
+)
+_QUOTED_END = re.compile(r"[\"“'‘]([^\"“”'‘’]+)[\"”'’][.?!]*$")
+_READS = re.compile(r"(?i)\b(?:is|says|reads|shows)\s+(\w+)[.!]*$")
+_HEDGED = re.compile(
+    r"(?i)\b(?:may|might|maybe|perhaps|possibly|cannot|can't|unclear|unsure|unable|if|whether|or|but)\b"
+)
+
+
+def compare_yes_no(candidate: Candidate, truth: str, question: str | None = None) -> tuple[bool, str] | None:
     """(right, "yes") when the candidate says one of the two words as its answer, None otherwise.
 
-    "No dog is seen" is a sentence about dogs, "No, ..." and "... is no." are answers.
+    "No dog is seen" is a sentence about dogs, "No, ..." and "... is no." are answers; and so is a sentence that says
+    what the question asks, word by word, or denies just that.
     """
-    words = {"yes", "no"} if truth in ("yes", "no") else {"true", "false"}
+    names = {"yes": "yes", "no": "no"} if truth in ("yes", "no") else {"yes": "true", "no": "false"}
     text = plain(candidate.text).strip()
-    opening = re.match(r"\W*([A-Za-z]+)(\s*[,.;:!\n–—-]|\W*$)?", text)
-    if opening and opening[1].lower() in words and (candidate.explicit or opening[2] is not None):
-        return opening[1].lower() == truth, opening[1].lower()
-    stated = [word.lower() for word in _STATED.findall(text) if word.lower() in words]
-    return (stated[-1] == truth, stated[-1]) if stated else None
+    opening = re.match(r"\W*([^\W\d_]+)(\s*[,.;:!\n–—-]|\W*$)?", text)
+    said = opening and _SAID.get(opening[1].lower())
+    if said and (opening[2] is not None or (candidate.explicit and opening[1].lower() in (*names, *names.values()))):
+        return names[said] == truth, names[said]
+    stated = [word.lower() for word in _STATED.findall(text)]
+    said = _SAID[stated[-1]] if stated else _said_of(text, question or "")
+    return (names[said] == truth, names[said]) if said else None
 
 
-_STATED = re.compile(r"(?i)(?:^|[:\"'({]\s*|\bis\s+|[.!?\n]\s*)(yes|no|true|false)(?=[.,;!\"')}\n]|\s*$)")
+def _said_of(text: str, question: str) -> str | None:
+    """What a sentence answers to a question of which it repeats the words ("yes"), or denies them ("no")."""
+    asked = _QUESTION.findall(question)
+    if not asked or len(text) > 300 or _HEDGED.search(text) or _NEGATION.search(asked[-1]):
+        return None
+    denied = bool(_NEGATION.search(text))
+    quoted = _QUOTED_END.search(asked[-1].strip())
+    answer = _QUOTED_END.search(text)
+    if quoted and (read := answer or _READS.search(text)):
+        if normalize_text(quoted[1]) == normalize_text(read[1]):
+            return "no" if denied else "yes"
+        return "no" if answer and not denied else None
+    words, repeated = _stems(asked[-1]), _stems(text)
+    if repeated == words or (not denied and len(words) > 2 and repeated[: len(words)] == words):
+        return "no" if denied else "yes"
+    return None
+
+
+def _stems(text: str) -> list[str]:
+    """Words that carry meaning, in order, without plural and verb endings."""
+    text = _LITTLE.sub(" ", _NEGATION.sub(" ", text.casefold().replace("n't", " not")))
+    return [re.sub(r"(?<=\w\w)e?s$", "", word) for word in re.findall(r"[^\W_]+", text)]
+
+
+_LITTLE = re.compile(r"\b(?:a|an|the|this|that|these|those|there|any|some|is|are|was|were|do|does|did|has|have|be)\b")

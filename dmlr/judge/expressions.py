@@ -6,7 +6,7 @@ import re
 
 from dmlr.judge import mathcheck
 from dmlr.judge.extract import plain
-from dmlr.judge.quantities import EXACT, Tolerance
+from dmlr.judge.quantities import EXACT, NOT, REPEATING, THOUSANDS, Tolerance, repeating
 
 LATEX = re.compile(r"\\[A-Za-z]|\$[^$]+\$|\\[(\[]")
 _MACRO = re.compile(r"\\(?:text|mathrm|textrm|mathbf|textbf|mbox|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
@@ -14,11 +14,51 @@ _FUNCTIONS = (
     "sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|max|min|lim|det|gcd|lcm|mod|arcsin|arccos|arctan|sinh|cosh|tanh|pi"
 )
 _WORD = re.compile(
-    rf"(?<![A-Za-z0-9])(?!(?:{_FUNCTIONS})(?![A-Za-z]))(?:[A-Za-zÀ-ÿ]{{2,}}(?=[\s:,])|[A-Za-zÀ-ÿ]{{3,}})"
+    rf"(?<![A-Za-z0-9])(?!(?:{_FUNCTIONS})(?![A-Za-z]))(?:[A-Za-zÀ-ÿ]{{2,}}(?=[\s:,])|[A-Za-zÀ-ÿ]{{3,}}|[A-Za-z]+['’][a-z]+\s)"
     r"|[\u0400-\u04ff\u3040-\u9fff]"
 )
-
 _AND = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b(?!\s*\}))\s*")
+_RELATION = re.compile(r"[=<>^+*/±√≤≥≠≈]|\\(?:le|ge|neq?|in|frac|sqrt)|\d\s*-\s*\w")
+_SYMBOLS = {
+    "≤": r"\le ",
+    "≥": r"\ge ",
+    "≠": r"\neq ",
+    "≈": r"\approx ",
+    "∈": r"\in ",
+    "∪": r"\cup ",
+    "∩": r"\cap ",
+    "×": r"\times ",
+    "·": r"\cdot ",
+    "⋅": r"\cdot ",
+    "÷": "/",
+    "±": r"\pm ",
+    "∓": r"\mp ",
+    "°": r"^\circ ",
+    "∞": r"\infty ",
+    "π": r"\pi ",
+    "θ": r"\theta ",
+    "α": r"\alpha ",
+    "β": r"\beta ",
+    "∅": r"\emptyset ",
+    "²": "^2",
+    "³": "^3",
+    "₀": "_0",
+    "₁": "_1",
+    "₂": "_2",
+}
+_TRANSLATED = str.maketrans(_SYMBOLS)
+_SPELLINGS = [  # of one operation, in code and in handwriting
+    (re.compile(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)|√\s*\(([^()]*)\)|√\s*(\w+)"), r"\\sqrt{\1\2\3}"),
+    (re.compile(r"<=(?!>)"), r"\\le "),
+    (re.compile(r">="), r"\\ge "),
+    (re.compile(r"!="), r"\\neq "),
+    (re.compile(r"\*\*"), "^"),
+    (re.compile(r"(?<=[\w)}])\s*\*\s*(?=[\w(\\])"), r"\\cdot "),
+    (re.compile(r"(?<=\d)\s+x\s+(?=\d)"), r"\\times "),
+    (re.compile(r"(?<![A-Za-z\\])(pi|infty)(?![A-Za-z])"), r"\\\1 "),
+    (re.compile(r"\\varnothing"), r"\\emptyset "),
+    (THOUSANDS, ""),
+]
 
 
 def is_prose(text: str) -> bool:
@@ -30,14 +70,37 @@ def looks_like_math(text: str) -> bool:
     """Whether a ground truth is better compared as an expression than as words."""
     return bool(
         LATEX.search(text)
-        or re.search(r"[=<>^√π±]|\d\s*[-+*/]\s*\d|[)\]}]\s*$", text)
+        or re.search(r"[=<>^√π±≤≥≠×÷∞∅]|\d\s*[-+*/]\s*\d|[)\]}]\s*$", text)
         or (not is_prose(text) and re.search(r"[-+*/,;|_]|\d[A-Za-z]|[A-Za-z0-9)]!", text))
     )
 
 
+def formulas_in(text: str) -> list[str]:
+    """Runs of an unmarked text that are mathematics and relate or combine something: "so y = 2" has "y = 2".
+
+    Not those that the text denies; none of a text that is mathematics as a whole, or nearly: "x = 1 or x = 2".
+    """
+    if not is_prose(_AND.sub(", ", text)):
+        return []
+    runs: list[list[str]] = [[]]
+    for token in text.split():
+        if is_prose(f"{token} "):
+            runs.append([token])  # the word before the run, which may deny it
+        else:
+            runs[-1].append(token)
+        if token[-1] in ".;" or (token[-1] == "," and is_prose(f"{token} ")):
+            runs.append([])
+    found = []
+    for run in runs:
+        word, formula = (run[0], run[1:]) if run and is_prose(f"{run[0]} ") else ("", run)
+        if _RELATION.search(joined := " ".join(formula).strip(".,;:")) and not re.search(rf"(?i){NOT}", word):
+            found.append(joined)
+    return found
+
+
 def latex_key(text: str) -> str:
     """Spelling variants of one LaTeX expression made equal; spaces between words and digits are kept."""
-    text = re.sub(r"\\(?:text|mathrm|textrm|mathbf|textbf|operatorname)\s*\{([^{}]*)\}", r"\1", plain(text))
+    text = re.sub(r"\\(?:text|mathrm|textrm|mathbf|textbf|operatorname)\s*\{([^{}]*)\}", r"\1", _spelled(plain(text)))
     text = re.sub(r"\\left|\\right|\\[,;:! ]|\$|\\\(|\\\)|\\\[|\\\]", "", text)
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
     text = re.sub(r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}", text)
@@ -58,9 +121,16 @@ def equal(truth: str, answer: str, tolerance: Tolerance = EXACT) -> bool | None:
 
 def as_latex(text: str) -> str:
     """An expression without dollars gets them (math-verify reads bare LaTeX as prose); prose stays prose."""
-    text = re.sub(r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}", text.strip()).replace("°", "^\\circ ")
-    joined = _AND.sub(", ", text)
-    text = text if is_prose(joined) else joined
-    if not text or is_prose(text) or re.search(r"\$|\\\(|\\\[|\\boxed|\\begin\{align", text):
+    joined = _AND.sub(", ", text := text.strip())
+    prose = is_prose(joined)
+    text = text if prose else _spelled(joined)
+    if not text or prose or re.search(r"\$|\\\(|\\\[|\\boxed|\\begin\{align", text):
         return text
     return f"${text.rstrip('.')}$"
+
+
+def _spelled(text: str) -> str:
+    text = text.translate(_TRANSLATED)
+    for pattern, spelling in _SPELLINGS:
+        text = pattern.sub(spelling, text)
+    return REPEATING.sub(lambda match: rf"({repeating(match)})", text)

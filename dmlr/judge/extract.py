@@ -33,7 +33,10 @@ _WEAK_ANCHOR = re.compile(
     r"|\b(?:r[ée]ponse|antwort|respuesta|resposta|risposta)\b\s*(?::|=|\b(?:est|ist|es|é|è)\b)"
     r"|答案\s*(?:是|为|為|:|：)?|ответ\s*:|答え\s*(?:は|:|：))[*:\s]*"
 )
-_AFTERTHOUGHT = re.compile(r"(?i)\.?\s*I hope (?:it|this) is correct|<\|[a-z_]+\|>")
+_AFTERTHOUGHT = re.compile(r"(?i)\.?\s*I hope (?:it|this) is correct")
+# Where a chat goes on after the answer: control tokens of chat templates, or a user's turn that the model wrote itself.
+_MARKER = r"(?:<\|(?!begin_of_box|end_of_box)[\w ]{1,30}\|>|</?s>|<(?:eos|pad|(?:start|end)_of_turn)>|\[/?INST\])"
+_NEXT_TURN = re.compile(rf"{_MARKER}|\n\s*(?:#+\s*)?(?:Human|User)\s*:")
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ def candidates(prediction: str) -> list[Candidate]:
     `<think>` was never closed.
     """
     text, complete = strip_reasoning(prediction)
+    text = first_turn(text)
     found: list[Candidate] = []
     if (inside := answer_tag(text)) is not None:
         inner = candidates(inside)
@@ -101,16 +105,23 @@ _FORMULA = re.compile(
 
 def strip_reasoning(text: str) -> tuple[str, bool]:
     """Text after the last `</think>`, and whether the reasoning was finished (an open `<think>` is not)."""
-    end = text.rfind("</think>")
-    if end >= 0:
-        return text[end + len("</think>") :], True
+    for end in ("</think>", "<|channel|>final<|message|>"):
+        if end in text:
+            return text.rpartition(end)[2], True
     return text, "<think>" not in text
+
+
+def first_turn(text: str) -> str:
+    """The text up to where the chat goes on, with a user's turn or a control token; tokens before it are left out."""
+    text = re.sub(rf"\A(?:\s*{_MARKER})+(?:assistant\b)?", "", text)
+    text = _NEXT_TURN.split(text, maxsplit=1)[0]
+    return text if "<answer>" in text else text.split("</answer>", 1)[0]
 
 
 def answer_tag(text: str) -> str | None:
     """Content of the last non-empty `<answer>` tag; one that was never closed runs to the end. None without."""
-    pieces = text.split("<answer>")[1:]
-    contents = [piece.split("</answer>", 1)[0].strip() for piece in pieces]
+    pieces = re.split(r"<answer>|<\|begin_of_box\|>", text)[1:]
+    contents = [re.split(r"</answer>|<\|end_of_box\|>", piece, maxsplit=1)[0].strip() for piece in pieces]
     return next((content for content in reversed(contents) if content), None)
 
 

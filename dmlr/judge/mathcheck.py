@@ -1,74 +1,30 @@
-"""Equality of mathematical expressions by math-verify, in a child process that can be killed.
+"""Equality of mathematical expressions by math-verify, in a process of its own that can be killed.
 
 Computer algebra has no upper bound on time or memory (9^9^9, deep nesting), and math-verify's own guard is a
-signal, which works in the main thread only. So one child process answers questions as JSON lines; when it is late,
-dies or runs out of memory it is replaced and the question is answered "unknown". Safe to call from any thread.
+signal, which works in the main thread only. pebble's pool of one worker is started by the first question, replaces a
+worker that is late or dies, and ends with this process. Safe to call from any thread.
 """
 
 from __future__ import annotations
 
-import atexit
-import json
+import multiprocessing
 import os
-import queue
-import subprocess
+import re
 import sys
 import threading
+from concurrent import futures
 from functools import lru_cache
+from types import ModuleType
 
-CPU_S = 3.0  # for one question; measured in the child, so that a busy machine does not change verdicts
-TIMEOUT_S = 30.0  # when the child sleeps or swaps
-START_S = 90.0  # importing sympy on a loaded machine
+from pebble import ProcessExpired, ProcessPool
+
+CPU_S = 3.0  # for one question; measured in the worker, so that a busy machine does not change verdicts
+TIMEOUT_S = 30.0  # when the worker sleeps or swaps
 MAX_CHARACTERS = 3000
 _MEMORY_BYTES = 4 << 30
 
-
-class _Child:
-    """The process and a thread that reads its answers, so that waiting for one can time out on any system."""
-
-    def __init__(self) -> None:
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONWARNINGS": "ignore"}
-        env.pop("COVERAGE_PROCESS_START", None)
-        command = [sys.executable, "-c", f"from {__name__} import _serve; _serve()"]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=env,
-        )
-        self.answers: queue.Queue[bytes] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-        self.ask(None, START_S)
-
-    def _read(self) -> None:
-        for line in self.process.stdout:
-            self.answers.put(line)
-        self.answers.put(b"")
-
-    def ask(self, question: dict | None, timeout_s: float) -> dict:
-        """The child's answer. Raises TimeoutError or ConnectionError; the child is then no longer of use."""
-        try:
-            if question is not None:
-                self.process.stdin.write(json.dumps(question).encode() + b"\n")
-                self.process.stdin.flush()
-            line = self.answers.get(timeout=timeout_s)
-        except queue.Empty:
-            raise TimeoutError from None
-        except OSError as error:
-            raise ConnectionError(str(error)) from None
-        if not line:
-            raise ConnectionError("the child process ended")
-        return json.loads(line)
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
-
-
 _lock = threading.Lock()
-_child: _Child | None = None
+_pool: ProcessPool | None = None
 
 
 @lru_cache(maxsize=4096)
@@ -79,67 +35,71 @@ def equal(truth: str, answer: str, decimals: int = 6, relative: float = 0.0) -> 
     None stands for: one side is no expression, is longer than MAX_CHARACTERS, or it took more than CPU_S.
     Expressions may be LaTeX with or without dollars, plain, or prose that ends in one.
     """
-    global _child
+    global _pool
     if max(len(truth), len(answer)) > MAX_CHARACTERS:
         return None
     with _lock:
-        try:
-            if _child is None:
-                _child = _Child()
-            return _child.ask(
-                {"truth": truth, "answer": answer, "decimals": decimals, "relative": relative}, TIMEOUT_S
-            )["equal"]
-        except (TimeoutError, ConnectionError):
-            if _child is not None:
-                _child.stop()
-            _child = None
-            return None
+        if _pool is None or not _pool.active:
+            _pool = ProcessPool(max_workers=1, initializer=_prepare, context=_Apart())
+        future = _pool.schedule(_equal, (truth, answer, decimals, relative), timeout=TIMEOUT_S)
+    try:
+        return future.result()
+    except (futures.TimeoutError, futures.BrokenExecutor, ProcessExpired):
+        return None
 
 
-@atexit.register
-def _stop() -> None:
-    if _child is not None:
-        _child.stop()
+class _Apart(multiprocessing.context.SpawnContext):
+    """Workers that start anew and do not run the caller's script once more, guarded by `__main__` or not."""
+
+    class Process(multiprocessing.context.SpawnProcess):
+        def start(self) -> None:
+            main = sys.modules["__main__"]
+            sys.modules["__main__"] = ModuleType("__main__")
+            try:
+                super().start()
+            finally:
+                sys.modules["__main__"] = main
 
 
 def _after_fork() -> None:
-    """A forked copy of this process must not share the pipe, nor a lock that another thread held."""
-    global _child, _lock
-    _child, _lock = None, threading.Lock()
+    """A forked copy of this process must not share the pool, nor a lock that another thread held."""
+    global _pool, _lock
+    _pool, _lock = None, threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-# ------------------------------------------------------------------------------- in the child process
+# ------------------------------------------------------------------------------- in the worker
 
 
-def _serve() -> None:
+def _prepare() -> None:
     import logging
+    import warnings
 
     logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):  # whatever the library prints is not this program's output
+        os.dup2(nowhere, stream)
     try:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     except (ImportError, ValueError, OSError):
         pass  # no such limit on this system: the time limit remains
-    from math_verify import parse, verify
+    _compare("$x=1/2$", "$\\frac{2}{4}$", 6, 0.0)  # loads what math-verify loads lazily
 
-    _equal(parse, verify, "$x=1/2$", "$\\frac{2}{4}$", 6, 0.0)  # loads what both load lazily
-    output = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # whatever the library prints must not become an answer
-    output.write(b'{"ready": true}\n')
-    for line in sys.stdin.buffer:
-        question = json.loads(line)
-        try:
-            _limit_cpu(CPU_S)
-            result = _equal(parse, verify, **question)
-        except Exception:  # RecursionError and MemoryError too
-            result = None
+
+def _equal(truth: str, answer: str, decimals: int, relative: float) -> bool | None:
+    try:
+        _limit_cpu(CPU_S)
+        return _compare(truth, answer, decimals, relative)
+    except Exception:  # RecursionError and MemoryError too
+        return None
+    finally:
         _limit_cpu(0)
-        output.write(json.dumps({"equal": result}).encode() + b"\n")
 
 
 def _limit_cpu(seconds: float) -> None:
@@ -150,11 +110,15 @@ def _limit_cpu(seconds: float) -> None:
         signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF's default action ends the process
 
 
-def _equal(parse, verify, truth: str, answer: str, decimals: int, relative: float) -> bool | None:
-    gold, pred = _understood(parse, truth), _understood(parse, answer)
+def _compare(truth: str, answer: str, decimals: int, relative: float) -> bool | None:
+    from math_verify import verify
+
+    gold, pred = _understood(truth), _understood(answer)
     if not gold or not pred:
         return None
-    if verify(gold, pred, float_rounding=decimals, timeout_seconds=None):
+    # "1 < x < 2" answers (1, 2] or (-∞, 2), but (1, 2) may as well be a point.
+    interval = bool(re.search(r"[\[\]]|\\in(?:fty)?\b|\\cup", truth))
+    if verify(gold, pred, float_rounding=decimals, allow_set_relation_comp=interval, timeout_seconds=None):
         return True
     values = [_value(parsed) for parsed in (gold, pred)] if relative else [None]
     return None not in values and abs(values[1] - values[0]) <= relative * abs(values[0])
@@ -166,8 +130,10 @@ def _value(parsed: list) -> float | None:
     return float(expression) if getattr(expression, "is_real", False) and expression.is_number else None
 
 
-def _understood(parse, text: str) -> list:
+def _understood(text: str) -> list:
     """What math-verify makes of a text, taken as mathematics and then as prose; empty when nothing was understood."""
+    from math_verify import parse
+
     for form in dict.fromkeys((text, text.strip("$"))):
         parsed = parse(form, parsing_timeout=None)
         if any(not isinstance(item, str) for item in parsed):  # its last element is the text itself

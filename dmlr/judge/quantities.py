@@ -1,4 +1,4 @@
-"""Numbers in text, read exactly: thousands separators, decimal commas, fractions, percent, currency and units."""
+"""Numbers in text, read exactly: signs, separators, decimal commas, fractions, percent, currency and units."""
 
 from __future__ import annotations
 
@@ -11,18 +11,31 @@ from dmlr.judge.extract import plain
 
 _MAX_CHARACTERS = 400  # of a number: exact arithmetic on longer ones helps nobody
 _VULGAR = "".join(chr(c) for c in (0xBC, 0xBD, 0xBE, *range(0x2150, 0x215F)))
+_POWERS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
+_BLANK = r"[ \u00a0\u2009\u202f'’_]"
 _BODY = (
-    r"(?:\d{1,3}(?:(?:,|\{,\}|\\,|\\!|,\\!|\s?,\\!\s?)\d{3})+(?!\d)(?:\.\d+)?"  # 1,234.5 and LaTeX's ways to write it
+    r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?"  # 1,234.5
+    rf"|[1-9]\d{{0,2}}(?:{_BLANK}\d{{3}})+(?![\d/]|{_BLANK}\d)(?:[.,]\d+)?"  # 1 234,5
+    r"|[1-9]\d{0,2}(?:(?:\.\d{3})+,\d+|(?:\.\d{3}){2,})(?!\.?\d)"  # 1.234,5
     r"|\d+,\d{2}(?![\d,])|0,\d+(?![\d,])"  # 2,74; "1,2" is rather a list
-    rf"|\d+(?:\.\d+)?(?:[eE][-+]?\d{{1,3}}(?![\dA-Za-z]))?(?:\s?[{_VULGAR}]|\s*/\s*\d+(?![\d.]))?|\.\d+|[{_VULGAR}])"
+    rf"|\d+\s+\d+/\d+(?!\.?\d)|\d+[{_POWERS}]+"  # 1 1/2, 10²
+    rf"|\d+(?:\.\d+)?(?:[eE][-+]?\d{{1,3}}(?![\dA-Za-z]))?(?:\s?[{_VULGAR}]|\s*/\s*\d+(?!\.?\d))?|\.\d+|[{_VULGAR}])"
+    r"(?P<times>\s?(?:thousand|million|billion|trillion)\b|k\b)?"
 )
-_NUMBER = re.compile(rf"(?<![A-Za-z0-9_.,^{{}}\\])(?P<sign>[-+]\s?)?[$€£¥₹]?\s?(?P<body>{_BODY})(?P<pct>\s*\\?%)?")
-_CURRENCY = r"(?:\\?\$|[€£¥₹])?"
+_TIMES = {"thousand": 10**3, "k": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SIGN = r"(?P<sign>[-+–]\s?|(?i:minus|negative)\s+)?"
+_MONEY = r"[$€£¥₹¢]"
+_CURRENCY = rf"(?:(?:USD|EUR|GBP|US)?\s?\\?{_MONEY}|(?:USD|EUR|GBP)\s)?"
+_NUMBER = re.compile(rf"(?<![A-Za-z0-9_.,^{{}}\\]){_SIGN}{_MONEY}?\s?(?P<body>{_BODY})(?P<pct>\s*\\?%)?")
+_POWER = r"(?:[²³]|\^\{?-?\d\}?)?"
 _UNIT = (
-    r"(?:\\?%|°|\^\\circ|\^\{\\circ\}|\\circ|\\?\$|[€£¥₹]|[A-Za-zµμΩ°\u4e00-\u9fff]+[²³]?(?:[/ ][A-Za-z]+[²³]?){0,3})"
+    rf"(?:\\?%|°|\^\\circ|\^\{{\\circ\}}|\\circ|\\Omega|\\?{_MONEY}"
+    rf"|[A-Za-zµμΩ°\u4e00-\u9fff]+\.?{_POWER}(?:[/ ·*][A-Za-z]+\.?{_POWER}){{0,3}})"
 )
-_PURE = re.compile(rf"(?P<sign>[-+]\s?)?{_CURRENCY}\s?(?P<body>{_BODY})(?P<space>\s*)(?P<unit>{_UNIT})?")
+_PURE = re.compile(rf"{_SIGN}{_CURRENCY}\s?(?P<body>{_BODY})(?P<space>\s*)(?P<unit>{_UNIT})?")
 _TEXT_MACRO = re.compile(r"\\(?:text|mathrm|textrm|operatorname|mbox)\s*\{([^{}]*)\}")
+THOUSANDS = re.compile(r"(?<=\d)\s?(?:\{,\}|,\\[!,;:]|\\[,!;: ]|~)\s?(?=\d{3}(?!\d))")  # LaTeX's ways to write them
+REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{(\d{1,20})\}")
 
 _UNITS = {
     alias: name
@@ -43,13 +56,24 @@ _UNITS = {
         "s": "s sec second seconds",
         "min": "min minute minutes",
         "h": "h hr hour hours",
-        "cm2": "cm² cm2",
-        "m2": "m² m2",
-        "cm3": "cm³ cm3",
-        "m3": "m³ m3",
+        "cm2": "cm2",
+        "m2": "m2",
+        "cm3": "cm3",
+        "m3": "m3",
     }.items()
     for alias in aliases.split()
 }
+_LETTER_UNITS = "JNVKWΩ"  # after a space: "5 V" is a voltage, "5 x" a product
+
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+).split()
+_TENS = {word: 10 * (i + 2) for i, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split())}
+_IN_WORDS = re.compile(
+    rf"(?i)\b(?:({'|'.join(_TENS)})(?:[- ]({'|'.join(_ONES[1:10])}))?|({'|'.join(reversed(_ONES))}))\b"
+    r"(?!\s+(?:of|half)\b)"
+)
 
 
 @dataclass(frozen=True)
@@ -98,24 +122,52 @@ def parse_number(text: str) -> Number | None:
     """The number that a text *is* (with currency, percent or unit, in dollars or not); None for anything more."""
     if len(text) > _MAX_CHARACTERS:
         return None
-    text = plain(_TEXT_MACRO.sub(r" \1", text)).strip().strip("$").strip()
-    text = re.sub(r"^\\\(|\\\)$|^\\\[|\\\]$|\\[;!: ]|(?<!\d)\\,|\\,(?!\d)|~", " ", text).strip().rstrip(".").strip()
+    text = _spelled(_TEXT_MACRO.sub(r" \1", text)).strip().strip("$").strip()
+    text = re.sub(r"^\\\(|\\\)$|^\\\[|\\\]$|\\[;!:, ]|~", " ", text).strip().rstrip(".").strip()
+    if match := REPEATING.fullmatch(text):
+        return Number(repeating(match))
     match = _PURE.fullmatch(text)
     if match is None:
         return None
-    unit = (match["unit"] or "").strip()
+    unit = re.sub(r"(?<=[A-Za-z])\^\{?(\d)\}?", r"\1", match["unit"] or "").strip().rstrip(".")
+    unit = unit.replace("²", "2").replace("³", "3")
     # "2x" and "3 i" are expressions; a unit is known, or a word of two letters at least after a space.
-    unknown = unit and unit not in _UNITS and not re.fullmatch(r"\\?\$|[€£¥₹]|[\u4e00-\u9fff]+", unit)
-    if unknown and (len(unit) < 2 or not match["space"]):
+    unknown = unit and unit not in _UNITS and not re.fullmatch(rf"\\Omega|\\?{_MONEY}|[\u4e00-\u9fff]+", unit)
+    if unknown and not (match["space"] and (len(unit) > 1 or unit in _LETTER_UNITS)):
         return None
-    value = _value(match["body"], match["sign"])
+    value = _value(match, match["sign"])
     name = _UNITS.get(unit, "")
     return None if value is None else Number(value, name == "%", "" if name == "%" else name)
 
 
+def repeating(match: re.Match) -> Fraction:
+    """The value of a decimal with a period, as REPEATING finds it."""
+    whole, start, period = match.groups()
+    tail = len(start) + len(period)
+    return Fraction(int(f"{whole}{start}{period}") - int(f"{whole}{start}" or 0), 10**tail - 10 ** len(start))
+
+
+def number_in_words(text: str) -> Number | None:
+    """The only number of a text that writes it as a word, up to ninety-nine; "one" counts only where it stands alone.
+
+    None with digits, or with several numbers.
+    """
+    if re.search(r"\d", text) or len(text) > _MAX_CHARACTERS:
+        return None
+    if part := re.fullmatch(r"(?i)\W*(?:(?:one|a)[- ])?(half|third|quarter)\W*", text):
+        return Number(Fraction(1, {"half": 2, "third": 3, "quarter": 4}[part[1].lower()]))
+    found = set()
+    for tens, ones, small in _IN_WORDS.findall(text):
+        value = _TENS.get(tens.lower(), 0) + (_ONES.index(ones.lower()) if ones else 0)
+        found.add(_ONES.index(small.lower()) if small else value)
+    alone = re.fullmatch(r"\W*\w+\W*", text)
+    found -= set() if alone else {1}
+    return Number(Fraction(found.pop())) if len(found) == 1 else None
+
+
 def find_numbers(text: str) -> list[Number]:
     """Every number in prose, in order; digits inside words (H2O), exponents and subscripts are none."""
-    return [number for number, _, _ in _spans(plain(text))]
+    return [number for number, _, _ in _spans(_spelled(text))]
 
 
 def find_number(text: str, last: bool) -> Number | None:
@@ -124,9 +176,9 @@ def find_number(text: str, last: bool) -> Number | None:
 
     Members of a tuple, set or list in brackets are not looked at.
     """
-    text = _BRACKETS.sub(_blank_tuple, plain(text))
+    text = _BRACKETS.sub(_blank_tuple, _spelled(text))
     spans = _spans(text)
-    said = [i for i, (_, start, _) in enumerate(spans) if not _DENIED.search(text[max(0, start - 20) : start])]
+    said = [i for i, (_, start, _) in enumerate(spans) if not _DENIED.search(text[max(0, start - 24) : start])]
     if not said:
         return None
     at = said[-1 if last else 0]
@@ -138,7 +190,17 @@ def find_number(text: str, last: bool) -> Number | None:
     return number
 
 
-_DENIED = re.compile(r"(?i)(?:\b(?:not|neither|nor)|n['’]t)(?:\s+(?:be|equal\s+to))?[\s*$]*$")
+def _spelled(text: str) -> str:
+    """Plain characters, and LaTeX's thousands separators as commas."""
+    return THOUSANDS.sub(",", plain(text))
+
+
+NOT = (  # words that deny what follows, in the languages that models answer in
+    r"(?:(?<![\w])(?:not|neither|nor|never|cannot|nicht|kein|pas|non|no|não|nao|niet|geen|nie|hindi|ne|не|нет)(?!\w)"
+    r"|n['’]t(?!\w)|rather than|instead of|không phải|không|değil|ليس|وليس|ليست"
+    r"|不是|不选|不選|不为|不能|并非|並非|而非|不會|不会)"
+)
+_DENIED = re.compile(rf"(?i){NOT}(?:\s+(?:be|equal\s+to))?[\s*$]*$")
 _BRACKETS = re.compile(r"[\[({][^\[\](){}]*[\])}]")
 
 
@@ -146,34 +208,45 @@ def _blank_tuple(match: re.Match) -> str:
     return " " * len(match[0]) if re.search(r",(?!\d{3}(?!\d))", match[0]) else match[0]
 
 
-_JOIN = re.compile(r"[*$\s]*(?:,|,?\s*\b(?:and|or)\b)[*$\s]*")
+_JOIN = re.compile(r"[*$\s]*(?:,|,?\s*\b(?:and|or|et|ou|und|oder|y|o|e|и|или)\b|[和或、])[*$\s]*")
+# In "5-3", "x - 3" and "8 cm - 3 cm" the minus is an operator, not a sign; at the start of a line it is a bullet.
+_OPERAND = re.compile(r"(?:\d[^\s,;:]*|[)\]}%°!]|(?<![\w'’])[A-Za-z])\s+$|[A-Za-z\d)\]}%°]$")
+_UNIT_BEFORE = re.compile(r"\d\s?[A-Za-z]{1,12}\s+$")
 
 
 def _spans(text: str) -> list[tuple[Number, int, int]]:
     found = []
     for match in _NUMBER.finditer(text):
-        # In "5-3" or "x - 3" the minus is an operator, not a sign.
-        before = text[max(0, match.start() - 8) : match.start()].rstrip()[-1:]
-        sign = "" if before and (before.isalnum() or before in ")]") and match["sign"] else match["sign"]
-        if (value := _value(match["body"], sign)) is not None:
+        sign, before = match["sign"], text[max(0, match.start() - 24) : match.start()]
+        bullet = sign in ("- ", "+ ", "– ") and "\n" in text and re.search(r"(?:^|\n)\s*$", before)
+        apart = sign and sign[-1].isspace() and _UNIT_BEFORE.search(before)
+        if sign and (bullet or apart or _OPERAND.search(before)):
+            sign = ""
+        if (value := _value(match, sign)) is not None:
             found.append((Number(value, bool(match["pct"])), match.start(), match.end()))
     return found
 
 
-def _value(body: str, sign: str | None) -> Fraction | None:
-    digits = re.sub(r"\{,\}|\\[,!]|\s*,\\!\s*", ",", body)
-    digits = re.sub(r",+", ",", digits)
+def _value(match: re.Match, sign: str | None) -> Fraction | None:
+    body, times = match["body"], (match["times"] or "").strip()
+    digits = re.sub(r"\s+(?=\d+/)", "+", body.removesuffix(match["times"] or ""))
     if re.fullmatch(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?", digits) and not digits.startswith("0,"):
         digits = digits.replace(",", "")
-    digits = digits.replace(",", ".").replace(" ", "")
+    if re.fullmatch(r"\d{1,3}(?:(?:\.\d{3})+,\d+|(?:\.\d{3}){2,})", digits):
+        digits = digits.replace(".", "")
+    digits = re.sub(_BLANK, "", digits.replace(",", "."))
     if len(digits) > _MAX_CHARACTERS:
         return None
     try:
         if digits[-1] in _VULGAR:
             part = Fraction(unicodedata.numeric(digits[-1])).limit_denominator(1000)
             value = part + (int(digits[:-1]) if digits[:-1] else 0)
+        elif digits[-1] in _POWERS:
+            base, power = re.fullmatch(rf"(\d+)([{_POWERS}]+)", digits).groups()
+            value = Fraction(int(base)) ** int("".join(str(_POWERS.index(p)) for p in power[:3]))
         else:
-            value = Fraction(digits)
+            value = sum(Fraction(part) for part in digits.split("+"))
     except (ValueError, ZeroDivisionError):
         return None
-    return -value if sign and sign.strip() == "-" else value
+    negative = sign and sign.strip().lower() in ("-", "–", "minus", "negative")
+    return (-value if negative else value) * _TIMES.get(times, 1)
