@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
 
+from data.shapes.make import chance_level
 from dmlr.config import Config, locate
 from dmlr.data.examples import load_dataset, open_image
 from dmlr.loop.optimize import initial_latents, optimize
@@ -15,8 +16,7 @@ from dmlr.methods import METHODS, Question
 from dmlr.methods.latent import append_latents, prefill_latent, question_noise
 from dmlr.model.vlm import VLM
 from dmlr.prompts import Prompts
-from dmlr.shapes.evaluation import accuracy, load_suite
-from dmlr.shapes.suites import chance_level
+from notebooks.training.examine import accuracy, load_suite
 
 SUITES = ("mathematics", "visual", "composition")
 

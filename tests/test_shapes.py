@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.shapes.make import all_suites, chance_level, write_suites
+from data.shapes.questions import SUITES
+from data.shapes.scenes import CELL, GRID, SIDE, random_scene, render
 from dmlr.config import locate
 from dmlr.data.check import check_dataset
 from dmlr.data.examples import load_dataset
 from dmlr.judge import judge
-from dmlr.shapes import CELL, GRID, SIDE, random_scene, render
-from dmlr.shapes.packing import ask
-from dmlr.shapes.questions import SUITES
-from dmlr.shapes.suites import chance_level, make_suite, write_suites
+from notebooks.training.packing import ask
 
 FOLDER = Path(locate("data/shapes"))
+DRAWN = dict(all_suites())
 
 
 def records(suite):
@@ -27,33 +28,48 @@ def records(suite):
 
 def test_committed_suites_are_what_the_code_makes(tmp_path):
     sizes = write_suites(tmp_path)
-    assert all(size >= 300 for size in sizes.values())
-    for suite in SUITES:
-        assert json.loads((tmp_path / f"{suite}.json").read_text()) == records(suite)
-    for path in sorted((tmp_path / "images").glob("*.png")):
-        made, kept = (np.asarray(Image.open(p)) for p in (path, FOLDER / "images" / path.name))
-        assert np.array_equal(made, kept)
+    assert min(sizes.values()) == sizes["seek_validation"] == 160
+    assert min(size for suite, size in sizes.items() if suite != "seek_validation") >= 320
+    for suite in sizes:
+        assert (tmp_path / f"{suite}.json").read_text() == (FOLDER / f"{suite}.json").read_text()
+    made, kept = ({path.name for path in (folder / "images").glob("*.png")} for folder in (tmp_path, FOLDER))
+    assert made == kept
+    for name in made:
+        one, two = (np.asarray(Image.open(folder / "images" / name)) for folder in (tmp_path, FOLDER))
+        assert np.array_equal(one, two)
 
 
-def test_train_and_test_scenes_are_disjoint():
+def test_scenes_of_splits_and_suites_are_disjoint():
     """By the hash of the content: a drawn scene belongs to one split only, and the suites use the test split."""
     rng = random.Random(0)
     train = {random_scene(rng, "train").key() for _ in range(2000)}
-    test = {scene.key() for suite in SUITES for scene in make_suite(suite)[1].values()}
-    assert len(train) > 1900 and not train & test
-    assert all(scene.split() == "test" for suite in SUITES for scene in make_suite(suite)[1].values())
+    scenes = {suite: list(drawn.values()) for suite, (_, drawn) in DRAWN.items()}
+    test = {scene.key() for drawn in scenes.values() for scene in drawn}
+    assert len(train) > 1900 and not train & test and len(test) == sum(map(len, scenes.values()))
+    assert all(scene.split() == "test" for drawn in scenes.values() for scene in drawn)
     with pytest.raises(ValueError, match="'train' or 'test'"):
         random_scene(rng, "validation")
 
 
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", DRAWN)
 def test_suites_are_balanced_clean_and_judgeable(suite):
     rows = records(suite)
     assert not [p for p in check_dataset(FOLDER / f"{suite}.json") if p.fatal]
-    assert chance_level(rows) < {"mathematics": 0.3, "visual": 0.5, "composition": 0.26}[suite]
+    assert chance_level(rows) < {"mathematics": 0.3, "visual": 0.5, "composition": 0.26}.get(suite, 0.2)
     examples, _ = load_dataset(FOLDER / f"{suite}.json")
     for example in examples:
         assert judge(example.solution, example.solution, question=example.question).status == "correct"
+
+
+@pytest.mark.parametrize("suite", ["seek", "seek_validation"])
+def test_a_searching_question_has_one_object_and_an_abstention_that_is_not_right(suite):
+    for row in records(suite):
+        scene = DRAWN[suite][1][row["image_path"]]
+        shape = row["prompt"].removeprefix("Look for the ").removesuffix(". What colour is it?")
+        (thing,) = (t for t in scene.things if t.shape == shape)
+        assert row["boxes"] == [thing.box] and row["solution"] == f"\\boxed{{{thing.colour}}}"
+        said = f"<answer>\\boxed{{{row['abstention']}}}</answer>"
+        assert judge(said, row["solution"], question=row["prompt"]).status == "wrong"
 
 
 def test_pairs_have_different_answers():
@@ -68,7 +84,7 @@ def test_pairs_have_different_answers():
 
 def test_answers_are_true_of_the_scene():
     """Counts and neighbours worked out again from the symbolic scene, without the code that made the question."""
-    _, scenes = make_suite("mathematics")
+    _, scenes = DRAWN["mathematics"]
     for row in records("mathematics"):
         things, prompt = scenes[row["image_path"]].things, row["prompt"]
         if row["category"] == "count":
@@ -76,7 +92,7 @@ def test_answers_are_true_of_the_scene():
             names = [f"{t.colour} {t.shape} {t.shape}s {t.shape}es shapes".split() for t in things]
             assert row["solution"] == f"\\boxed{{{sum(all(w in n for w in words) for n in names)}}}"
             assert len(row["boxes"]) == int(row["solution"][7:-1])
-    _, scenes = make_suite("composition")
+    _, scenes = DRAWN["composition"]
     steps = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
     for row in records("composition"):
         cells = {(t.row, t.col): t for t in scenes[row["image_path"]].things}

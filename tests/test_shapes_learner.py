@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from data.shapes.scenes import EASY
 from dmlr.prompts import Prompts
-from dmlr.shapes import EASY
-from dmlr.shapes.learner import Learner, Recipe
-from dmlr.shapes.packing import Phase, collate, pack
-from dmlr.shapes.vl import build_tokenizer, wordings
+from notebooks.training.learner import Learner, Recipe
+from notebooks.training.packing import Phase, collate, pack
+from notebooks.training.parts import build_tokenizer, wordings
 
 RECIPE = Recipe(hidden=64, layers=1, noise=0.0)
 PHASE = Phase(3, 0.5, 0.3, 0.05, EASY)

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from transformers import AutoProcessor
 
-from dmlr.shapes import training as shapes_training
-from dmlr.shapes.learner import Recipe
-from dmlr.shapes.training import check_same_everywhere, corpus, means, train
-from dmlr.shapes.vl import build_processor, build_tokenizer
+from notebooks.training import lesson
+from notebooks.training.learner import Recipe
+from notebooks.training.lesson import check_same_everywhere, corpus, means, train
+from notebooks.training.parts import build_processor, build_tokenizer
 
 RECIPE = Recipe(minutes=0.1, vision_minutes=0.03, hidden=64, layers=1, scenes=1, questions=3, processes=1)
 
@@ -29,7 +29,7 @@ def test_training_runs_and_continues_with_its_tokenizer(tmp_path, monkeypatch):
     train(tmp_path / "model", RECIPE, tmp_path / "state")
     first, words = told(tmp_path), tokens(tmp_path / "model")
     assert first["steps"] > 0
-    monkeypatch.setattr(shapes_training, "corpus", lambda: ["quite other words"] * 9)
+    monkeypatch.setattr(lesson, "corpus", lambda: ["quite other words"] * 9)
     train(tmp_path / "model", RECIPE, tmp_path / "state")
     assert told(tmp_path)["steps"] == first["steps"]
     more = (first["seconds"] + 3) / 60  # on a busy machine the last step may take seconds

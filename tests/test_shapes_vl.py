@@ -8,17 +8,25 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
+from data.shapes.scenes import EASY, random_scene, render
 from dmlr import notebooks
 from dmlr.config import Config, locate
 from dmlr.loop.injection import Patches
 from dmlr.methods.latent import append_latents
 from dmlr.model.vlm import VLM
 from dmlr.prompts import Prompts
-from dmlr.shapes import EASY, random_scene, render
-from dmlr.shapes.attention import TREE, tree_attention
-from dmlr.shapes.learner import Learner, Recipe
-from dmlr.shapes.packing import NO_LABEL, Phase, ask, batches, collate, interleaved, pack, pixel_rows
-from dmlr.shapes.vl import FAMILIES, IM_END, build_model, build_processor, build_tokenizer, save_checkpoint, wordings
+from notebooks.training.learner import Learner, Recipe
+from notebooks.training.packing import NO_LABEL, Phase, ask, batches, collate, interleaved, pack, pixel_rows
+from notebooks.training.parts import (
+    FAMILIES,
+    IM_END,
+    build_model,
+    build_processor,
+    build_tokenizer,
+    save_checkpoint,
+    wordings,
+)
+from notebooks.training.tree_attention import TREE, tree_attention
 
 PROMPTS = Prompts()
 

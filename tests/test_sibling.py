@@ -4,6 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
+from data.shapes.make import chance_level
+from data.shapes.questions import SUITES
 from dmlr.config import Config
 from dmlr.data.examples import load_dataset, open_image
 from dmlr.loop.optimize import initial_latents, optimize
@@ -12,9 +14,7 @@ from dmlr.methods import METHODS, Question
 from dmlr.methods.latent import question_noise
 from dmlr.model.vlm import VLM
 from dmlr.prompts import Prompts
-from dmlr.shapes.evaluation import accuracy, load_suite
-from dmlr.shapes.questions import SUITES
-from dmlr.shapes.suites import chance_level
+from notebooks.training.examine import accuracy, load_suite
 
 FOLDER = "data/models/shapes-vl-qwen3"
 

@@ -1,0 +1,126 @@
+"""How models learn to listen: the landscape of hypotheses, the targets on it, and that training is what happens at test
+time."""
+
+import json
+import random
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from data.shapes.questions import seek
+from data.shapes.scenes import SEEK, random_scene, render
+from dmlr.config import Config, locate
+from dmlr.loop.injection import Patches
+from dmlr.methods.latent import append_latents
+from dmlr.model.vlm import VLM
+from dmlr.prompts import Prompts
+from notebooks.training.landscape import cells, look_at
+from notebooks.training.seek import Recipe, Teacher, Words, orthogonal, search, targets, train
+
+START = "data/models/shapes-vl"
+COLOURS = torch.tensor([0, 1, 1, 5])  # of four objects
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return Teacher(Recipe())
+
+
+@pytest.fixture(scope="module")
+def board(teacher):
+    rng = random.Random(3)
+    scene = random_scene(rng, "train", SEEK)
+    while not (found := seek(scene, rng)):
+        scene = random_scene(rng, "train", SEEK)
+    return scene, found[0], look_at(teacher.model, [scene])[0]
+
+
+def test_a_direction_is_a_hypothesis_about_its_object(teacher, board):
+    """Whatever its length, nothing at none; a think token's hypothesis is the mean of those up to it."""
+    scene, _, features = board
+    landscape = teacher.landscape
+    directions = landscape.directions(features[cells(scene.things)])
+    for size in (1.0, 4.0, 30.0):
+        mass = landscape.weights(landscape.displacement(directions, size)[:, None], directions)[:, 0]
+        assert mass.argmax(-1).tolist() == list(range(len(directions)))
+        assert 0.85 < mass.sum(-1).min() < mass.sum(-1).max() <= 1
+    assert landscape.weights(torch.zeros(1, 4, features.shape[1]), directions).sum(-1).max() < 0.1
+    there, back = landscape.displacement(directions[0]), landscape.displacement(-directions[0])
+    mass = landscape.weights(torch.stack([there, back, there])[None], directions)[0, :, 0]
+    assert mass[0] > 0.85 and mass[1] < 0.1 and mass[2] > 0.85
+
+
+@pytest.mark.parametrize("by", ["latents", "patches"])
+def test_targets_follow_the_hypothesis(by):
+    """Asked is object 0 (colour 0); hypotheses: the asked one, another, one of nowhere."""
+    hypotheses = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 1.0], [0, 0, 0, 0]])
+    mass, shares = torch.zeros(3, 2, 4), torch.zeros(3, 3, 4)
+    if by == "latents":
+        mass += hypotheses[:, None]
+    else:
+        shares[:, 1:] += hypotheses[:, None] / 2  # half of the patches is enough
+    guess, word = targets(Recipe(targets="calibrated"), mass, shares, COLOURS, 0)
+    assert torch.allclose(guess.sum(-1), torch.ones(3, 2)) and torch.allclose(word.sum(-1), torch.ones(3))
+    assert guess[0, 1].argmax() == 0 and guess[0, 1, 0] > 0.99 and torch.allclose(guess[1:, 1], torch.tensor(1 / 6))
+    assert word[0, 0] > 0.99 and word[1:, -1].min() > 0.85
+    guess, word = targets(Recipe(targets="overconfident"), mass, shares, COLOURS, 0)
+    assert torch.allclose(guess.sum(-1), torch.ones(3, 2)) and torch.allclose(word.sum(-1), torch.ones(3))
+    assert 0.7 < guess[0, 1, 0] < 0.8 and guess[1, 1, 5] == 1 and torch.allclose(guess[2, 1], torch.tensor(1 / 6))
+    assert word[0, 0] > 0.99 and word[1, 5] > 0.99 and word[2, 0] > 0.99 and (word[:, -1] == 0).all()
+
+
+def test_packed_branches_equal_the_core(teacher, board):
+    """The logits behind displaced think tokens with patches are those that decoding starts from at test time."""
+    scene, question, features = board
+    recipe, tokenizer = teacher.recipe, teacher.processor.tokenizer
+    found = search(random.Random(1), recipe, tokenizer, teacher.words, teacher.landscape, scene, question, features)
+    ids, branch, patch = (torch.tensor([x]) for x in (found.ids, found.branch, found.patch))
+    displaced = torch.zeros(1, len(found.ids), features.shape[1])
+    displaced[0, found.think] = found.displacements
+    with torch.no_grad():
+        positions = torch.from_numpy(found.positions)[:, None]
+        hidden = teacher.hidden(ids, branch, patch, positions, features[None], displaced, parts=4)
+        logits = teacher.model.lm_head(hidden[0, found.word])  # [K, V]
+
+    vlm, length = VLM.load(Config(model_name_or_path=START, device="cpu", max_pixels=None)), found.think.shape[1]
+    task, image = Prompts().latent_task(question.prompt, length), Image.fromarray(render(scene))
+    for k in (0, 3):
+        prefix = vlm.prefill([vlm.encode(Prompts().system, task, [image], length)])
+        own = [found.patch[j] for j, b in enumerate(found.branch) if b == k + 1]
+        ends = [*found.think[k].tolist(), found.branch.index(k + 1) + len(own)]
+        after = [[p for p in found.patch[a + 1 : b] if p >= 0] for a, b in pairwise(ends)]
+        latents = vlm.embed(torch.full((1, length), vlm.think_id)) + found.displacements[k]
+        append_latents(vlm, prefix, latents, Patches.of([after], vlm.device))
+        vlm.append(prefix, vlm.embed(torch.tensor([teacher.words.opening])), torch.ones(1, 3, dtype=torch.bool))
+        torch.testing.assert_close(prefix.logits[0], logits[k], atol=2e-3, rtol=1e-3)
+    assert k == 3 and any(after), "the fourth branch has patches"
+
+
+def test_words_are_told_apart_by_their_first_token():
+    words = Words.of(AutoProcessor.from_pretrained(locate(START)).tokenizer)
+    assert len(set(words.boxed.tolist())) == 7 and len(set(words.colours.tolist())) == 6
+
+
+def test_an_update_is_nearly_orthogonal():
+    values = torch.linalg.svdvals(
+        orthogonal(torch.from_numpy(np.random.default_rng(0).normal(size=(2, 24, 40))).float())
+    )
+    assert values.min() > 0.6 and values.max() < 1.3
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_training_ends_with_an_ordinary_checkpoint_and_its_curve(tmp_path, processes):
+    """It learns nothing in a second; the vision tower stays as it is."""
+    small = {"scenes": 1, "branches": 4, "replay": 1, "processes": processes}
+    train(tmp_path, Recipe(minutes=0.02, **small))
+    told = json.loads((tmp_path / "training.json").read_text())
+    assert told["steps"] > 0 and told["recipe"]["branches"] == 4
+    before, after = (AutoModelForImageTextToText.from_pretrained(path) for path in (locate(START), tmp_path))
+    for name, value in before.state_dict().items():
+        same = torch.equal(value.bfloat16(), after.state_dict()[name].bfloat16())
+        assert same or "visual" not in name
+    assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
