@@ -44,6 +44,7 @@ PARAMETERS = (
     _argument("notebook"),
     *PARAMETERS,
     _argument("--output", help="path of the executed copy (.ipynb); its report lies beside it"),
+    _argument("--keep", action="store_true", help="put the outputs into the notebook itself, as git keeps it"),
 )
 def run(args: argparse.Namespace) -> int:
     """execute a notebook with checked parameters and render its report"""
@@ -65,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     from dmlr.show.index import write_index
 
     report = notebooks.run(args.notebook, given, args.output)
+    if args.keep:
+        notebooks.keep(report.with_suffix(".ipynb"), args.notebook)
     write_index()
     print(f"report: {report}")
     return 0

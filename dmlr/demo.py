@@ -23,13 +23,6 @@ WALKTHROUGH_RUN = RUNS / "01_walkthrough"
 # Reports that git keeps, by name: the folder of the run that makes each, and its command.
 EXAMPLES = {
     "benchmark": (BENCHMARK_RUN, "make demo"),
-    "walkthrough": (WALKTHROUGH_RUN, "make demo"),
-    "ablations": (RUNS / "02_ablations", "python -m dmlr run notebooks/02_ablations.ipynb"),
-    "perception": (
-        RUNS / "05_perception_and_confidence",
-        "python -m dmlr run notebooks/05_perception_and_confidence.ipynb",
-    ),
-    "efficiency": (RUNS / "06_efficiency", "python -m dmlr run notebooks/06_efficiency.ipynb"),
     "table1": (RUNS / "table1" / "shapes-vl", "make table1"),
 }
 README_MARKS = ("<!-- demo table: python -m dmlr readme -->", "<!-- end of the demo table -->")
@@ -97,7 +90,7 @@ def write_readme_figure(picture: Path | None = None, report: Path | None = None)
     picture = picture or root() / "reports" / "figures" / "walkthrough.png"
     report = report or WALKTHROUGH_RUN / "01_walkthrough.html"
     page = BeautifulSoup(report.read_text(encoding="utf-8"), "html.parser")
-    found = [image["src"].partition("base64,")[2] for image in page.select("figure > img")]
+    found = [image["src"].partition("base64,")[2] for image in page.select("img.plain")]
     if not found:
         raise ValueError(f"{report}: no figure in it")
     picture.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,8 @@ Knows how to run and render a notebook; knows nothing about models, methods or w
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import sys
@@ -29,6 +31,8 @@ from dmlr.parameters import check_parameters, default_output, from_here, literal
 from dmlr.show.policy import policy
 from dmlr.show.provenance import provenance
 from dmlr.show.style import css
+
+RESULT = "**In the stored run:**"  # what follows in a notebook's first cell comes from the run
 
 
 class RunError(RuntimeError):
@@ -121,6 +125,46 @@ def render(executed: str | Path, report: str | Path) -> None:
     page, _ = exporter.from_notebook_node(notebook, resources=resources)
     # Warnings and tracebacks name files; where the project lies on this machine is nobody's business.
     report.write_text(page.replace(f"{root()}{os.sep}", ""), encoding="utf-8")
+
+
+def keep(executed: str | Path, notebook: str | Path) -> None:
+    """Puts the outputs of an executed copy into the notebook itself, as git keeps them and a code host shows them.
+
+    Without logs, widgets, what only a report can show (cells tagged `report`) and where the project lies on this
+    machine; with a hash of the code that made them. What is said last in the cell tagged `result` opens the notebook.
+    """
+    stored, ran = (nbformat.read(path, as_version=4) for path in (notebook, executed))
+    ran.cells = [cell for cell in ran.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    for cell, made in zip(stored.cells, ran.cells, strict=True):
+        if cell.cell_type != "code":
+            continue
+        if cell.source != made.source:
+            raise RunError(f"{executed} is no run of {notebook} as it is; its code differs: {made.source[:60]!r} …")
+        tags = cell.metadata.get("tags", [])
+        cell.outputs = [_kept(output) for output in made.outputs if _is_kept(output) and "report" not in tags]
+        cell.execution_count = made.execution_count
+        if "result" in tags:
+            told = " ".join(cell.outputs[-1].data["text/plain"].split())
+            head = stored.cells[0].source.partition(RESULT)[0].rstrip()
+            stored.cells[0].source = f"{head}\n\n{RESULT} {told}"
+    stored.metadata["dmlr"] = {"code": code_hash(stored)}
+    nbformat.write(stored, notebook)
+
+
+def code_hash(notebook: nbformat.NotebookNode) -> str:
+    """Of the sources of all code cells: what the outputs of a stored notebook were made by."""
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    return hashlib.sha256("\0".join(code).encode("utf-8")).hexdigest()[:16]
+
+
+def _is_kept(output: nbformat.NotebookNode) -> bool:
+    widget = "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+    return not widget and not (output.output_type == "stream" and output.name == "stderr")
+
+
+def _kept(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The output without where the project lies on this machine."""
+    return nbformat.from_dict(json.loads(json.dumps(output).replace(f"{root()}{os.sep}", "")))
 
 
 def settled(text: str) -> str:

@@ -42,7 +42,10 @@ def check_parameters(notebook: str | Path, given: Mapping[str, Any]) -> dict[str
     cell = papermill.inspect_notebook(str(notebook))
     check_names(given, cell)
     settings = {name: literal(p["default"]) for name, p in cell.items() if name in CONFIG_NAMES}
-    config = Config.make(None, **{**settings, **{n: v for n, v in given.items() if n in CONFIG_NAMES}})
+    if "preset" in cell:  # what the cell leaves at none is the preset's
+        settings = {name: value for name, value in settings.items() if value is not None}
+    preset = given.get("preset", literal(cell["preset"]["default"])) if "preset" in cell else None
+    config = Config.make(preset, **{**settings, **{n: v for n, v in given.items() if n in CONFIG_NAMES}})
     return {
         name: getattr(config, name)
         if name in CONFIG_NAMES

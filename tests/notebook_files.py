@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import nbformat
 import papermill
@@ -26,6 +27,14 @@ def notebook(path, *cells, parameters='rounds: int = 1  # how often\nlabel: str 
 
 def cell_parameters(path):
     return papermill.inspect_notebook(str(path))
+
+
+def defined(path, names, **namespace):
+    """What those cells of a notebook define that define any of `names`, executed here with `namespace` around them."""
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code" and any(re.search(rf"^(def|class) {name}\b", cell.source, re.M) for name in names):
+            exec(compile(cell.source, path.name, "exec"), namespace)
+    return SimpleNamespace(**namespace)
 
 
 def filled(path, values, folder):

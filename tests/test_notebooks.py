@@ -26,18 +26,26 @@ ATTACK = '<script>alert("x")</script>'
 SMALL = {"end_data_idx": 24, "max_num_steps": 3, "batch_size": 8, "max_new_tokens": 64}
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
-def test_sources_are_stored_stripped(path):
+@pytest.mark.slow
+def test_what_is_kept_of_a_run(tmp_path):
+    source = "import os, sys\nprint(os.getcwd())\nprint('log', file=sys.stderr)\nprint('rounds', rounds)"
+    path = notebook(tmp_path / "n.ipynb", source, "1 + 1", "2 + 2")
     stored = nbformat.read(path, as_version=4)
-    nbformat.validate(stored)
-    assert "papermill" not in stored.metadata
-    assert "widgets" not in stored.metadata
-    for cell in stored.cells:
-        if cell.cell_type == "code":
-            kept = "nbval-check-output" in cell.metadata.get("tags", [])
-            assert bool(cell.outputs) == kept, cell.source
-            assert (cell.execution_count is None) != kept  # nbval compares only cells that have run
-            assert set(cell.metadata) <= {"tags"}
+    stored.cells[3].metadata["tags"], stored.cells[4].metadata["tags"] = ["result"], ["report"]
+    nbformat.write(stored, path)
+    for _ in range(2):  # again: the sentence of before makes room
+        notebooks.run(path, {}, tmp_path / "out.ipynb")
+        notebooks.keep(tmp_path / "out.ipynb", path)
+    kept = nbformat.read(path, as_version=4)
+    assert kept.cells[0].source == f"# A title\n\n{notebooks.RESULT} 2"
+    assert [output.name for output in kept.cells[2].outputs] == ["stdout"]
+    assert "rounds 1" in kept.cells[2].outputs[0].text and kept.cells[4].outputs == []
+    assert kept.metadata["dmlr"]["code"] == notebooks.code_hash(kept)
+    kept.cells[3].source = "1 + 2"
+    assert kept.metadata["dmlr"]["code"] != notebooks.code_hash(kept)
+    nbformat.write(kept, path)
+    with pytest.raises(notebooks.RunError, match="its code differs"):
+        notebooks.keep(tmp_path / "out.ipynb", path)
 
 
 # the runner
@@ -160,7 +168,7 @@ def test_benchmark_end_to_end(benchmark):
     )
     assert f"{gained} gained with dmlr" in text
     assert "Rules against LLM" not in text  # nobody asked one
-    assert re.search(r"mathematics, dmlr: (AUROC \d|\d+ right and \d+ wrong answers with a reward)", text)
+    assert re.search(r"mathematics dmlr: (AUROC \d|\d+ right and \d+ wrong answers with a reward)", text)
     assert external_requests(page) == []
     images = BeautifulSoup(page, "html.parser").find_all("img")
     assert len(images) >= 3
@@ -284,9 +292,7 @@ def test_the_readmes_table_comes_from_results(benchmark, tmp_path):
 def test_the_readmes_figure_is_cut_from_a_report(tmp_path):
     picture = tmp_path / "figures" / "walkthrough.png"
     pixel = page.data_uri(Image.new("RGB", (3, 2), "red"))
-    pages = [
-        f'<figure><img src="{pixel}" alt="a"></figure>' for pixel in (page.data_uri(Image.new("L", (9, 9))), pixel)
-    ]
+    pages = [f'<img class="plain" src="{pixel}" alt="a">' for pixel in (page.data_uri(Image.new("L", (9, 9))), pixel)]
     (tmp_path / "walk.html").write_text("".join(pages))
     demo.write_readme_figure(picture, tmp_path / "walk.html")
     assert Image.open(picture).size == (3, 2)

@@ -1,8 +1,5 @@
 """Everything that a GPU would refuse for where its tensors are, found without one."""
 
-import json
-import re
-
 import pytest
 import torch
 from pretend_gpu import GPU, OnGPU, PretendGPU, to_gpu
@@ -12,10 +9,9 @@ from tiny_families import TINY
 
 from dmlr.config import Config
 from dmlr.data.examples import Example
-from dmlr.look import study
-from dmlr.look.study import geometry
-from dmlr.look.walkthrough import explore, view
-from dmlr.look.walkthrough.what_if import try_changes, usual_changes
+from dmlr.look import view
+from dmlr.look.walk import explore
+from dmlr.look.what_if import try_changes, usual_changes
 from dmlr.methods import METHODS
 from dmlr.methods.answers import Question
 
@@ -75,31 +71,6 @@ def test_the_walkthrough_runs_where_the_model_is():
     for moment in again.moments:  # on the CPU: they are drawn
         assert view.heat(moment, again.encoded.patch_grid).values.max() > 0
     assert [o.answer for o in try_changes(walk, usual_changes(walk))] == [o.answer for o in changed]
-
-
-def test_a_study_runs_where_the_model_is(tmp_path):
-    rows = []
-    for i in range(3):
-        noise_image(i).save(tmp_path / f"{i}.png")
-        rows.append({"prompt": f"How many? {i}", "solution": "\\boxed{3}", "image_path": f"{i}.png", "idx": i})
-    (tmp_path / "data.json").write_text(json.dumps(rows))
-    config = Config(**BASE, dataset=str(tmp_path / "data.json"), verbose=0, batch_size=2)
-    rules = study.Rules("\\boxed{{answer}}", re.compile(r"[,.]"), ("noise", "blur", "blank"))
-    here, there = tiny_vlm(), tiny_vlm()
-    to_gpu(there.model)
-    found, lost = study.study(here, config, rules)
-    with PretendGPU():
-        again, lost_there = study.study(there, config, rules)
-        questions = [Question(i, row["prompt"], [noise_image(i)]) for i, row in enumerate(rows)]
-        assert len(geometry.collect(there, questions, [one.latent for one in again], config).points)
-    assert (lost, lost_there) == ([], []) and len(found) == 3
-    for one, other in zip(found, again, strict=True):
-        assert one.chain.text == other.chain.text
-        assert one.chain.perturbed.keys() == other.chain.perturbed.keys() == {"noise", "blur", "blank"}
-        for kind in one.chain.perturbed:
-            torch.testing.assert_close(
-                one.chain.dependency(kind), other.chain.dependency(kind).cpu(), atol=1e-4, rtol=0
-            )
 
 
 def test_what_a_gpu_refuses_is_refused():

@@ -3,7 +3,6 @@
 The widgets are driven here without a browser; tests/test_browser.py drives them in one.
 """
 
-import ast
 import math
 import re
 from datetime import datetime, timezone
@@ -13,15 +12,16 @@ import numpy as np
 import pytest
 import torch
 from bs4 import BeautifulSoup
-from notebook_files import cell_parameters, external_requests
+from notebook_files import external_requests
 from PIL import Image
 from tiny import noise_image, tiny_vlm
 
 from dmlr import notebooks
 from dmlr.config import Config
 from dmlr.data.examples import Example, load_dataset, open_image
-from dmlr.look.walkthrough import Moment, explore, view, widgets
-from dmlr.look.walkthrough.what_if import Change, try_changes, usual_changes
+from dmlr.look import figures, view, widgets
+from dmlr.look.walk import Moment, explore
+from dmlr.look.what_if import Change, try_changes, usual_changes
 from dmlr.loop.injection import Patches
 from dmlr.loop.optimize import initial_latents
 from dmlr.methods import METHODS
@@ -29,7 +29,6 @@ from dmlr.methods.latent import append_latents, prefill_latent
 from dmlr.methods.prompting import decode, prompts_of
 from dmlr.model.encode import PromptError
 from dmlr.model.vlm import VLM
-from dmlr.show.plots import walkthrough as plots_walkthrough
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "01_walkthrough.ipynb"
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -139,7 +138,7 @@ def test_questions_without_an_image_and_with_several(tiny, images):
     assert sum(map(len, shown.moments[-1].patches)) >= 4 * bool(images)
     picture = shown.question.images[0] if images else None
     heats = [view.heat(m, grid, token) for m in shown.moments for token in (None, 3)]
-    assert len(plots_walkthrough.strip(picture, grid, heats, 0.5).axes) == 8
+    assert len(figures.strip(picture, grid, heats, 0.5).axes) == 8
     assert view.caption(shown.moments[-1], grid)
     outcomes = try_changes(shown, usual_changes(shown))
     assert outcomes[0].answer == shown.dmlr.text
@@ -341,7 +340,7 @@ def test_the_figure_marks_its_iteration_and_darkens_what_is_not_attended_to():
     image, grid = Image.new("RGB", (60, 40), "white"), (2, 3)
     curve = [(0.1, 0.1, False), (0.4, 0.4, True), (0.2, 0.4, False)]
     heat = view.heat(made_up(), grid)
-    fig = plots_walkthrough.moment(image, grid, heat, 0.085, curve, 2)
+    fig = figures.moment(image, grid, heat, 0.085, curve, 2)
     left, right = fig.axes
     alpha = left.images[-1].get_array()[..., 3].ravel()
     assert np.allclose(alpha, 0.66 * (1 - heat.values / 0.085), atol=1e-6)
@@ -436,30 +435,7 @@ def test_what_goes_wrong_is_said_in_the_status_line(explorer, walk):
 # the notebook
 
 
-def test_the_notebooks_prose_is_true_of_its_question(walk, outcomes, example):
-    stored = {name: ast.literal_eval(p["default"]) for name, p in cell_parameters(NOTEBOOK).items()}
-    ours = {name: getattr(walk.config, name) for name in stored if hasattr(walk.config, name)}
-    assert {**ours, "device": "auto", "dtype": "auto"} == {name: stored[name] for name in ours}
-    assert (stored["dataset"], stored["example"]) == ("data/shapes/mathematics.json", example.row)
-    hidden = "row 5 column 2"
-    cell = next(p for p in range(36) if view.place(p, (6, 6)) == "row 5, column 2")
-    assert walk.is_right(walk.vanilla.text)
-    assert not walk.moments[0].is_right  # no patches: one star is overlooked
-    assert hidden not in walk.moments[0].answer
-    assert hidden in walk.dmlr.text  # one patch for each think token: it is found
-    assert walk.is_right(walk.dmlr.text)
-    assert [len(patches) for patches in walk.dmlr.reasoning.patches] == [1] * 4
-    assert [cell] in walk.dmlr.reasoning.patches
-    assert [len(patches) for patches in walk.moments[-1].patches] == [2] * 4
-    assert not walk.moments[-1].is_right  # two for each: lost again
-    assert not any(o.is_right for o in outcomes if o.change.seed)
-    assert not max(outcomes, key=lambda o: o.reward).is_right
-    told = view.reading(walk, outcomes)
-    assert "States tried: 10; kept: 1; with another answer: 1." in told
-    assert "Changes tried: 12; with another answer: 6." in told
-    assert "(seed 43): 2 (wrong)" in told
-
-
+@pytest.mark.slow
 def test_a_report_of_ones_own_question_is_static_and_whole(tmp_path):
     image = next((NOTEBOOK.parents[1] / "data" / "shapes" / "images").glob("*.png"))
     given = {"question": f"How many circles are there? {ATTACK}", "image": str(image), "truth": "3", "max_num_steps": 3}
@@ -471,20 +447,20 @@ def test_a_report_of_ones_own_question_is_static_and_whole(tmp_path):
     for leftover in ("IProgress", "widget-view", "VBox(", "HBox(", "Dropdown(", "  0%|"):
         assert leftover not in page
     assert "Warning" not in soup.get_text()
-    figures = soup.find_all("figure")
-    assert len(figures) == 3
-    assert all(figure.img["alt"] and figure.figcaption.get_text() for figure in figures)
+    assert len(soup.find_all("img")) == len(soup.select(".caption")) == 6
+    assert all(image["alt"] for image in soup.find_all("img"))
+    assert "as `optimize` has them" in soup.get_text()
 
     def rows(section, n=0):
         head, *rest = soup.find(id=section).find_all_next("table")[n].find_all("tr")
         names = [cell.get_text() for cell in head.find_all("th")]
         return [dict(zip(names, (cell.get_text() for cell in row.find_all("td")), strict=True)) for row in rest]
 
-    iterations = rows("Every-iteration")
+    iterations = rows("Every-state,-and-the-answer-from-it")
     assert [row["iteration"] for row in iterations] == ["0", "1", "2", "3"]
     assert all(row["answer"][-1] in "✓✗" and re.search(r"“.+” ?\s?0\.\d\d", row["τ4"]) for row in iterations)
     best = max(iterations, key=lambda row: float(row["reward"]))
-    assert f"Iteration {best['iteration']}," in figures[0].figcaption.get_text()
+    assert f"Iteration {best['iteration']}," in soup.select_one(".caption").get_text()
     changes = rows("What-if")
     kept = int(best["patches"])
     assert len(changes) == 1 + kept + (kept > 1) + 4 + 3

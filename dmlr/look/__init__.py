@@ -1,1 +1,1 @@
-"""One question opened up, and studies over many."""
+"""One question opened up: every state of its loop, what-ifs, and the widgets around them."""

@@ -1,4 +1,4 @@
-"""HTML pieces of a page: a figure with its caption, a table, a gallery of questions and answers.
+"""What a notebook shows: a figure with its caption, a table, sentences, a gallery of questions and answers.
 
 Whatever a dataset or a model says is escaped; images are embedded, so a page needs no other file. Knows nothing about
 what a figure or a table shows.
@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 import pandas as pd
+from IPython.display import display
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
@@ -26,27 +27,63 @@ from dmlr.show.policy import TEMPLATES, gallery_script
 from dmlr.show.thumbnails import Thumbnail, outlines, thumbnail
 
 
-def data_uri(picture: Figure | Image.Image, largest: int | None = None) -> str:
-    """A PNG data URI; `largest` limits the longer side of an image in pixels."""
-    buffer = io.BytesIO()
+def png(picture: Figure | Image.Image, largest: int | None = None) -> bytes:
+    """A PNG of at most 256 colours, a third of the size; `largest` limits the longer side of an image in pixels."""
     if isinstance(picture, Figure):
-        picture.savefig(buffer, format="png", dpi=160)
-    else:
-        if largest and max(picture.size) > largest:
-            picture = picture.copy()
-            picture.thumbnail((largest, largest))
-        picture.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+        drawn = io.BytesIO()
+        picture.savefig(drawn, format="png", dpi=150)
+        picture = Image.open(drawn)
+    picture = picture.convert("RGB")
+    if largest and max(picture.size) > largest:
+        picture.thumbnail((largest, largest))
+    buffer = io.BytesIO()
+    picture.quantize(256, dither=Image.Dither.NONE).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def data_uri(picture: Figure | Image.Image, largest: int | None = None) -> str:
+    """`png` as a data URI."""
+    return "data:image/png;base64," + base64.b64encode(png(picture, largest)).decode("ascii")
+
+
+# In a notebook: what a code host shows without running anything, with a text where HTML is not shown.
 
 
 def show(picture: Figure | Image.Image, caption: str, alt: str | None = None) -> None:
-    """Displays a figure with its caption; `alt` says in words what it shows, where the caption does not."""
-    from IPython.display import HTML, display
-
+    """Displays a figure as a PNG, its caption below; `alt` says in words what it shows, where the caption does not."""
     width = round(picture.get_figwidth() * 84) if isinstance(picture, Figure) else picture.size[0]
-    image = '<img src="{}" alt="{}" width="{}" style="max-width:100%;height:auto">'
-    html = Markup(f"<figure>{image}<figcaption>{{}}</figcaption></figure>")
-    display(HTML(str(html.format(data_uri(picture), alt or caption, width, caption))))
+    content = base64.b64encode(png(picture)).decode("ascii")
+    about = {"alt": alt or caption, "width": width}
+    display({"image/png": content, "text/plain": alt or caption}, metadata={"image/png": about}, raw=True)
+    _display(Markup('<p class="caption"><em>{}</em></p>').format(caption), caption)
+
+
+def show_table(frame: pd.DataFrame, caption: str = "", otherwise: str = "") -> None:
+    """Displays a table (see `table`); of one without rows the sentence `otherwise`."""
+    if len(frame):
+        _display(table(frame, caption), "\n".join(filter(None, [frame.to_string(index=False), caption])))
+    else:
+        say(otherwise)
+
+
+def say(*sentences: str) -> None:
+    """Displays sentences that a run has computed, each a paragraph."""
+    _display(Markup("").join(Markup("<p>{}</p>").format(sentence) for sentence in sentences), "\n".join(sentences))
+
+
+def fold(title: str, frame: pd.DataFrame) -> None:
+    """Displays a table that opens when its title is clicked."""
+    html = Markup("<details><summary>{}</summary>{}</details>").format(title, Markup(table(frame)))
+    _display(html, f"{title}\n{frame.to_string(index=False, header=any(frame.columns))}")
+
+
+def settings(facts: Mapping[str, Any]) -> None:
+    """Displays the settings and the provenance of a run, folded away."""
+    fold("Settings and machine of this run", pd.DataFrame(facts.items(), columns=["", ""]).astype(str))
+
+
+def _display(html: str, text: str) -> None:
+    display({"text/html": str(html), "text/plain": text}, raw=True)
 
 
 def table(frame: pd.DataFrame, caption: str = "") -> str:

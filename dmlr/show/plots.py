@@ -22,6 +22,7 @@ Grid = tuple[int, int]  # (height, width) in image tokens
 
 METHOD_COLOURS = {"vanilla": "#8a8f98", "dmlr": "#0b6fa4"}
 OTHER_COLOURS = sns.color_palette("colorblind").as_hex()
+SERIES = ("#0b6fa4", "#d98c1f", "#5f8f4e", "#8d6ab8")  # of what has no colour of its own
 # Okabe and Ito's palette without black and grey: one colour per think token, repeated beyond seven.
 TOKEN_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 STYLE = {
@@ -60,23 +61,38 @@ def colour(method: str, position: int = 0) -> str:
     return METHOD_COLOURS.get(method) or OTHER_COLOURS[(position + 1) % len(OTHER_COLOURS)]
 
 
-@styled
-def rewards_over_iterations(table: pd.DataFrame) -> Figure:
-    """Thin line per example and mean with its 95 % band.
-
-    table: one row per example and iteration with columns example, iteration, tried (reward of the state tried in that
-    iteration) and best (best so far).
+def reward_table(entries_by_label: Mapping[Any, Sequence[Mapping[str, Any]]]) -> pd.DataFrame:
+    """Rewards of records: a row per label, example and iteration (0: the start), columns label, example, iteration,
+    tried (reward of the state tried), best (best so far) and patches (interleaved when it was tried).
     """
-    fig, axes = figure(1, 2, (8.6, 3.3), sharey=True)
-    titles = {"tried": "Reward of the state tried", "best": "Best reward so far"}
-    thin = table[table["example"].isin(table["example"].drop_duplicates().iloc[:150])]
-    for axis, (column, title) in zip(axes[0], titles.items(), strict=True):
-        for _, one in thin.groupby("example", sort=False):
-            axis.plot(one["iteration"], one[column], color="#b9c4cd", linewidth=0.5, alpha=0.35)
-        mean = {"color": METHOD_COLOURS["dmlr"], "linewidth": 2, "errorbar": ("ci", 95), "seed": 0}
-        sns.lineplot(table, x="iteration", y=column, ax=axis, **mean)
-        axis.set(title=title, xlabel="iteration", ylabel="reward")
+    rows = []
+    for label, entries in entries_by_label.items():
+        for example, entry in enumerate(entry for entry in entries if entry.get("rewards")):
+            tried, counts = [entry["initial_reward"], *entry["rewards"]], [0, *entry["patch_counts"]]
+            for iteration, best in enumerate(np.maximum.accumulate(tried)):
+                rows.append((label, example, iteration, tried[iteration], best, counts[iteration]))
+    return pd.DataFrame(rows, columns=["label", "example", "iteration", "tried", "best", "patches"])
+
+
+@styled
+def rewards_over_iterations(table: pd.DataFrame, title: str = "") -> Figure:
+    """Best reward so far and patches of the state tried (see `reward_table`), means with 95 % bands, a line per label:
+    the form of the paper's figure 8.
+    """
+    fig, axes = figure(1, 2, (8.8, 3.3))
+    labels = list(dict.fromkeys(table["label"]))
+    shown = table.assign(label=table["label"].astype(str))
+    palette = sns.color_palette("crest", len(labels)) if len(labels) > 1 else [METHOD_COLOURS["dmlr"]]
+    style = {"x": "iteration", "hue": "label", "hue_order": list(map(str, labels)), "palette": palette}
+    style |= {"errorbar": ("ci", 95), "seed": 0, "n_boot": 200}
+    for axis, (column, name) in zip(
+        axes[0], {"best": "best reward so far", "patches": "patches tried"}.items(), strict=True
+    ):
+        sns.lineplot(shown, y=column, ax=axis, legend=axis is axes[0, 1] and len(labels) > 1, **style)
+        axis.set(xlabel="iteration", ylabel=name)
         axis.xaxis.get_major_locator().set_params(integer=True)
+    if len(labels) > 1:
+        axes[0, 1].legend(title=title, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 
 
@@ -109,48 +125,30 @@ def accuracy_bars(table: pd.DataFrame, baseline: str = "vanilla") -> Figure:
 
 
 @styled
-def reward_by_outcome(table: pd.DataFrame) -> Figure:
-    """Distribution of the best reward for right and wrong answers: what confidence says about correctness.
+def intervals(
+    table: pd.DataFrame, row: str, series: str, label: str, percent: bool = False, reference: float | None = 0.0
+) -> Figure:
+    """A point with its interval for each row and series, rows downwards in the table's order.
 
-    table: one row per example with columns best_reward and outcome.
+    table: columns `row`, `series`, value, low, high. reference: where a dotted line stands.
     """
-    order = list(dict.fromkeys(table["outcome"]))
-    fig, axes = figure(1, 1, (6.4, 0.9 + 0.55 * len(order)))
-    axis = axes[0, 0]
-    groups = [table.loc[table["outcome"] == outcome, "best_reward"] for outcome in order]
-    style = {"boxprops": {"facecolor": "#dfe7ec", "edgecolor": "#5b636d"}, "medianprops": {"color": "#1f2328"}}
-    places = range(len(order))
-    axis.boxplot(groups, positions=places, orientation="horizontal", widths=0.5, sym="", patch_artist=True, **style)
-    sns.stripplot(
-        table, x="best_reward", y="outcome", order=order, ax=axis, size=2.4, alpha=0.45, color="#0b6fa4", jitter=0.18
-    )
-    axis.set(xlabel="best reward", ylabel="", ylim=(len(order) - 0.5, -0.5))
-    axis.set_yticks(places, order)
+    rows, names = list(dict.fromkeys(table[row])), list(dict.fromkeys(table[series]))
+    fig, axes = figure(1, 1, (7.2, 1.1 + (0.24 + 0.16 * len(names)) * len(rows)))
+    axis, scale = axes[0, 0], 100 if percent else 1
+    for s, name in enumerate(names):
+        part = table[table[series] == name]
+        y = np.array([rows.index(one) for one in part[row]]) + (s - (len(names) - 1) / 2) * 0.62 / max(len(names), 1)
+        value = scale * part["value"].to_numpy()
+        error = [value - scale * part["low"].to_numpy(), scale * part["high"].to_numpy() - value]
+        style = {"fmt": "o", "markersize": 5, "capsize": 3, "elinewidth": 1.3}
+        axis.errorbar(value, y, xerr=np.clip(np.nan_to_num(error), 0, None), color=SERIES[s % 4], label=name, **style)
+    if reference is not None:
+        axis.axvline(reference, color="#5b636d", linewidth=0.9, linestyle=":")
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set(ylim=(len(rows) - 0.5, -0.5), xlabel=label)
     axis.grid(axis="y", visible=False)
-    return fig
-
-
-@styled
-def reliability_curve(curves: Mapping[str, pd.DataFrame]) -> Figure:
-    """Accuracy over the best reward, a panel per name: a point per bin at its mean reward, with its interval.
-
-    curves: by name (its last word is the method), as metrics.reliability gives them; the dotted line is the accuracy
-    over all bins.
-    """
-    columns = min(3, len(curves))
-    rows = -(-len(curves) // columns)
-    fig, axes = figure(rows, columns, (max(4.4, 2.9 * columns), 2.7 * rows), sharey=True)
-    for axis in axes.flat[len(curves) :]:
-        axis.set_axis_off()
-    for axis, (name, table) in zip(axes.flat, curves.items(), strict=False):
-        shade = colour(name.rpartition(" ")[2])
-        value, low, high = (100 * table[column] for column in ("value", "low", "high"))
-        style = {"color": shade, "marker": "o", "markersize": 5, "linewidth": 1.4, "capsize": 3}
-        axis.errorbar(table["score"], value, [value - low, high - value], **style)
-        axis.axhline(100 * table["correct"].sum() / table["total"].sum(), color=shade, linewidth=0.9, linestyle=":")
-        axis.set(title=name, xlabel="best reward", ylim=(-2, 102), yticks=range(0, 101, 20))
-    for axis in axes[:, 0]:
-        axis.set_ylabel("accuracy (%)")
+    if len(names) > 1:
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(names), borderaxespad=0.2)
     return fig
 
 
@@ -177,46 +175,6 @@ def save_kept_patches(path: str | Path, image: Image.Image, patches: Sequence[Se
     """`kept_patches` as a PNG file."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     kept_patches(image, patches, grid).savefig(path, dpi=130)
-
-
-@styled
-def attention_maps(
-    image: Image.Image,
-    attention: np.ndarray,
-    grid: Grid,
-    patches: Sequence[Sequence[int]] | None = None,
-    row_titles: Sequence[str] = ("",),
-) -> Figure:
-    """Heat map over the image per think token, one row of panels per moment; one colour scale for all.
-
-    attention: [moments, L, N], of which the first grid height × grid width lie row-major on the image (see `Encoded`);
-    the others are not drawn. `patches` are outlined in the last row.
-    """
-    cells = grid[0] * grid[1]
-    attention = np.asarray(attention, dtype=float)
-    if attention.shape[2] < cells:
-        raise ValueError(f"attention over {attention.shape[2]} image tokens, but the grid is {grid[0]} × {grid[1]}")
-    attention = attention[..., :cells]
-    moments, tokens, _ = attention.shape
-    width, height = image.size
-    panel = 2.05
-    fig, axes = figure(moments, tokens, (panel * tokens + 0.9, (panel * height / width + 0.3) * moments))
-    heat = None
-    for m in range(moments):
-        for t in range(tokens):
-            axis = axes[m, t]
-            draw_image(axis, image.convert("L").convert("RGB"))
-            heat = axis.imshow(
-                attention[m, t].reshape(grid), extent=(0, width, height, 0), cmap="magma", alpha=0.62,
-                vmin=0, vmax=float(attention.max()) or 1.0, interpolation="nearest",
-            )  # fmt: skip
-            if patches is not None and m == moments - 1:
-                outline(axis, image, [patches[t] if i == t else [] for i in range(tokens)], grid)
-            if m == 0:
-                axis.set_title(f"think token {t + 1}", color=token_colour(t))
-        axes[m, 0].text(-0.06, 0.5, row_titles[m], rotation=90, va="center", ha="right", transform=axes[m, 0].transAxes)
-    fig.colorbar(heat, ax=axes, shrink=0.8, pad=0.01, label="attention")
-    return fig
 
 
 def token_colour(token: int) -> str:

@@ -12,10 +12,10 @@ import pandas as pd
 from markupsafe import Markup
 
 from dmlr.judge.extract import last_boxed
-from dmlr.look.walkthrough import Moment, NextTokens, Walk
-from dmlr.look.walkthrough.what_if import Change, Outcome
+from dmlr.look.figures import Heat
+from dmlr.look.walk import Moment, NextTokens, Walk
+from dmlr.look.what_if import Change, Outcome
 from dmlr.show.plots import TOKEN_COLOURS, Grid
-from dmlr.show.plots.walkthrough import Heat
 
 RIGHT = {True: "✓", False: "✗", None: ""}
 _COLUMNS = 4  # think tokens in a table; more would not fit a page
@@ -60,6 +60,26 @@ def caption(moment: Moment, grid: Grid, token: int | None = None) -> str:
         f"Iteration {moment.iteration}, {state}: reward {moment.reward:.5f}, best so far {moment.best:.5f}. "
         f"Attention of {who}. Patches: {where or 'none'}."
     )
+
+
+def headline(walk: Walk) -> str:
+    """What came of the question, in a sentence or three."""
+    reasoning, kept = walk.dmlr.reasoning, sum(m.accepted for m in walk.moments)
+    before, after = (
+        f"{final(a.text)}{_judged(walk.is_right(a.text, a.stop_reason))}" for a in (walk.vanilla, walk.dmlr)
+    )
+    told = [f"Vanilla answers {before}, DMLR {after}."]
+    if reasoning is not None:
+        told.append(
+            f"The reward rose from {reasoning.start_reward:.4f} to {reasoning.best_reward:.4f} by iteration "
+            f"{reasoning.best_step} of {len(reasoning.steps)}; {kept} states were kept, the last with "
+            f"{sum(map(len, reasoning.patches))} patches."
+        )
+    turns = [m.iteration for m, last in zip(walk.moments[1:], walk.moments, strict=False) if m.answer != last.answer]
+    told.append(
+        f"The answer changes in iteration {', '.join(map(str, turns))}." if turns else "No iteration changes it."
+    )
+    return " ".join(told)
 
 
 def reading(walk: Walk, outcomes: Sequence[Outcome]) -> str:
@@ -160,6 +180,17 @@ def outcomes_table(walk: Walk, outcomes: Sequence[Outcome]) -> pd.DataFrame:
         row |= {"reward": f"{o.reward:.5f}", "answer": final(o.answer)}
         row |= {"changed": "yes" if final(o.answer) != final(walk.dmlr.text) else ""}
         rows.append(row | ({"right": RIGHT[o.is_right]} if walk.example.solution else {}))
+    return pd.DataFrame(rows)
+
+
+def both_answers(walk: Walk) -> pd.DataFrame:
+    """Vanilla's answer and DMLR's in full, with verdicts where there is a truth."""
+    rows = []
+    for name, answer in (("vanilla", walk.vanilla), ("DMLR", walk.dmlr)):
+        row = {"method": name, "answer": answer.error or answer.text}
+        rows.append(
+            row | ({"right": RIGHT[walk.is_right(answer.text, answer.stop_reason)]} if walk.example.solution else {})
+        )
     return pd.DataFrame(rows)
 
 

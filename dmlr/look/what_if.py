@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dmlr.look.walkthrough import Walk, answers_from, parts
+from dmlr.look.walk import Walk, answers_from, parts
 from dmlr.loop.injection import Patches
 from dmlr.loop.optimize import State, optimize
 from dmlr.loop.score import score

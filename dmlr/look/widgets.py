@@ -1,6 +1,6 @@
 """The walkthrough as widgets in JupyterLab: choose, move, compare, ask what if. It only wires.
 
-What is shown comes from view.py and plots/walkthrough.py, what is computed from `dmlr.look.walkthrough` and what_if.py;
+What is shown comes from view.py and figures.py, what is computed from walk.py and what_if.py;
 a report shows the same content without widgets.
 """
 
@@ -16,10 +16,10 @@ from PIL import Image
 
 from dmlr.data.examples import Example
 from dmlr.data.images import ImageError, open_image
-from dmlr.look.walkthrough import Walk, explore, view
-from dmlr.look.walkthrough.what_if import Change, try_changes
+from dmlr.look import figures, view
+from dmlr.look.walk import Walk, explore
+from dmlr.look.what_if import Change, try_changes
 from dmlr.show.page import data_uri, table
-from dmlr.show.plots import walkthrough as plots_walkthrough
 
 ALL = -1  # in the selector of think tokens
 WIDE = ipw.Layout(width="auto")
@@ -125,7 +125,7 @@ class Explorer:
         if (t, token) not in self.drawn:
             image = walk.question.images[0] if walk.question.images else None
             heat, limit = view.heat(moment, grid, token), view.limit(walk.moments, grid, token)
-            figure = plots_walkthrough.moment(image, grid, heat, limit, view.curve(walk.moments), t)
+            figure = figures.moment(image, grid, heat, limit, view.curve(walk.moments), t)
             caption = view.caption(moment, grid, token)
             self.drawn[t, token] = Markup(
                 '<img src="{}" alt="{}" style="max-width:100%;width:760px"><div style="line-height:1.4">{}</div>'

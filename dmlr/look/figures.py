@@ -1,4 +1,4 @@
-"""Figures of the walkthrough: one moment of the loop, and several beside each other. Draws from data; computes nothing.
+"""Figures of one question: one moment of the loop, and several beside each other. Draws from data; computes nothing.
 
 An image without tokens of its own on a grid (a text-only question) gives an empty panel that says so.
 """
