@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import diskcache
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,9 +58,14 @@ def server():
         yield server
 
 
+def settings_for(server, **more):
+    return JudgeSettings(**{"base_url": server.url, "model": "gpt-4.1-test", "key": KEY} | more)
+
+
 def new_judge(server, folder="cache", model="gpt-4.1-test", price=None, **options):
-    options = {"timeout": 5.0, "max_retries": 0} | options
-    return LLMJudge(JudgeSettings(server.url, model, KEY, price), folder, **options)
+    return LLMJudge(
+        settings_for(server, model=model, price=price), folder, **{"timeout": 5.0, "max_retries": 0} | options
+    )
 
 
 def cases(count):
@@ -154,7 +160,7 @@ def test_a_verdict_is_asked_for_once_per_model_server_and_content(server):
     first = new_judge(server).judge_many(cases(3))
     again = new_judge(server)
     assert again.judge_many(cases(3)) == first and again.usage["cached"] == 3
-    assert len(server.requests) == 3 == len(list(Path("cache").iterdir()))
+    assert len(server.requests) == 3
     new_judge(server, model="another").judge_many(cases(1))
     new_judge(server).judge_many([{**cases(1)[0], "ground_truth": "Rome"}])
     assert len(server.requests) == 5
@@ -163,20 +169,24 @@ def test_a_verdict_is_asked_for_once_per_model_server_and_content(server):
         assert len(other.requests) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b'{"reply": {"answer"', b"[]", b'{"reply": {"verdict": "yes"}}', b"\xff\x00"])
-def test_a_damaged_cache_file_is_asked_again_and_mended(server, content):
+@pytest.mark.parametrize("content", ["", [], {"verdict": "yes"}, {"answer": 1, "verdict": "perhaps"}])
+def test_a_damaged_verdict_is_asked_again_and_mended(server, content):
     new_judge(server).judge_many([PARIS])
-    (path,) = Path("cache").iterdir()
-    good = path.read_bytes()
-    path.write_bytes(content)
-    assert statuses(new_judge(server).judge_many([PARIS])) == ["correct"]
-    assert path.read_bytes() == good and len(server.requests) == 2
+    with diskcache.Cache("cache", disk=diskcache.JSONDisk) as cache:
+        (key,) = cache
+        good, cache[key] = cache[key], content
+        assert statuses(new_judge(server).judge_many([PARIS])) == ["correct"]
+        assert cache[key] == good and len(server.requests) == 2
 
 
 def test_a_cache_that_cannot_be_used_is_an_error_and_one_that_is_lost_a_warning(server):
     Path("file").write_text("")
     with pytest.raises(JudgeError, match="file/cache"):
         new_judge(server, "file/cache")
+    Path("damaged").mkdir()
+    Path("damaged/cache.db").write_bytes(b"not a database at all" * 100)
+    with pytest.raises(JudgeError, match="damaged.*not a database"):
+        new_judge(server, "damaged")
     llm = new_judge(server)
     shutil.rmtree("cache")
     with pytest.warns(UserWarning, match="not kept"):
@@ -189,14 +199,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in backgroun
 from dmlr.judge.llm_judge import JudgeSettings, LLMJudge
 cases = [{"prediction": "x", "ground_truth": "y", "question": str(i)} for i in range(40)]
 print("ready", flush=True)
-LLMJudge(JudgeSettings(sys.argv[1], "m", "k"), "cache", concurrency=2, timeout=20).judge_many(cases)
+settings = JudgeSettings(base_url=sys.argv[1], model="m", key="k")
+LLMJudge(settings, "cache", concurrency=2, timeout=20).judge_many(cases)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_judge_keeps_what_was_answered(server, number):
     server.behave = pauses(0.1, says(RIGHT))
-    root = str(Path(llm_judge.__file__).parents[1])
+    root = str(Path(llm_judge.__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": root}
     process = subprocess.Popen(
         [sys.executable, "-c", JUDGE_ALONE, server.url],
@@ -213,13 +225,14 @@ def test_a_killed_judge_keeps_what_was_answered(server, number):
     process.stdout.close()
     asked = len(server.requests)
     assert 8 <= asked < 40
-    kept = [path for path in Path("cache").iterdir() if not path.name.startswith(".")]
-    assert asked - 2 <= len(kept) <= asked  # two were open
+    with diskcache.Cache("cache") as cache:
+        kept = len(cache)
+    assert asked - 2 <= kept <= asked  # two were open
     server.behave = says(RIGHT)
-    llm = LLMJudge(JudgeSettings(server.url, "m", "k"), "cache")
+    llm = LLMJudge(settings_for(server, model="m", key="k"), "cache")
     found = llm.judge_many([{"prediction": "x", "ground_truth": "y", "question": str(i)} for i in range(40)])
     assert statuses(found) == ["correct"] * 40
-    assert llm.usage["cached"] == len(kept) and llm.usage["requests"] == 40 - len(kept)
+    assert llm.usage["cached"] == kept and llm.usage["requests"] == 40 - kept
 
 
 # ------------------------------------------------------------------------------- a server that does not
@@ -241,6 +254,7 @@ BAD = {
     "wrong schema": (says({"answer": "Paris", "verdict": "perhaps"}), "unreadable_reply"),
     "wrong type": (says({"answer": "Paris", "verdict": True}), "unreadable_reply"),
     "wrong keys": (says({"correct": True}), "unreadable_reply"),
+    "a verdict twice": (says('{"answer": "Paris", "verdict": "wrong", "verdict": "correct"}'), "unreadable_reply"),
     "two verdicts": (says("verdict: correct\nverdict: wrong"), "unreadable_reply"),
     "prose": (says("I would say that this is correct in a way."), "unreadable_reply"),
     "empty text": (says(""), "unreadable_reply"),
@@ -259,7 +273,7 @@ BAD = {
 def test_misbehaviour_is_judge_failed_never_wrong_and_mended_later(server, caplog, behave, reason):
     server.behave = behave
     caplog.set_level(logging.DEBUG)
-    llm = new_judge(server, timeout=0.5)
+    llm = new_judge(server, timeout=0.5 if reason == "timeout" else 5.0)
     start = time.monotonic()
     (failed,) = llm.judge_many([PARIS])
     assert time.monotonic() - start < 10  # both kinds of slowness last 20 s
@@ -368,7 +382,7 @@ def test_settings_come_from_the_environment_then_env_file_then_defaults(monkeypa
     assert (found.base_url, found.model) == ("https://api.openai.com/v1", "from file")
     assert found.key.get_secret_value() == KEY
     monkeypatch.setenv("MODEL_TYPE", "from environment")
-    monkeypatch.setenv("OPENAI_API_KEY", " ")  # as good as not set
+    monkeypatch.setenv("OPENAI_API_KEY", "")  # as good as not set
     monkeypatch.setenv("OPENAI_API_BASE_URL", "http://127.0.0.1:1/v1")
     found = JudgeSettings.from_environment()
     assert (found.base_url, found.model) == ("http://127.0.0.1:1/v1", "from environment")
@@ -463,6 +477,8 @@ def test_text_that_is_no_unicode_is_asked_all_the_same(server):
         ("They differ.\nanswer: 4\n- verdict: no answer", "4", "no_answer"),
         ("answer: correct\nverdict: wrong", "correct", "wrong"),
         ("WRONG", "", "wrong"),
+        ('<think>{"verdict": "wrong"}?</think>{"answer": "4", "verdict": "correct"}', "4", "correct"),
+        ('The output says {4}. Hence:\n{"answer": "4", "verdict": "correct"}\nDone.', "4", "correct"),
     ],
 )
 def test_replies_that_can_be_read(text, answer, verdict):
@@ -472,7 +488,12 @@ def test_replies_that_can_be_read(text, answer, verdict):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "not correct", "verdict: correct or wrong", "answer: 4\ncorrect\nverdict: wrong", '["correct"]', "true", "{}"],
+    [
+        *("", "not correct", "verdict: correct or wrong", "answer: 4\ncorrect\nverdict: wrong"),
+        *('["correct"]', "true", "{}", '{"answer": "4", "verdict": "wrong", "verdict": "correct"}'),
+        '{"answer": "4", "verdict": "wrong"} {"answer": "4", "verdict": "correct"}',
+        '<think>{"answer": "4", "verdict": "correct"}',
+    ],
 )
 def test_replies_that_cannot(text):
     with pytest.raises(ValueError):

@@ -12,20 +12,22 @@ import hashlib
 import json
 import os
 import re
+import sqlite3
 import sys
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import anyio
+import diskcache
 import httpx2
 import openai
 from anyio.from_thread import start_blocking_portal
 
 from dmlr.config import locate
-from dmlr.json_files import write_json
 from dmlr.judge import Verdict
 from dmlr.judge.llm_prompt import Reply, clean, data_message, messages, output_of, read_reply, response_format
 from dmlr.judge.llm_settings import JudgeError, JudgeSettings
@@ -40,6 +42,7 @@ _FORMS: tuple[dict[str, Any], ...] = (
 )
 _REFUSED = (400, 404, 415, 422)  # what servers answer to a parameter that they do not know
 _UNANSWERED = re.compile(r"timeout|connection|http_(?:403|408|429|5\d\d)")  # reasons that lie with the server alone
+_CACHE_ERRORS = (OSError, ValueError, sqlite3.Error, zlib.error, diskcache.Timeout)
 _SHOWN = 300
 
 
@@ -60,16 +63,18 @@ class LLMJudge:
         timeout: float = 60.0,
         max_retries: int = 4,
     ) -> None:
-        self.settings, self.folder = settings, Path(cache_folder)
+        self.settings = settings
         self.concurrency, self.timeout, self.max_retries = concurrency, timeout, max_retries
         self.usage = dict.fromkeys(("prompt_tokens", "completion_tokens", "requests", "cached", "failed"), 0)
         self.failures: dict[str, str] = {}
         self._form = 0  # of _FORMS, the first that this server did not refuse
         self._fruitless = 0  # calls in a row that the server did not answer
+        # JSON, not pickles: a folder that others can write to must not run their code.
+        plain = {"disk": diskcache.JSONDisk, "disk_compress_level": 0, "eviction_policy": "none"}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise JudgeError(f"{self.folder}: cannot hold the judge's cache: {error.strerror}") from None
+            self._cache = diskcache.Cache(str(cache_folder), **plain)
+        except (OSError, sqlite3.Error) as error:
+            raise JudgeError(f"{cache_folder}: cannot hold the judge's cache: {error}") from None
 
     def judge_many(
         self, cases: Sequence[Mapping[str, Any]], progress: Callable[[], object] | None = None
@@ -189,7 +194,7 @@ class LLMJudge:
         text = " ".join(clean(text).replace(self.settings.key.get_secret_value(), "[key]").split())
         return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
-    # the cache: one file per verdict, so that processes can share the folder without knowing of each other
+    # the cache: processes can share the folder without knowing of each other
 
     def _key(self, data: str) -> str:
         # A model's name means something on its own server only.
@@ -198,15 +203,15 @@ class LLMJudge:
 
     def _recall(self, key: str) -> Verdict | None:
         try:
-            return self._verdict(Reply.model_validate(json.loads((self.folder / f"{key}.json").read_bytes())["reply"]))
-        except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: it is asked again
+            return self._verdict(Reply.model_validate(self._cache[key]))
+        except (KeyError, *_CACHE_ERRORS):  # not there, or damaged: it is asked again
             return None
 
     def _keep(self, key: str, reply: Reply) -> None:
         try:
-            write_json(self.folder / f"{key}.json", {"model": self.settings.model, "reply": reply.model_dump()})
-        except OSError as error:
-            warnings.warn(f"{self.folder}: LLM verdicts are not kept: {error.strerror}", stacklevel=2)
+            self._cache[key] = reply.model_dump()
+        except _CACHE_ERRORS as error:
+            warnings.warn(f"{self._cache.directory}: LLM verdicts are not kept: {error}", stacklevel=2)
 
 
 class _WholeTimeout(openai.DefaultAsyncHttpxClient):

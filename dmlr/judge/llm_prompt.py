@@ -7,6 +7,7 @@ marks that it cannot contain, the instructions call it data, and a reply with tw
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
@@ -49,7 +50,6 @@ verdict: correct, wrong or no_answer"""
 
 _STATUS = {"correct": "correct", "wrong": "wrong", "no_answer": "unparsed"}
 _WORDS = {"correct": "correct", "wrong": "wrong", "incorrect": "wrong", "no_answer": "no_answer"}
-_FENCE = re.compile(r"\A\s*```\w*\s*|\s*```\s*\Z")
 _VERDICT_LINE = re.compile(
     r"^[^\w\n]*(?:verdict[^\w\n]+)?(correct|incorrect|wrong|no[ _]answer)[^\w\n]*$", re.IGNORECASE | re.MULTILINE
 )
@@ -106,17 +106,46 @@ def messages(data: str, *, as_json: bool) -> list[dict[str, str]]:
 
 
 def read_reply(text: str) -> Reply:
-    """A reply in either form, also in a code fence. ValueError for anything else, and for two verdicts at once."""
-    try:
-        return Reply.model_validate_json(_FENCE.sub("", text))
-    except ValidationError as error:
-        if error.errors()[0]["type"] != "json_invalid":
+    """A reply in either form, after reasoning, prose or a code fence too. ValueError for anything else, and for two
+    verdicts at once."""
+    text, complete = strip_reasoning(text)
+    if not complete:
+        raise ValueError("reasoning that breaks off")
+    if objects := _objects(text):
+        judged = [item for item in objects if "verdict" in item] or objects
+        if len(judged) > 1:
+            raise ValueError("more than one verdict")
+        try:
+            return Reply.model_validate(judged[0])
+        except ValidationError:
             raise ValueError("JSON of another schema") from None
+    if text.lstrip().startswith("["):
+        raise ValueError("JSON of another schema")
     verdicts = {_WORDS[found.lower().replace(" ", "_")] for found in _VERDICT_LINE.findall(text)}
     if len(verdicts) != 1:
         raise ValueError("more than one verdict" if verdicts else "no verdict")
     answers = _ANSWER_LINE.findall(text)
     return Reply(answer=answers[-1].strip() if answers else "", verdict=verdicts.pop())
+
+
+def _objects(text: str) -> list[dict[str, Any]]:
+    """The JSON objects in a text, outermost ones, in order; ValueError for one that has a key twice."""
+    decoder, found, at = json.JSONDecoder(object_pairs_hook=_each_key_once), [], text.find("{")
+    while at >= 0:
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (json.JSONDecodeError, RecursionError):
+            end = at + 1
+        else:
+            found.append(value)
+        at = text.find("{", end)
+    return found
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key that is there twice in one JSON object")
+    return found
 
 
 def clean(value: Any) -> str:
