@@ -21,7 +21,7 @@ from dmlr.parameters import check_parameters, config_of, from_here, read_paramet
 from dmlr.planning.dry_run import Plan, as_text, plan, shown, time_of
 from dmlr.run.records import ResultsError, find_runs
 from dmlr.show import index as report_index
-from dmlr.stats.comparison.published import BENCHMARKS
+from dmlr.stats.published import BENCHMARKS
 
 FOLDER = root() / "notebooks"
 BENCHMARK, COMPARE = FOLDER / "03_benchmark.ipynb", FOLDER / "04_compare.ipynb"

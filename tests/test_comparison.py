@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from dmlr.run.collect import load_runs
 from dmlr.run.records import write_results
-from dmlr.stats import comparison, metrics
-from dmlr.stats.comparison import published
-from dmlr.stats.comparison.runs import load_runs
+from dmlr.stats import comparison, metrics, published
 
 SPEC = Path(__file__).resolve().parents[2] / "shared" / "spec" / "method.md"
 

@@ -18,9 +18,9 @@ from dmlr.judge import llm_judge
 from dmlr.judge.llm_judge import JudgeError
 from dmlr.methods import METHODS
 from dmlr.run import batches, evaluate
+from dmlr.run.collect import load_runs
 from dmlr.run.records import ResultsError, read_log, read_results
 from dmlr.stats import comparison
-from dmlr.stats.comparison.runs import load_runs
 
 FAST = {"max_num_steps": 2, "max_new_tokens": 4, "batch_size": 4, "verbose": 0, "end_data_idx": None}
 

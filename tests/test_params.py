@@ -14,7 +14,7 @@ from dmlr.methods.prompting import prompts_of
 from dmlr.parameters import check_parameters, config_of, read_parameters
 from dmlr.planning.known_models import PAPER_MODELS
 from dmlr.run.evaluate import plan
-from dmlr.stats.comparison import published
+from dmlr.stats import published
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "03_benchmark.ipynb"
 PARAMS = NOTEBOOK.parent / "params"

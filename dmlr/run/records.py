@@ -1,4 +1,4 @@
-"""Records of a run: an append-only log that survives kill -9, what a record counts as, and results.json from both.
+"""Records of a run: an append-only log that survives kill -9, and results.json from it.
 
 One finished example is one JSON line in `log.jsonl`, synced to disk before `append` returns; the last line of
 a row is the one that counts, so judging again appends too. `run.json` beside it holds the configuration the
@@ -12,7 +12,6 @@ import csv
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -22,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from dmlr.config import Config
 from dmlr.json_files import as_plain, write_json
+from dmlr.stats.outcomes import tally
 
 LOG, SIDECAR, LOCK, RESULTS = "log.jsonl", "run.json", "run.lock", "results.json"
 
@@ -212,44 +212,6 @@ def read_log(folder: str | Path) -> list[dict]:
     except OSError as error:
         raise ResultsError(f"{Path(folder) / LOG}: {_why(error)}") from None
     return [records[row] for row in sorted(records)]
-
-
-def outcome(record: Mapping[str, Any]) -> str:
-    """correct, wrong, unparsed, judge_failed, error or skipped: what a record counts as, everywhere."""
-    stop = str(record.get("stop_reason") or "")
-    if stop == "error":
-        return "error"
-    if stop.startswith("skipped"):
-        return "skipped"
-    verdict = record.get("verdict")
-    if verdict in ("correct", "wrong", "unparsed", "judge_failed"):
-        return verdict
-    known = {True: "correct", False: "wrong"}
-    return known.get(record.get("is_correct"), "judge_failed")
-
-
-def is_right(record: Mapping[str, Any]) -> bool | None:
-    """Whether a judged record is correct; None for an error, a skipped example or a failed judge call."""
-    return {"correct": True, "wrong": False, "unparsed": False}.get(outcome(record))
-
-
-def tally(records: Iterable[Mapping[str, Any]]) -> dict[str, int | float | None]:
-    """Counts by `outcome`, and accuracy = correct / (correct + wrong + unparsed), null when nothing was judged.
-
-    Errors, skipped examples and failed judge calls are no wrong answers: they are counted beside `total`.
-    """
-    counts = Counter(outcome(record) for record in records)
-    total = counts["correct"] + counts["wrong"] + counts["unparsed"]
-    return {
-        "accuracy": counts["correct"] / total if total else None,
-        "correct": counts["correct"],
-        "total": total,
-        "wrong": counts["wrong"],
-        "unparsed": counts["unparsed"],
-        "errors": counts["error"],
-        "skipped": counts["skipped"],
-        "judge_failed": counts["judge_failed"],
-    }
 
 
 def write_results(

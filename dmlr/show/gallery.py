@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dmlr.run.records import is_right, outcome
+from dmlr.stats.outcomes import is_right, outcome
 
 # What becomes of an answer from the first method to another; in this order they are shown.
 CHANGES = ("gained", "lost", "both wrong", "both right", "not judged")

@@ -1,7 +1,7 @@
 """Means over clusters with bootstrap intervals, and differences of two such means.
 
-Words of one answer, or steps of one chain, are not independent; whole clusters (questions, or images) are resampled.
-Knows nothing about what is measured.
+Words of one answer, or steps of one chain, are not independent; whole clusters (questions, or images) are resampled,
+by scipy. Knows nothing about what is measured.
 """
 
 from __future__ import annotations
@@ -42,22 +42,20 @@ class Bootstrap:
     """Resamples of the clusters of `table`, the same ones for every mean taken, so that differences are paired."""
 
     def __init__(self, table: pd.DataFrame, cluster: str, seed: int = 0, samples: int = SAMPLES, level: float = 0.95):
-        self.table, self.ends = table, ((1 - level) / 2, (1 + level) / 2)
+        self.table, self.seed, self.samples, self.level = table, seed, samples, level
         self.cluster, names = pd.factorize(table[cluster])
         self.count = len(names)
-        share = np.full(self.count, 1 / max(self.count, 1))
-        self.weights = np.random.default_rng(seed).multinomial(self.count, share, size=samples) if self.count else None
 
     def mean(self, value: str, rows: Sequence[bool] | None = None) -> Estimate:
         """The mean of a column over the rows chosen (a mask; none: all); rows without a value do not count."""
-        draws, point, n, clusters = self._draws(value, rows)
-        return self._estimate(draws, point, n, clusters)
+        sums = self._sums(value, rows)
+        return self._estimate(lambda total, count: total / count, sums, int(sums[1].sum()), int((sums[1] > 0).sum()))
 
     def difference(self, value: str, rows: Sequence[bool], minus: Sequence[bool]) -> Estimate:
         """Mean over `rows` minus mean over `minus`."""
-        one, a, n, clusters = self._draws(value, rows)
-        two, b, m, others = self._draws(value, minus)
-        return self._estimate(one - two, a - b, min(n, m), min(clusters, others))
+        one, two = self._sums(value, rows), self._sums(value, minus)
+        n, clusters = min(one[1].sum(), two[1].sum()), min((one[1] > 0).sum(), (two[1] > 0).sum())
+        return self._estimate(lambda a, m, b, n: a / m - b / n, [*one, *two], int(n), int(clusters))
 
     def by(self, value: str, keys: Sequence[str]) -> pd.DataFrame:
         """A row per combination of the columns `keys`, in order of appearance: keys, value, low, high, n, clusters."""
@@ -68,22 +66,33 @@ class Bootstrap:
             found.append({**dict(zip(keys, names, strict=True)), **vars(estimate)})
         return pd.DataFrame(found, columns=[*keys, "value", "low", "high", "n", "clusters"])
 
-    def _draws(self, value: str, rows: Sequence[bool] | None) -> tuple[np.ndarray, float, int, int]:
-        """Resampled means [S], the mean itself, and the values and clusters behind it."""
+    def _sums(self, value: str, rows: Sequence[bool] | None) -> list[np.ndarray]:
+        """Per cluster [C]: the sum of the values chosen, and their number."""
         values = self.table[value].to_numpy(dtype=float)
         used = ~np.isnan(values) & (True if rows is None else np.asarray(rows, dtype=bool))
-        if not used.any():
-            return np.array([math.nan]), math.nan, 0, 0
-        totals = np.bincount(self.cluster[used], weights=values[used], minlength=self.count)
-        counts = np.bincount(self.cluster[used], minlength=self.count)
-        drawn = self.weights @ counts
-        draws = np.divide(self.weights @ totals, drawn, out=np.full(len(drawn), np.nan), where=drawn > 0)
-        return draws, float(values[used].mean()), int(used.sum()), int((counts > 0).sum())
+        return [np.bincount(self.cluster[used], weights, self.count).astype(float) for weights in (values[used], None)]
 
-    def _estimate(self, draws: np.ndarray, point: float, n: int, clusters: int) -> Estimate:
-        """With its percentile interval, nan where too few clusters tell."""
-        draws = draws[~np.isnan(draws)]
-        if math.isnan(point) or not len(draws) or clusters < MIN_CLUSTERS:
+    def _estimate(self, ratio, sums: Sequence[np.ndarray], n: int, clusters: int) -> Estimate:
+        """`ratio` of the summed `sums`, with its percentile interval; NaN where too few clusters tell."""
+        if not n:
+            return Estimate(math.nan, math.nan, math.nan, n, clusters)
+
+        def statistic(*parts: np.ndarray, axis: int = -1) -> np.ndarray:
+            with np.errstate(invalid="ignore", divide="ignore"):  # a resample may miss all clusters that have a value
+                return ratio(*(part.sum(axis=axis) for part in parts))
+
+        point = float(statistic(*sums))
+        if clusters < MIN_CLUSTERS:
             return Estimate(point, math.nan, math.nan, n, clusters)
-        low, high = np.quantile(draws, self.ends)
+        draws = resampled(sums, statistic, self.samples, self.seed, paired=True)
+        low, high = np.nanquantile(draws, [(1 - self.level) / 2, (1 + self.level) / 2])
         return Estimate(point, float(low), float(high), n, clusters)
+
+
+def resampled(data: Sequence[np.ndarray], statistic, samples: int, seed: int, *, paired: bool = False) -> np.ndarray:
+    """A statistic of `samples` resamples with replacement, by scipy; `paired` arrays are resampled together."""
+    from scipy.stats import bootstrap  # takes a second that a run need not pay
+
+    options = {"n_resamples": samples, "method": "percentile", "vectorized": True, "paired": paired, "batch": 500}
+    result = bootstrap(tuple(data), statistic, rng=np.random.default_rng(seed), **options)
+    return result.bootstrap_distribution

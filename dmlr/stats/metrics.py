@@ -1,7 +1,8 @@
-"""Records -> numbers with their uncertainty: accuracy, paired comparison, groups. Pure functions.
+"""Records -> numbers with their uncertainty: accuracy, paired comparison, groups. Pure functions, over scipy.
 
 A record counts when it was judged (`outcomes.is_right`); errors, skipped examples and failed judge calls are left
-out and counted beside. Nothing here is random except the bootstrap, which takes a seed.
+out and counted beside. Nothing here is random except the bootstrap, which takes a seed. scipy and scikit-learn are
+imported where they are used: a run needs none of them.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from dmlr.run.records import is_right, tally
+from dmlr.stats.bootstrap import resampled
+from dmlr.stats.outcomes import is_right, tally
 
 Records = Iterable[Mapping[str, Any]]
 PHASES = ("prefill", "optimise", "decode")  # of an example's `seconds`
@@ -75,13 +76,12 @@ def wilson(correct: int, total: int, level: float = 0.95) -> Accuracy:
         raise ValueError(f"wilson: {correct} correct of {total} at level {level}")
     if total == 0:
         return Accuracy(0, 0, math.nan, math.nan, math.nan)
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    p, scale = correct / total, 1 + z * z / total
-    centre = (p + z * z / (2 * total)) / scale
-    half = z / scale * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    from scipy.stats import binomtest
+
+    interval = binomtest(correct, total).proportion_ci(level, "wilson")
     # At the ends the interval touches 0 or 1 exactly; rounding must not push it past the value.
-    low, high = (0.0 if correct == 0 else centre - half), (1.0 if correct == total else centre + half)
-    return Accuracy(correct, total, p, low, high)
+    low, high = (min(max(end, 0.0), 1.0) for end in interval)
+    return Accuracy(correct, total, correct / total, min(low, correct / total), max(high, correct / total))
 
 
 def accuracy(records: Records, level: float = 0.95) -> Accuracy:
@@ -92,9 +92,9 @@ def accuracy(records: Records, level: float = 0.95) -> Accuracy:
 
 def mcnemar_exact(gained: int, lost: int) -> float:
     """Two-sided exact McNemar test: binomial with p = 1/2 on the examples on which two runs disagree."""
-    n = gained + lost
-    tail = sum(math.comb(n, k) for k in range(min(gained, lost) + 1))
-    return min(1.0, 2 * tail / 2**n)  # exact integers: a true division of large ones still rounds correctly
+    from scipy.stats import binomtest
+
+    return float(binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
 
 
 def paired(a: Records, b: Records, *, seed: int = 0, samples: int = 10_000, level: float = 0.95) -> Paired:
@@ -109,14 +109,12 @@ def paired(a: Records, b: Records, *, seed: int = 0, samples: int = 10_000, leve
     n, only_one = len(common), len(a) + len(b) - 2 * len(common)
     if n == 0:
         return Paired(0, *[math.nan] * 5, [], [], 1.0, only_one)
-    # Resampling n differences in {+1, -1, 0} with replacement is one multinomial draw.
-    shares = [len(gained) / n, len(lost) / n, (n - len(gained) - len(lost)) / n]
-    draws = np.random.default_rng(seed).multinomial(n, shares, size=samples)
-    low, high = np.quantile((draws[:, 0] - draws[:, 1]) / n, [(1 - level) / 2, (1 + level) / 2])
+    difference = np.array([float(b[idx]) - a[idx] for idx in common])
+    draws = resampled([difference], np.mean, samples, seed) if n > 1 else difference
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     accuracy_a, accuracy_b = (sum(run[idx] for idx in common) / n for run in (a, b))
-    difference = (len(gained) - len(lost)) / n
-    p_value = mcnemar_exact(len(gained), len(lost))
-    return Paired(n, accuracy_a, accuracy_b, difference, float(low), float(high), gained, lost, p_value, only_one)
+    numbers = (accuracy_a, accuracy_b, float(difference.mean()), float(low), float(high))
+    return Paired(n, *numbers, gained, lost, mcnemar_exact(len(gained), len(lost)), only_one)
 
 
 def _by_idx(records: Records) -> dict[Any, bool]:
@@ -196,25 +194,22 @@ def auroc(records: Records, score: str = "best_reward", level: float = 0.95) -> 
     m, n = int(right.sum()), int((~right).sum())
     if not m or not n:
         return Auroc(math.nan, math.nan, math.nan, m, n)
-    wrong = np.sort(scores[~right])
-    below = np.searchsorted(wrong, scores[right], "left") + np.searchsorted(wrong, scores[right], "right")
-    value = float(below.sum()) / (2 * m * n)
-    z = NormalDist().inv_cdf((1 + level) / 2)
+    from scipy.optimize import brentq
+    from scipy.stats import norm
+    from sklearn.metrics import roc_auc_score
 
-    def deviation(t: float) -> float:
-        spread = 1 + ((m + n) / 2 - 1) * ((1 - t) / (2 - t) + t / (1 + t))
-        return math.sqrt(t * (1 - t) * spread / (m * n))
+    value, z = float(roc_auc_score(right, scores)), norm.ppf((1 + level) / 2)
 
-    def end(bound: float) -> float:
-        """The value nearest to `bound` from which the observed one is z standard deviations away."""
-        inside, outside = value, bound
-        for _ in range(60):
-            middle = (inside + outside) / 2
-            near = abs(value - middle) <= z * deviation(middle)
-            inside, outside = (middle, outside) if near else (inside, middle)
-        return outside
+    def outside(bound: float) -> float:
+        """How far beyond z standard deviations (of a true value `bound`) the observed value lies."""
+        spread = 1 + ((m + n) / 2 - 1) * ((1 - bound) / (2 - bound) + bound / (1 + bound))
+        return abs(value - bound) - z * math.sqrt(bound * (1 - bound) * spread / (m * n))
 
-    return Auroc(value, end(0.0), end(1.0), m, n)
+    tiny = 1e-12  # at 0 and 1 themselves the spread is zero
+    inside = min(max(value, tiny), 1 - tiny)
+    low = brentq(outside, tiny, inside) if outside(tiny) > 0 else 0.0
+    high = brentq(outside, inside, 1 - tiny) if outside(1 - tiny) > 0 else 1.0
+    return Auroc(value, low, high, m, n)
 
 
 def auroc_in_words(found: Auroc) -> str:
@@ -256,7 +251,8 @@ def _scored(records: Records, score: str) -> tuple[np.ndarray, np.ndarray]:
 def summary(runs: Iterable[Mapping[str, Any]], level: float = 0.95) -> pd.DataFrame:
     """One row per run (content of results.json): accuracy with interval, counts by outcome, mean reward and time.
 
-    `seconds` is the mean over examples of the summed stages of a record's `seconds`.
+    `seconds` is the mean over examples of the summed stages of a record's `seconds`; `abstained` counts the records
+    whose answer was that it is unknown, which are among the wrong ones or the unparsed.
     """
     rows = []
     for run in runs:
@@ -270,15 +266,17 @@ def summary(runs: Iterable[Mapping[str, Any]], level: float = 0.95) -> pd.DataFr
                 "accuracy": value.value,
                 "low": value.low,
                 "high": value.high,
-                **{
-                    k: counts[k] for k in ("correct", "total", "wrong", "unparsed", "errors", "skipped", "judge_failed")
-                },
+                **{name: counts[name] for name in _COUNTS},
+                "abstained": sum(bool(entry.get("abstained")) for entry in entries),
                 "best_reward": _mean(entry.get("best_reward") for entry in entries),
                 "seconds": _mean(_seconds(entry.get("seconds")) for entry in entries),
             }
         )
-    columns = "model dataset method accuracy low high correct total wrong unparsed errors skipped judge_failed"
-    return pd.DataFrame(rows, columns=[*columns.split(), "best_reward", "seconds"])
+    columns = ["model", "dataset", "method", "accuracy", "low", "high", *_COUNTS, "abstained", "best_reward", "seconds"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+_COUNTS = ("correct", "total", "wrong", "unparsed", "errors", "skipped", "judge_failed")
 
 
 def _seconds(value: Any) -> float | None:

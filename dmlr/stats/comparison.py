@@ -1,6 +1,8 @@
 """All runs in the form of the paper's Table 1: model × method × benchmark, with what a reader needs to doubt a number.
 
-Runs (see runs.py) -> data frames of text, ready to be shown. Seeds of the same run are one line with mean and spread.
+Runs -> data frames of text, ready to be shown. Two runs that differ in nothing but the seed (same model, method,
+parameters, judge and questions) are the same run repeated, one line with mean and spread; everything else that differs
+is a setting of its own, named by a letter. Knows nothing of files.
 """
 
 from __future__ import annotations
@@ -8,24 +10,108 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import pandas as pd
 
-from dmlr.stats import metrics
-from dmlr.stats.comparison import published
-from dmlr.stats.comparison.runs import DEFAULTS, GROUPS, Run, order, same_but_for_the_seed, settings, title
+from dmlr.data.benchmarks.rows import BENCHMARKS
+from dmlr.stats import metrics, published
 
+GROUPS = ("category", "l2_category", "pair_id", "figure_group", "question_group")
+_METHODS = tuple(dict.fromkeys(method for _, method, _ in published.TABLE_1))
 _ALWAYS = {"judge": "judge", "L": "num_thought_tokens", "T": "max_num_steps", "η": "lr", "σ": "sigma"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method on one dataset, from a results.json. `label` names the run's folder; `setting` has the judge and the
+    parameters that decide the answers, the seed not among them; `beside` is the baseline of the same run, if any.
+    """
+
+    label: str
+    model: str
+    dataset: str
+    method: str
+    seed: Any
+    setting: Mapping[str, Any]
+    entries: Sequence[Mapping[str, Any]]
+    beside: Run | None = None
+
+    @cached_property
+    def summary(self) -> pd.Series:
+        return metrics.summary([{"entries": self.entries}]).iloc[0]
+
+    @cached_property
+    def paired(self) -> metrics.Paired | None:
+        return metrics.paired(self.beside.entries, self.entries) if self.beside else None
+
+    @property
+    def names(self) -> dict[str, str]:
+        return {"run": self.label, "dataset": title(self.dataset), "method": self.method}
+
+    @cached_property
+    def all_but_the_seed(self) -> tuple:
+        questions = tuple((entry["data_idx"], entry.get("ground_truth")) for entry in self.entries)
+        return self.model, self.dataset, self.method, repr(self.setting), questions
+
+
+def in_order(runs: Sequence[Run], baseline: str) -> list[Run]:
+    """Runs by model, dataset and run; of one run the baseline first, then the paper's methods in its order."""
+    return sorted(
+        runs,
+        key=lambda run: (run.model, order(run), run.label, run.method != baseline, _rank(run.method), run.method),
+    )
+
+
+def _rank(method: str) -> int:
+    """The paper's order of methods, then all others."""
+    return _METHODS.index(method) if method in _METHODS else len(_METHODS)
+
+
+def settings(runs: Sequence[Run]) -> dict[str, str]:
+    """A letter for each distinct setting, by its repr, in order of appearance."""
+    return {text: _letter(i) for i, text in enumerate(dict.fromkeys(repr(run.setting) for run in runs))}
+
+
+def same_but_for_the_seed(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs in groups that differ in nothing but the seed; a seed that comes again begins another group."""
+    groups: dict[tuple, list[list[Run]]] = defaultdict(list)
+    for run in runs:
+        same = groups[run.all_but_the_seed]
+        place = next((group for group in same if run.seed not in [member.seed for member in group]), None)
+        if place is None:
+            same.append([run])
+        else:
+            place.append(run)
+    return [group for same in groups.values() for group in same]
+
+
+def order(run: Run) -> tuple:
+    """Sorts datasets in tables: the paper's in its order, then the others by name."""
+    benchmark = published.benchmark_of(run.dataset)
+    return (published.BENCHMARKS.index(benchmark) if benchmark else len(published.BENCHMARKS)), title(run.dataset)
+
+
+def title(dataset: str) -> str:
+    """Name of a dataset in a table: the paper's for its benchmarks, else that of the file."""
+    stem = Path(dataset).name.removesuffix(".json")
+    return BENCHMARKS[stem].title if stem in BENCHMARKS else stem
+
+
+def _letter(position: int) -> str:
+    return chr(65 + position) if position < 26 else f"{_letter(position // 26 - 1)}{_letter(position % 26)}"
 
 
 def settings_table(runs: Sequence[Run]) -> pd.DataFrame:
     """A row per setting: the parameters that everybody asks for, and all in which the settings differ."""
     letters = settings(runs)
     each = {letters[repr(run.setting)]: run.setting for run in runs}
-    differing = [name for name in DEFAULTS if len({repr(chosen[name]) for chosen in each.values()}) > 1]
+    names = list(runs[0].setting) if runs else []
+    differing = [name for name in names if len({repr(chosen[name]) for chosen in each.values()}) > 1]
     columns = {**_ALWAYS, **{name: name for name in differing if name not in _ALWAYS.values()}}
     rows = [
         {"setting": letter, **{shown: _plain(chosen[name]) for shown, name in columns.items()}}
