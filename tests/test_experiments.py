@@ -5,7 +5,7 @@ import re
 
 import pytest
 from bs4 import BeautifulSoup
-from notebook_files import external_requests, filled, nbval
+from notebook_files import external_requests
 
 from dmlr import notebooks
 from dmlr.config import root
@@ -81,13 +81,3 @@ def test_efficiency_shows_what_was_measured(tmp_path):
         assert f"{mean:.4f}" in text and result["config"]["num_samples"] == count
     assert "no run under none yet" in text
     assert external_requests(page) == []
-
-
-def test_nbval_of_both(ablations, tmp_path):
-    _, given, _ = ablations
-    small = {"device": "cpu", "samples": "1,2", "runs_folder": str(tmp_path), "output_dir": str(tmp_path / "run")}
-    for stored, values in ((ABLATIONS, given), (EFFICIENCY, {**given, **small})):
-        path, cells = filled(stored, values, tmp_path)
-        result = nbval(path)
-        assert result.returncode == 0, result.stdout[-3000:]
-        assert f"{cells} passed" in result.stdout

@@ -228,16 +228,24 @@ def test_compare_without_runs_says_so(tmp_path):
 # nbval: stored outputs of the cells marked for it are compared with fresh ones
 
 
-@pytest.mark.parametrize("path", [BENCHMARK, WALKTHROUGH, COMPARE], ids=lambda path: path.stem)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("0[1-9]*.ipynb")), ids=lambda path: path.stem)
 def test_nbval(path, tmp_path):
     small = {"max_num_steps": 1, "end_data_idx": 4, "max_new_tokens": 32, "output_dir": str(tmp_path / "run")}
-    small["runs_folder"] = str(tmp_path)
+    small |= {
+        "runs_folder": str(tmp_path),
+        "samples": "1,2",
+        "geometry_examples": 4,
+        "iterations": "0",
+        "device": "cpu",
+    }
     path, cells = filled(path, small, tmp_path)
     result = nbval(path)
     assert result.returncode == 0, result.stdout[-3000:]
     assert f"{cells} passed" in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [COMPARE], ids=lambda path: path.stem)
 def test_nbval_compares(path, tmp_path):
     stored = nbformat.read(path, as_version=4)

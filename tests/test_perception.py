@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 from bs4 import BeautifulSoup
-from notebook_files import defined, external_requests, filled, nbval
-from PIL import Image
+from notebook_files import defined, external_requests
 from tiny import noise_image, tiny_vlm
 
 from dmlr import notebooks
@@ -175,13 +174,3 @@ def test_without_images_the_sections_say_so(tmp_path):
     ):
         assert sentence in text, sentence
     assert "The mean gain of a step" in text
-
-
-@pytest.mark.slow
-def test_nbval_of_it_without_boxes(tmp_path):
-    Image.new("RGB", (168, 168), "white").save(tmp_path / "white.png")
-    small = {"dataset": plain_dataset(tmp_path / "plain.json", "white.png"), "max_num_steps": 1, "geometry_examples": 4}
-    path, cells = filled(NOTEBOOK, small, tmp_path)
-    result = nbval(path)
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert f"{cells} passed" in result.stdout

@@ -72,8 +72,8 @@ def headline(walk: Walk) -> str:
     if reasoning is not None:
         told.append(
             f"The reward rose from {reasoning.start_reward:.4f} to {reasoning.best_reward:.4f} by iteration "
-            f"{reasoning.best_step} of {len(reasoning.steps)}; {kept} states were kept, the last with "
-            f"{sum(map(len, reasoning.patches))} patches."
+            f"{reasoning.best_step} of {len(reasoning.steps)}; of the states tried {kept} raised it, and the answer "
+            f"comes from the last of them, with {sum(map(len, reasoning.patches))} patches."
         )
     turns = [m.iteration for m, last in zip(walk.moments[1:], walk.moments, strict=False) if m.answer != last.answer]
     told.append(
