@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-REWARDS = ("entropy", "logprob")
-REWARD_POSITIONS = ("think", "think_next", "group_end")
+REWARDS = ("entropy", "logprob", "self-certainty", "progress")
+REWARD_POSITIONS = ("think", "think_next", "group_end", "answer")
 ACCEPT_AT = ("updated", "candidate")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -68,6 +68,8 @@ class Config:
     max_num_steps: int = _param(15, "T, iterations; 0 leaves the think tokens as they are", low=0)
     lr: float = _param(1e-3, "eta, learning rate", low=0)
     sigma: float = _param(0.1, "noise scale, absolute in embedding units", low=0)
+    lr_relative: float | None = _param(None, "eta as a multiple of sigma squared, in place of lr; none: lr", low=0)
+    sigma_relative: float | None = _param(None, "sigma as a multiple of the embedding's RMS; none: sigma", low=0)
     sigma_decay: float = _param(0.95, "factor on sigma after each iteration", low=0, high=1)
     num_samples: int = _param(1, "perturbed samples per iteration: 1, or an even number (antithetic pairs)", low=1)
     reward: str = _param("entropy", "entropy: equations 6, 7; logprob: negative mean log-probability", choices=REWARDS)
@@ -148,6 +150,18 @@ class Config:
         check_names(overrides)
         return dataclasses.replace(self, **overrides)
 
+    def absolute(self, rms: float) -> Config:
+        """The same with sigma and lr in embedding units; rms: that of the think tokens' start, per dimension."""
+        sigma = self.sigma if self.sigma_relative is None else self.sigma_relative * rms
+        lr = self.lr if self.lr_relative is None else self.lr_relative * sigma**2
+        return self.replace(sigma=sigma, lr=lr, sigma_relative=None, lr_relative=None)
+
+    @property
+    def evaluations(self) -> int:
+        """Most states that an iteration of DMLR's loop runs through the model: M explored ones, and the updated one or,
+        with "candidate", M that rank the patches."""
+        return self.num_samples + (1 if self.accept_at == "updated" else self.num_samples)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values by name, in declaration order, as written into results.json."""
         return dataclasses.asdict(self)
@@ -184,8 +198,9 @@ def check_names(
 
 
 def _nearest(name: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    spelled = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.4)
+    return f" (did you mean {spelled[close[0]]!r}?)" if close else ""
 
 
 def _range(f: dataclasses.Field) -> str:

@@ -189,7 +189,7 @@ def test_a_forward_stays_on_its_device(family):
     latents = torch.zeros(3, 2, 4, vlm.text_config.hidden_size, device="meta")
     index, count = (torch.zeros(*shape, dtype=torch.long, device="meta") for shape in ((3, 4, 5), (3, 4)))
     with StaysOn("meta"):
-        reward, attention, _ = score(vlm, prefix, config, NO_IDS, latents, Patches(index, count))
+        reward, attention, _ = score(vlm, prefix, config, latents, Patches(index, count))
     assert reward.shape == (3, 2) and attention.shape == (3, 4, prefix.images.shape[1])
 
 

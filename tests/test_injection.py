@@ -9,8 +9,9 @@ def test_caps_share_the_total_and_follow_the_stride():
     counts = torch.tensor([100, 2])
     assert patch_caps(4, counts, 1, 16, 16).tolist() == [[4, 4, 4, 4], [2, 2, 2, 2]]
     assert patch_caps(4, counts, 1, 16, 6).tolist() == [[2, 2, 1, 1], [2, 2, 1, 1]]
-    assert patch_caps(5, counts, 2, 3, None).tolist() == [[0, 3, 0, 3, 0], [0, 2, 0, 2, 0]]
-    assert patch_caps(2, counts, 3, None, 16).tolist() == [[0, 0], [0, 0]]
+    assert patch_caps(5, counts, 2, 3, None).tolist() == [[3, 0, 3, 0, 3], [2, 0, 2, 0, 2]]  # offsets 0, 2, 4
+    assert patch_caps(5, counts, 2, None, 7).tolist() == [[3, 0, 2, 0, 2], [2, 0, 2, 0, 2]]
+    assert patch_caps(2, counts, 3, None, 16).tolist() == [[16, 0], [2, 0]]
     assert patch_caps(2, counts, 1, None, None).tolist() == [[100, 100], [2, 2]]
 
 
@@ -57,7 +58,8 @@ def test_interleaving_order_and_reward_slots():
     assert slots[0, 1, :, 0][filled[0]].tolist() == [3, 12, 10, 4, 11]
     assert reward_slots(patches, "think").tolist() == [[0, 3]]
     assert reward_slots(patches, "group_end").tolist() == [[2, 4]]
-    assert reward_slots(patches, "think_next").tolist() == [[0, 3, 6]]
+    assert reward_slots(patches, "think_next", 4).tolist() == [[0, 3, 6]]
+    assert reward_slots(patches, "answer", 4).tolist() == [[9]]  # the last of four tokens behind six slots
 
 
 def test_where_takes_rows_of_different_width():

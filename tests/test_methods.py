@@ -307,39 +307,35 @@ VARIANTS = [
 def test_random(vlm, how):
     config = Config(**{**BASE, **how})
     answers, ids = run(vlm, "random", QUESTIONS, config)
-    accepted = set()
-    for row, (question, reference, start, noise) in enumerate(references(vlm, config, 3)):
+    accepted, states = set(), config.num_samples * 2 if config.accept_at == "candidate" else config.num_samples + 1
+    for row, (question, reference, start, _) in enumerate(references(vlm, config, 3)):
         count = len(reference.encoded.image_columns)
-        draws = torch.rand(
-            1 + config.max_num_steps, 3, count, generator=example_generator(42, question.idx, "patches")
-        ).tolist()
+        generators = [example_generator(42, question.idx, purpose) for purpose in ("patches", "random")]
+        draws = torch.rand(config.max_num_steps, 3, count, generator=generators[0]).tolist()
+        noise = torch.randn(config.max_num_steps, states, *start.shape, generator=generators[1])
         kept, budget, sigma = [[]] * 3, 2, config.sigma
-        with torch.no_grad():
-            best = float(reference.reward(start, kept)[0])
-        bar = 0.0 if config.accept_at == "candidate" else best
-        final = last = (start, kept)
-        rewards = []
+        best = float(reference.reward(start, kept)[0])
+        threshold = 0.0 if config.accept_at == "candidate" else best
+        final, last, rewards = (start, kept), start, []
         for t in range(config.max_num_steps):
             since = t - config.visual_injection_start_step
-            if since == 0:
-                kept = reference.retrieve(draws[0], kept, budget)
-            looks = since >= 0 and since % config.visual_injection_interval == 0
-            tried = reference.retrieve(draws[1 + t], kept, budget) if looks else kept
-            with torch.no_grad():
-                scores = [float(reference.reward(start + sigma * xi, tried)[0]) for xi in noise[t]]
+            injects = since >= 0 and since % config.visual_injection_interval == 0
+            tried = reference.retrieve(draws[t], kept, budget) if injects else kept
+            scores = [float(reference.reward(start + sigma * xi, tried)[0]) for xi in noise[t]]
             rewards.append(max(scores))
-            last = (start + sigma * noise[t][scores.index(max(scores))], tried)
-            accepted.add(rewards[-1] > bar)
-            if rewards[-1] > bar:
-                bar = best = rewards[-1]
-                final, kept = last, tried
+            last = start + sigma * noise[t][scores.index(max(scores))]
+            accepted.add(rewards[-1] > threshold)
+            if rewards[-1] > threshold:
+                threshold = best = rewards[-1]
+                final, kept = (last, tried), tried
                 budget += config.patch_increment
-            if 0 < config.reward_threshold <= best:
-                break
+                if 0 < config.reward_threshold <= best:
+                    break
             sigma *= config.sigma_decay
-        latents, patches = last if config.disable_best_reward else final
+        latents, patches = (last, kept) if config.disable_best_reward else final
         same_reasoning(answers[row], latents, patches, rewards)
         assert answers[row].reasoning.best_reward == pytest.approx(best, abs=1e-4)
+        assert answers[row].reasoning.evaluations == 1 + states * len(rewards)
         assert ids[row] == reference.decode(latents, patches, 9)
     assert accepted == {True, False}
 
@@ -362,8 +358,8 @@ def test_all_methods_in_one_run(vlm, tmp_path):
     """By name, beside each other; what one call cannot take costs that record; place and batch change none."""
     short = vlm.encode(PROMPTS.system, PROMPTS.task(""), []).input_ids
     long = "?" * (2048 - len(short) - 175)  # room for the hint of the latents, not for a whole scene graph
-    rows = [{"prompt": q.text, "solution": "4", "image_path": None, "idx": str(q.idx)} for q in QUESTIONS]
-    rows.append({"prompt": long, "solution": "4", "image_path": None, "idx": "long"})
+    rows = [{"prompt": q.text, "solution": "4", "image_path": None, "idx": str(q.idx), "boxes": []} for q in QUESTIONS]
+    rows.append({"prompt": long, "solution": "4", "image_path": None, "idx": "long", "boxes": []})
     for row in rows[::3]:
         row["image_path"] = f"{row['idx']}.png"
         noise_image(7).save(tmp_path / row["image_path"])
@@ -389,13 +385,18 @@ def test_all_methods_in_one_run(vlm, tmp_path):
 
     records = results("all.json", rows, 3)
     assert len(records) == 5 * len(METHODS)
-    assert records == results("reversed.json", rows[::-1], 5)
+    again = results("reversed.json", rows[::-1], 5)
+    others = {key for key in records if key[0] == "swapped"}  # whose partners the order of the dataset decides
+    assert {k: v for k, v in records.items() if k not in others} == {k: v for k, v in again.items() if k not in others}
+    assert all(records[key]["details"]["loop_of"] != key[1] for key in others)
     failed = {key: record["error"] for key, record in records.items() if record["error"]}
     assert failed.keys() == {("ccot", "long")} and "the model's context is 2048" in failed["ccot", "long"]
+    assert records["displaced", "0"]["details"]["loop_of"] == "0"
     assert records["dmlr", "2"]["details"] == NO_IMAGE and records["dmlr", "0"]["details"] is None
     assert {"rationale", "rationale_prompt"} <= records["multimodal-cot", "2"]["details"].keys()
-    with pytest.raises(ConfigError, match="unknown method 'icott' .did you mean 'icot'"):
-        evaluate.run(Config(methods="icott"), vlm)
+    for wrong, near in {"icott": "icot", "DMLR": "dmlr"}.items():
+        with pytest.raises(ConfigError, match=f"unknown method '{wrong}' .did you mean '{near}'"):
+            evaluate.run(Config(methods=wrong), vlm)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -37,7 +37,7 @@ def test_exact_gradient_equals_finite_differences(reward, position):
     prefix, latents = one(vlm, config)
     latents = latents.double()
     patches = Patches(torch.tensor([[[1, 2], [3, 0], [5, 0], [7, 8]]]), torch.tensor([[2, 1, 1, 2]]))
-    _, _, gradient = score(vlm, prefix, config, NO_IDS, latents[:, None], patches, with_gradient=True)
+    _, _, gradient = score(vlm, prefix, config, latents[:, None], patches, with_gradient=True)
     generator = torch.Generator().manual_seed(0)
     uphill = gradient / gradient.norm()
     small = 4e-5 / gradient.norm().item()  # a change that float32 layers resolve, clear of kinks where the top k change
@@ -45,8 +45,7 @@ def test_exact_gradient_equals_finite_differences(reward, position):
         random = torch.randn(latents.shape, generator=generator, dtype=torch.float64)
         direction = uphill + random / random.norm()
         sides = [
-            score(vlm, prefix, config, NO_IDS, (latents + e * direction)[:, None], patches)[0].item()
-            for e in (small, -small)
+            score(vlm, prefix, config, (latents + e * direction)[:, None], patches)[0].item() for e in (small, -small)
         ]
         assert (sides[0] - sides[1]) / (2 * small) == pytest.approx((gradient * direction).sum().item(), rel=2e-3)
 
@@ -56,11 +55,11 @@ def test_reinforce_points_along_the_exact_gradient(vlm, record_property):
     config = Config(sigma=0.0005)
     prefix, latents = one(vlm, config)
     none = Patches.none(1, 4, latents.device)
-    _, _, gradient = score(vlm, prefix, config, NO_IDS, latents[:, None], none, with_gradient=True)
+    _, _, gradient = score(vlm, prefix, config, latents[:, None], none, with_gradient=True)
     noise = example_noise(0, "cosine", 30, 128, 4, latents.shape[2]) * config.sigma  # 1920 antithetic pairs
     total = torch.zeros_like(latents)
     for xi in noise:
-        reward, _, _ = score(vlm, prefix, config, NO_IDS, latents[:, None] + xi, none, with_attention=False)
+        reward, _, _ = score(vlm, prefix, config, latents[:, None] + xi, none, with_attention=False)
         total += (reward[..., None, None] * xi).sum(dim=1) / config.sigma**2
     estimate = total / noise.shape[:2].numel()
     cosine = torch.nn.functional.cosine_similarity(estimate.flatten(), gradient.flatten(), dim=0).item()
@@ -105,7 +104,11 @@ def test_more_samples_raise_the_reward_further(vlm):
 
 def questions(count):
     sizes = [(112, 112), (56, 112), (84, 56), (112, 84), (56, 56), (140, 56)]
-    return [Question(i, f"Question {'?' * (3 * i)}", [noise_image(i, *sizes[i % 6])]) for i in range(count)]
+    plain = [Question(i, f"Question {'?' * (3 * i)}", [noise_image(i, *sizes[i % 6])]) for i in range(count)]
+    return [
+        dataclasses.replace(q, partner=lambda i=i: plain[i - 1], boxes=[[9, 9, 40, 20 + 4 * i]], solution="4" * (1 + i))
+        for i, q in enumerate(plain)
+    ]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,5 +1,7 @@
 """The fast path against full recomputation: rewards, patches, latents of every iteration, and the answers."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import noise_image, tiny_vlm
@@ -7,11 +9,13 @@ from tiny import noise_image, tiny_vlm
 from dmlr.config import Config
 from dmlr.loop.optimize import initial_latents, optimize
 from dmlr.loop.reference import Reference, eager
+from dmlr.loop.score import Scored
 from dmlr.methods.answers import Question
 from dmlr.methods.latent import append_latents, question_noise
 from dmlr.prompts import Prompts
 
 PROMPTS = Prompts()
+GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
 QUESTIONS = [
     ("How many?", (112, 112)),
     ("Which colour is the shape that stands to the left of the big red star near the lower border?", (56, 140)),
@@ -26,6 +30,7 @@ VARIANTS = {
     "group_end": {"reward_position": "group_end", "initial_patch_count": 1, "patch_increment": 1},
     "group_end, candidate": {"reward_position": "group_end", "accept_at": "candidate", "patch_increment": 1},
     "think_next": {"reward_position": "think_next"},
+    "answer": {"reward_position": "answer", "reward": "logprob"},
     "stride 2": {"visual_insert_stride": 2, "num_selected_patches": 3},
     "stride 3, odd cap": {"visual_insert_stride": 3, "num_thought_tokens": 7, "max_total_patches": 5},
     "late start": {"visual_injection_start_step": 2},
@@ -38,6 +43,7 @@ VARIANTS = {
     "uneven cap": {"max_total_patches": 6, "initial_patch_count": 1, "patch_increment": 1},
     "no patches": {"initial_patch_count": 0, "patch_increment": 0},
     "one think token": {"num_thought_tokens": 1, "num_selected_patches": 5},
+    "relative scales": {"sigma_relative": 3.0, "lr_relative": 5.0, "num_samples": 2},
     "visual start": {"visual_only": True},
     "exact gradient": {"use_auto_grad": True},
     "exact gradient, candidate": {"use_auto_grad": True, "accept_at": "candidate", "reward": "logprob"},
@@ -66,6 +72,13 @@ def encode(vlm, config, count):
     ]
 
 
+def assert_close(found, want, share):
+    """Apart by at most a share of the spread of what is wanted: zeros, or any other constant, are not close."""
+    found, want = (torch.as_tensor(x, dtype=torch.float64).flatten() for x in (found, want))
+    apart, spread = (found - want).abs().max().item(), (want.max() - want.min()).item()
+    assert apart <= share * spread, f"{apart:.2g} apart, of a spread of {spread:.2g}"
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_loop_equals_full_recomputation(vlm, name, batch):
@@ -74,7 +87,7 @@ def test_loop_equals_full_recomputation(vlm, name, batch):
     noise = torch.stack([question_noise(vlm, Question(i, "", []), config) for i in range(batch)])
     prefix = vlm.prefill(encoded)
     start = initial_latents(vlm, prefix, config)
-    trace = optimize(vlm, prefix, config, noise, torch.zeros(0, dtype=torch.long))
+    trace = optimize(vlm, prefix, config, noise)
     append_latents(vlm, prefix, trace.final.latents, trace.final.patches)
     answers = vlm.decode(prefix, config.max_new_tokens)
 
@@ -82,17 +95,19 @@ def test_loop_equals_full_recomputation(vlm, name, batch):
     for row in range(batch):
         reference = Reference(oracle, encoded[row], config)
         expected = reference.run(start[row], noise[row])
-        assert trace.start_reward[row].item() == pytest.approx(expected.start_reward, abs=1e-4)
         ran = [step for step in trace.steps if step.active[row]]
         assert len(ran) == len(expected.steps)
         for step, want in zip(ran, expected.steps, strict=True):
-            assert step.reward[row].item() == pytest.approx(want.reward, abs=1e-4)
-            assert step.explored[row].item() == pytest.approx(want.explored, abs=1e-4)
             assert step.tried.patches.tolist()[row] == want.patches
             assert step.accepted[row].item() == want.accepted
-        assert trace.best_reward[row].item() == pytest.approx(expected.best_reward, abs=1e-4)
+        rewards = [trace.start_reward[row], *(r[row] for step in ran for r in (step.reward, step.explored))]
+        wanted = [expected.start_reward, *(r for step in expected.steps for r in (step.reward, step.explored))]
+        if ran:
+            assert_close(rewards, wanted, 1e-3)
+        assert rewards[0].item() == pytest.approx(expected.start_reward, rel=1e-4)
+        assert trace.best_reward[row].item() == pytest.approx(expected.best_reward, rel=1e-3)
         assert trace.best_step[row].item() == expected.best_step
-        torch.testing.assert_close(trace.final.latents[row], expected.best_latents, atol=1e-4, rtol=0)
+        assert_close(trace.final.latents[row], expected.best_latents, 1e-3)
         assert trace.final.patches.tolist()[row] == expected.best_patches
         ids = reference.decode(expected.best_latents, expected.best_patches, config.max_new_tokens)
         assert answers[row].text == vlm.tokenizer.decode(ids, skip_special_tokens=True)
@@ -104,7 +119,7 @@ def test_variants_are_not_vacuous(vlm):
     for variant in VARIANTS.values():
         config = Config(**{**BASE, **variant})
         noise = torch.stack([question_noise(vlm, Question(i, "", []), config) for i in range(4)])
-        trace = optimize(vlm, vlm.prefill(encode(vlm, config, 4)), config, noise, torch.zeros(0, dtype=torch.long))
+        trace = optimize(vlm, vlm.prefill(encode(vlm, config, 4)), config, noise)
         seen |= {f"accepted {bool(a)}" for step in trace.steps for a in step.accepted}
         seen |= {f"patches {sum(map(len, row))}" for row in trace.final.patches.tolist()}
         if any(not a for step in trace.steps for a in step.active):
@@ -118,7 +133,7 @@ def test_best_reward_is_that_of_the_state_that_earned_it(vlm, accept_at, positio
     config = Config(**BASE, accept_at=accept_at, reward_position=position)
     encoded = encode(vlm, config, 4)
     noise = torch.stack([question_noise(vlm, Question(i, "", []), config) for i in range(4)])
-    trace = optimize(vlm, vlm.prefill(encoded), config, noise, torch.zeros(0, dtype=torch.long))
+    trace = optimize(vlm, vlm.prefill(encoded), config, noise)
     for row in range(4):
         reference = Reference(eager(vlm), encoded[row], config)
         with torch.no_grad():
@@ -130,32 +145,137 @@ def test_best_reward_is_that_of_the_state_that_earned_it(vlm, accept_at, positio
             assert trace.best_reward[row] >= trace.start_reward[row]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
 @pytest.mark.parametrize("position", ["think", "group_end"])
-def test_half_precision_loop_is_the_same_within_rounding(dtype, tolerance, position):
+@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+@pytest.mark.parametrize(
+    ("device", "hidden"),
+    [("cpu", 48), *(pytest.param("cuda", hidden, marks=GPU) for hidden in (48, 256, 512))],  # heads of 12, 64, 128
+)
+def test_half_precision_loop_is_the_same_within_rounding(device, hidden, dtype, share, position):
     """Every state that the loop tried in half precision has, recomputed in full in float32 with the same weights, the
-    reward that the loop saw, and the first patches are the most attended ones, up to the tolerance."""
+    reward that the loop saw, and the start looks where it looked, up to a share of what these differ among themselves.
+    """
     config = Config(**{**BASE, "reward_position": position})
-    half, exact = tiny_vlm(), tiny_vlm()
-    half.model.to(dtype)
-    exact.model.load_state_dict(half.model.state_dict())  # the rounded weights
+    half, exact = tiny_vlm(hidden=hidden), tiny_vlm(hidden=hidden)
+    half.model.to(device, dtype)
+    exact.model.load_state_dict({name: x.float().cpu() for name, x in half.model.state_dict().items()})
     encoded = encode(exact, config, 4)
     noise = torch.stack([question_noise(half, Question(i, "", []), config) for i in range(4)])
-    trace = optimize(half, half.prefill(encoded), config, noise, torch.zeros(0, dtype=torch.long))
-    seen = []
+    trace = optimize(half, half.prefill(encoded), config, noise)
+    rewards, wanted = [], []
     for row in range(4):
         reference = Reference(eager(exact), encoded[row], config)
-        with torch.no_grad():
-            again, attention = reference.reward(half.embed(torch.full((4,), half.think_id)).float(), [[]] * 4)
-            rewards = [
-                float(reference.reward(step.tried.latents[row], step.tried.patches.tolist()[row])[0])
-                for step in trace.steps
-            ]
-        columns = len(encoded[row].image_columns)
-        torch.testing.assert_close(
-            trace.start_attention[row, :, :columns], torch.tensor(attention), atol=tolerance, rtol=0
-        )
-        assert trace.start_reward[row].item() == pytest.approx(float(again), abs=tolerance)
-        seen += [(step.reward[row].item(), want) for step, want in zip(trace.steps, rewards, strict=True)]
-    assert [found for found, _ in seen] == pytest.approx([want for _, want in seen], abs=tolerance)
-    assert max(abs(found - want) for found, want in seen) > 0, "nothing was rounded: this tested float32"
+        start = half.embed(torch.full((4,), half.think_id)).float().cpu()
+        again, attention = reference.reward(start, [[]] * 4)
+        assert_close(trace.start_attention[row, :, : len(encoded[row].image_columns)].cpu(), attention, share)
+        rewards.append(trace.start_reward[row].item()), wanted.append(float(again))
+        for step in trace.steps:
+            rewards.append(step.reward[row].item())
+            wanted.append(float(reference.reward(step.tried.latents[row].cpu(), step.tried.patches.tolist()[row])[0]))
+    assert_close(rewards, wanted, share)
+    assert rewards != wanted, "nothing was rounded: this tested float32"
+
+
+# two traces worked by hand: what the loop does with given rewards and attention, whatever a model is
+
+LOW, HIGH = [0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]  # attention over four image tokens
+ONE = SimpleNamespace(
+    embedding_rms=1.0, think_id=0, embed=lambda ids: torch.zeros(*ids.shape, 1), device=torch.device("cpu")
+)
+FOUR_TOKENS = SimpleNamespace(image_mask=torch.ones(1, 4, dtype=torch.bool), images=torch.zeros(1, 4, 1))
+BY_HAND = Config(
+    num_thought_tokens=2,
+    max_num_steps=2,
+    lr=0.5,
+    sigma=1.0,
+    sigma_decay=0.5,
+    initial_patch_count=1,
+    patch_increment=1,
+    num_selected_patches=2,
+    max_total_patches=None,
+)
+XI = torch.tensor([[1.0, -1.0], [2.0, 1.0]]).view(1, 2, 1, 2, 1)  # standard normal draws of two iterations
+
+
+def by_hand(accept_at, passes):
+    """What the loop asked for in each of the passes that return these rewards and attentions, and its trace."""
+    asked, told = [], iter(passes)
+
+    def score(latents, patches, with_attention=True, with_gradient=False):
+        asked.append((latents.flatten().mul(1000).round().div(1000).tolist(), patches.tolist()[0]))
+        reward, attention = next(told)
+        return Scored(torch.tensor([[reward]]), torch.tensor([attention]), None)
+
+    trace = optimize(ONE, FOUR_TOKENS, BY_HAND.replace(accept_at=accept_at), XI, score=score)
+    assert next(told, None) is None, "fewer passes than expected"
+    return asked, trace
+
+
+def test_the_papers_loop_by_hand():
+    asked, trace = by_hand(
+        "updated",
+        [
+            (0.2, [HIGH, LOW]),  # the start, no patches: V_best becomes the most attended patch of each, 3 and 0
+            (0.5, [LOW, HIGH]),  # T + (1, -1); T becomes 0.5 * 0.5 * (1, -1) / 1 = (.25, -.25)
+            (0.6, [LOW, HIGH]),  # with a budget of 1 V_best is all of Z_cand; .6 > .2: accepted, the budget is 2
+            (-0.4, [LOW, HIGH]),  # sigma .5: T + (1, .5); T becomes (.25, -.25) - .5 * .4 * (1, .5) / .25
+            (0.55, [LOW, HIGH]),  # with one more patch each, 0 and 3; .55 < .6: rejected
+        ],
+    )
+    assert asked == [
+        ([0, 0], [[], []]),
+        ([1, -1], [[3], [0]]),
+        ([0.25, -0.25], [[3], [0]]),
+        ([1.25, 0.25], [[3], [0]]),
+        ([-0.55, -0.65], [[3, 0], [0, 3]]),
+    ]
+    assert [bool(step.accepted) for step in trace.steps] == [True, False]
+    assert [int(step.budget) for step in trace.steps] == [1, 2]
+    assert [step.evaluations for step in trace.steps] == [2, 2]
+    assert (trace.best_reward.item(), trace.best_step.item()) == (pytest.approx(0.6), 1)
+    assert trace.final.latents.flatten().tolist() == [0.25, -0.25] and trace.final.patches.tolist() == [[[3], [0]]]
+
+
+def test_the_released_loop_by_hand():
+    asked, trace = by_hand(
+        "candidate",
+        [
+            (0.9, [LOW, LOW]),  # the start, whose reward is no threshold: that begins at 0
+            (0.1, [HIGH, LOW]),  # T + (1, -1) without patches, for its attention
+            (0.5, [LOW, LOW]),  # the same with patches 3 and 0; .5 > 0: accepted, T becomes (.25, -.25), the budget 2
+            (0.7, [LOW, HIGH]),  # sigma .5: T + (1, .5) with them, for its attention: next are 0 and 3
+            (0.5, [LOW, LOW]),  # the same with these too; .5 is no more than .5: rejected
+        ],
+    )
+    assert asked == [
+        ([0, 0], [[], []]),
+        ([1, -1], [[], []]),
+        ([1, -1], [[3], [0]]),
+        ([1.25, 0.25], [[3], [0]]),
+        ([1.25, 0.25], [[3, 0], [0, 3]]),
+    ]
+    assert [bool(step.accepted) for step in trace.steps] == [True, False]
+    assert [step.evaluations for step in trace.steps] == [2, 2]
+    assert (trace.best_reward.item(), trace.best_step.item()) == (0.5, 1)
+    assert trace.final.latents.flatten().tolist() == [0.25, -0.25], "what is kept is the updated state"
+    assert trace.scored.latents.flatten().tolist() == [1, -1], "and not the one that earned the reward"
+    assert trace.final.patches.tolist() == [[[3], [0]]]
+
+
+@pytest.mark.parametrize("accept_at", ["updated", "candidate"])
+def test_where_nothing_is_accepted_the_start_is_decoded_without_patches(accept_at):
+    _, trace = by_hand(accept_at, [(0.2, [HIGH, LOW]), *[(-0.5, [LOW, HIGH])] * 4])
+    assert trace.final.latents.flatten().tolist() == [0, 0] and trace.final.patches.tolist() == [[[], []]]
+    assert trace.best_step.item() == 0
+
+
+def test_an_early_stop_is_for_what_an_iteration_reached():
+    config = BY_HAND.replace(reward_threshold=0.5)
+    rewards = iter([0.9, 0.1, 0.95, 0.1, 0.2])  # the start is above the threshold; the first iteration raises it
+
+    def score(latents, patches, **flags):
+        return Scored(torch.tensor([[next(rewards)]]), torch.tensor([[LOW, LOW]]), None)
+
+    assert len(optimize(ONE, FOUR_TOKENS, config, XI, score=score).steps) == 1
+    rewards = iter([0.9, 0.1, 0.7, 0.1, 0.2])
+    assert len(optimize(ONE, FOUR_TOKENS, config, XI, score=score).steps) == 2, "nothing was accepted"

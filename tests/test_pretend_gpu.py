@@ -26,7 +26,10 @@ def no_driver(monkeypatch):
 
 def answers(build, method, config, gpu, count=3):
     vlm = build()
-    questions = [Question(i, text, [noise_image(i, *size)]) for i, (text, size) in enumerate(QUESTIONS[:count])]
+    questions = [
+        Question(i, text, [noise_image(i, *size)], lambda: questions[0], [[9, 9, 40, 40]], "4")
+        for i, (text, size) in enumerate(QUESTIONS[:count])
+    ]
     if not gpu:
         return METHODS[method](vlm, questions, config)
     to_gpu(vlm.model)

@@ -75,7 +75,7 @@ def explore(vlm: VLM, config: Config, example: Example, images: Sequence[Image.I
     `top` next tokens are kept for each think token. Raises PromptError for a question that the model cannot be
     given.
     """
-    question = Question(example.idx, example.question, list(images))
+    config, question = config.absolute(vlm.embedding_rms), Question(example.idx, example.question, list(images))
     vanilla = METHODS["vanilla"](vlm, [question], config)[0]
     prompts, clock = prompts_of(config), Clock(vlm.device)
     prefix, encoded = prefill_latent(vlm, [question], config, prompts)

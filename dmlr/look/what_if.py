@@ -13,7 +13,7 @@ import torch
 from dmlr.look.walk import Walk, answers_from, parts
 from dmlr.loop.injection import Patches
 from dmlr.loop.optimize import State, optimize
-from dmlr.loop.score import score
+from dmlr.loop.score import scorer
 from dmlr.methods.latent import question_noise
 
 
@@ -101,9 +101,8 @@ def usual_changes(walk: Walk, seeds: int = 3) -> list[Change]:
 def _rewards(walk: Walk, states: State) -> list[float]:
     found = []
     for prefix, part in parts(walk.vlm, walk.prefix, walk.config, states):
-        latents = part.latents[:, None]
-        reward, _, _ = score(walk.vlm, prefix, walk.config, walk.ids, latents, part.patches, with_attention=False)
-        found += reward[:, 0].tolist()
+        score = scorer(walk.vlm, prefix, walk.config, walk.ids)
+        found += score(part.latents[:, None], part.patches, with_attention=False).reward[:, 0].tolist()
     return found
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from dmlr.config import Config
+
 
 @dataclass(frozen=True)
 class Patches:
@@ -68,18 +70,48 @@ def patch_caps(
 ) -> torch.Tensor:
     """Most patches that each think token may keep, [B, L].
 
-    num_patches: [B], image tokens per example. Every `stride`-th think token injects (the stride-th, 2*stride-th, ...).
-    `total` is shared evenly among them; what is left over goes to the first ones.
+    num_patches: [B], image tokens per example. The think tokens 0, stride, 2 stride, ... inject. `total` is shared
+    evenly among them; what is left over goes to the first ones.
     """
-    order = torch.arange(1, num_thought_tokens + 1, device=num_patches.device)
-    injects = order % stride == 0
-    caps = num_patches[:, None] * injects
+    place = torch.arange(num_thought_tokens, device=num_patches.device)
+    caps = num_patches[:, None] * (place % stride == 0)
     if per_token is not None:
         caps = caps.clamp(max=per_token)
     if total is not None:
-        share, rest = divmod(total, max(int(num_thought_tokens // stride), 1))
-        caps = torch.minimum(caps, share + (order // stride <= rest).long())
+        share, rest = divmod(total, -(-num_thought_tokens // stride))
+        caps = torch.minimum(caps, share + (place // stride < rest).long())
     return caps
+
+
+def caps_of(config: Config, num_patches: torch.Tensor) -> torch.Tensor:
+    """Most patches per think token [B, L] of examples with so many image tokens [B], as the configuration says."""
+    return patch_caps(
+        config.num_thought_tokens,
+        num_patches,
+        config.visual_insert_stride,
+        config.num_selected_patches,
+        config.max_total_patches,
+    )
+
+
+class Retrieval:
+    """Z_cand: which patches each think token of a batch may try, given what ranks them, kept patches and budget."""
+
+    def __init__(self, image_mask: torch.Tensor, config: Config):
+        """image_mask: [B, N]. `initial_patch_count` none is every patch, 0 is none (in the released code 0 is all)."""
+        self.image_mask, self.growth = image_mask, config.patch_increment
+        counts = image_mask.sum(dim=1)
+        self.caps = caps_of(config, counts)  # [B, L]
+        self.most = self.caps.amax(dim=1)  # [B], no budget grows beyond this
+        self.widest = int(self.most.max())
+        self.first = self.widest if config.initial_patch_count is None else config.initial_patch_count
+        self.first_budget = self.most.clamp(max=self.first)  # [B], patches per think token
+        self.nothing = Patches.none(len(counts), config.num_thought_tokens, counts.device)
+
+    def __call__(self, attention: torch.Tensor, kept: Patches, budget: torch.Tensor, t: int = 0) -> Patches:
+        """attention: [B, L, N]. The shapes in iteration t are known without looking at the rows."""
+        width = min(self.widest, self.first + t * self.growth)
+        return choose_patches(attention, self.image_mask, kept, budget, self.caps, width)
 
 
 def choose_patches(
@@ -131,11 +163,11 @@ def interleave(latents: torch.Tensor, images: torch.Tensor, patches: Patches) ->
     return slots.flatten(2, 3), filled.flatten(1, 2)
 
 
-def reward_slots(patches: Patches, position: str) -> torch.Tensor:
-    """Slots at which the reward reads its logits, [B, R].
+def reward_slots(patches: Patches, position: str, tail: int = 0) -> torch.Tensor:
+    """Slots at which the reward reads its logits, [B, R]; `tail` text tokens follow the last group.
 
-    `think`: the think tokens; `think_next`: also the slot after the last group; `group_end`: each group's last patch
-    (its think token where it has none).
+    `think`: the think tokens; `think_next`: also the first token after the last group; `group_end`: each group's last
+    patch (its think token where it has none); `answer`: the last token before the answer.
     """
     batch, length = patches.count.shape
     size = 1 + patches.index.shape[2]
@@ -144,5 +176,7 @@ def reward_slots(patches: Patches, position: str) -> torch.Tensor:
         return starts
     if position == "group_end":
         return starts + patches.count
+    if position == "answer":
+        return starts.new_full((batch, 1), length * size + tail - 1)
     assert position == "think_next", position
     return torch.cat([starts, starts.new_full((batch, 1), length * size)], dim=1)

@@ -7,15 +7,19 @@ Examples of a batch do not influence each other: every decision is per row, and 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 from dmlr.config import Config
-from dmlr.loop.injection import Patches, choose_patches
-from dmlr.loop.score import caps_of, scorer
+from dmlr.loop.injection import Patches, Retrieval
+from dmlr.loop.score import Score, Scored, scorer
 from dmlr.model.prefix import Prefix
 from dmlr.model.vlm import VLM
+
+# latents [B, L, D], perturbation [B, M, L, D], what its samples scored, sigma -> the next latents [B, L, D]
+Update = Callable[[torch.Tensor, torch.Tensor, Scored, float], torch.Tensor]
 
 
 @dataclass
@@ -43,6 +47,7 @@ class Step:
     budget: torch.Tensor  # [B], patches per think token allowed in this iteration
     tried: State  # the state whose reward this is
     attention: torch.Tensor  # [B, L, N] that ranked the patches
+    evaluations: int  # states that went through the model
 
 
 @dataclass
@@ -96,101 +101,128 @@ def initial_latents(vlm: VLM, prefix: Prefix, config: Config) -> torch.Tensor:
     return torch.where((totals > 0)[:, None, None], weights @ prefix.images[..., : think.shape[2]].float(), think)
 
 
-def optimize(vlm: VLM, prefix: Prefix, config: Config, noise: torch.Tensor, score_ids: torch.Tensor) -> Trace:
-    """Algorithm 1 over a prefilled batch.
+def optimize(
+    vlm: VLM,
+    prefix: Prefix,
+    config: Config,
+    noise: torch.Tensor,
+    score_ids: torch.Tensor | None = None,
+    *,
+    score: Score | None = None,
+    update: Update | None = None,
+    ranking: torch.Tensor | None = None,
+) -> Trace:
+    """Algorithm 1 over a prefilled batch. The model and the prefix are left as they were.
 
-    noise: [B, T, M, L, D] standard normal, M samples an iteration (see `example_noise`); score_ids: tokens that ask the
-    model to rate its latents, read only with `disable_conf_reward`. The model and the prefix are left as they were.
+    noise: [B, T, M, L, D] standard normal, M samples an iteration (see `example_noise`). score_ids: tokens that ask the
+    model to rate its latents, read only with `disable_conf_reward`.
 
-    `accept_at = "updated"` is the paper's loop: perturb, update, then score the updated latents with the candidate
-    patches. `accept_at = "candidate"` is the released one: a single reward, of the perturbed latents with the
-    candidate patches, drives the update and the acceptance; the state then kept is the updated one, and the bar
-    starts at zero. With several samples the update takes the mean of their estimates, the reward's mean over them
-    subtracted (antithetic pairs keep it unbiased), and "candidate" tries the best of them.
+    `accept_at = "updated"` is the paper's loop: V_best begins with the patches that the start attends to; perturb,
+    update, then score the updated latents with the candidate patches: M + 1 rewards an iteration.
+
+    `accept_at = "candidate"` is the released one. A pass over the perturbed latents ranks the patches (in iterations
+    that look for some), a second one with those patches gives the one reward that drives both update and acceptance:
+    up to 2 M evaluations. The state then kept is the updated one; V_best begins empty, the threshold at zero.
+
+    Where nothing is accepted the start is decoded as it earned its reward: without patches (the paper does not say).
+    An early stop (`reward_threshold`) is for what an iteration reached, not for the start.
+
+    What a control changes are plain functions: `score` (another reward), `update` (another step: `reinforce`,
+    `ascent`, or `stay`, a search at random whose best candidate itself is tried and kept), and `ranking`
+    [B, T, L, N], numbers that rank the patches of an iteration in attention's place.
     """
-    latents = initial_latents(vlm, prefix, config)  # T, [B, L, D]
-    noise = noise.to(latents.device)
-    reward_of = scorer(vlm, prefix, config, score_ids)
-    retrieval = Retrieval(prefix, config)
-    budget, kept = retrieval.first_budget, retrieval.nothing  # kept is V_best
+    config = config.absolute(vlm.embedding_rms)
+    score = score or scorer(vlm, prefix, config, score_ids)
+    update = update or (ascent if config.use_auto_grad else reinforce)(config.lr)
+    single = config.accept_at == "candidate" or update is stay  # one reward for exploration and acceptance
+    retrieve = Retrieval(prefix.image_mask, config)
+    latents = last = initial_latents(vlm, prefix, config)  # T, [B, L, D]
+    noise, rows = noise.to(latents.device), torch.arange(len(latents), device=latents.device)
+    budget, kept = retrieve.first_budget, retrieve.nothing  # kept is V_best
 
-    start_reward, start_attention, _ = reward_of(latents[:, None], kept)
-    start_reward, attention = start_reward[:, 0], start_attention
+    start = score(latents[:, None], kept)
+    attention, best_reward, best_step = start.attention, start.reward[:, 0], torch.zeros_like(budget)
     best = scored = State(latents, kept)
-    best_reward, best_step = start_reward, torch.zeros_like(budget)
-    bar = torch.zeros_like(start_reward) if config.accept_at == "candidate" else start_reward  # r_best
+    threshold = torch.zeros_like(best_reward) if config.accept_at == "candidate" else best_reward  # r_best
     active = torch.ones_like(budget, dtype=torch.bool)
-    adam = torch.optim.Adam([latents.clone()], lr=config.lr, maximize=True) if config.use_auto_grad else None
-    sigma, steps = 0.0 if adam else config.sigma, []
+    sigma, steps = 0.0 if config.use_auto_grad else config.sigma, []
 
-    if config.visual_injection_start_step == 0:
-        kept = retrieval(attention, kept, budget, 0)
+    if config.visual_injection_start_step == 0 and not single:
+        kept = retrieve(attention, kept, budget)
     for t in range(config.max_num_steps):
         since = t - config.visual_injection_start_step
-        looks = since >= 0 and since % config.visual_injection_interval == 0
-        if since == 0 and t > 0:
-            kept = retrieval(attention, kept, budget, t)
+        injects = since >= 0 and since % config.visual_injection_interval == 0
+        if since == 0 and t > 0 and not single:
+            kept = retrieve(attention, kept, budget, t)
 
         perturbation = noise[:, t] * sigma  # (5), [B, M, L, D]
-        candidates = latents[:, None] + perturbation
-        patches = retrieval(attention, kept, budget, t) if looks and config.accept_at == "candidate" else kept
-        explored, attention, gradient = reward_of(candidates, patches, with_gradient=adam is not None)
-        if adam:
-            updated = ascend(adam, latents, gradient)
-        else:
-            advantage = explored - explored.mean(dim=1, keepdim=True) if explored.shape[1] > 1 else explored  # [B, M]
-            estimate = (advantage[..., None, None] * perturbation).mean(dim=1) / sigma**2  # (8)
-            updated = latents + config.lr * estimate  # (9)
+        candidates, patches, ranked = latents[:, None] + perturbation, kept, injects and single
+        if ranked:
+            attention = score(candidates, kept).attention if ranking is None else ranking[:, t]
+            patches = retrieve(attention, kept, budget, t)
+        explored = score(candidates, patches, with_attention=not ranked, with_gradient=config.use_auto_grad)
+        attention = attention if ranked else explored.attention
+        updated = update(latents, perturbation, explored, sigma)  # (8), (9)
 
-        if config.accept_at == "candidate":
-            reward, first = explored.max(dim=1)
-            tried = State(candidates[torch.arange(len(first), device=first.device), first], patches)
+        if single:
+            reward, which = explored.reward.max(dim=1)
+            tried = State(candidates[rows, which], patches)
         else:
-            tried = State(updated, retrieval(attention, kept, budget, t) if looks else kept)
-            reward = reward_of(updated[:, None], tried.patches, with_attention=False)[0][:, 0]  # (10)
+            tried = State(updated, retrieve(attention, kept, budget, t) if injects else kept)
+            reward = score(updated[:, None], tried.patches, with_attention=False).reward[:, 0]  # (10)
+        reached = tried if update is stay else State(updated, tried.patches)
 
-        accepted = (reward > bar) & active
-        steps.append(Step(reward, explored.mean(dim=1), sigma, accepted, active, budget, tried, attention))
-        best = State(updated, tried.patches).where(accepted, best)
-        scored = tried.where(accepted, scored)
-        best_reward, bar = torch.where(accepted, reward, best_reward), torch.where(accepted, reward, bar)
+        accepted = (reward > threshold) & active
+        mean, samples = explored.reward.mean(dim=1), explored.reward.shape[1]
+        count = samples * (1 + (ranked and ranking is None)) + (not single)
+        steps.append(Step(reward, mean, sigma, accepted, active, budget, tried, attention, count))
+        best, scored = reached.where(accepted, best), tried.where(accepted, scored)
+        best_reward, threshold = torch.where(accepted, reward, best_reward), torch.where(accepted, reward, threshold)
         best_step = torch.where(accepted, t + 1, best_step)
         kept = tried.patches.where(accepted, kept)
-        budget = torch.minimum(budget + config.patch_increment * accepted, retrieval.most)
+        budget = torch.minimum(budget + config.patch_increment * accepted, retrieve.most)
         latents = torch.where(active[:, None, None], updated, latents)
+        last = torch.where(active[:, None, None], reached.latents, last)
         if config.reward_threshold > 0:
-            active = active & (best_reward < config.reward_threshold)
+            active = active & ~(accepted & (reward >= config.reward_threshold))
             if not active.any():
                 break
         sigma *= config.sigma_decay
 
-    final = State(latents, kept) if config.disable_best_reward else best
-    return Trace(start_reward, start_attention, best_reward, best_step, final, scored, steps)
+    final = State(last, kept) if config.disable_best_reward else best
+    return Trace(start.reward[:, 0], start.attention, best_reward, best_step, final, scored, steps)
 
 
-class Retrieval:
-    """Z_cand: which patches each think token of a batch may try, given attention, kept patches and budget."""
+def reinforce(lr: float) -> Update:
+    """(8), (9): one step along the samples' mean estimate of the gradient.
 
-    def __init__(self, prefix: Prefix, config: Config):
-        self.image_mask, self.growth = prefix.image_mask, config.patch_increment
-        counts, length = prefix.image_mask.sum(dim=1), config.num_thought_tokens
-        self.caps = caps_of(config, counts)  # [B, L]
-        self.most = self.caps.amax(dim=1)  # [B], no budget grows beyond this
-        self.widest = int(self.most.max())
-        self.first = self.widest if config.initial_patch_count is None else config.initial_patch_count
-        self.first_budget = self.most.clamp(max=self.first)  # [B], patches per think token
-        self.nothing = Patches.none(len(counts), length, counts.device)
+    With several samples the reward's mean over them is subtracted (antithetic pairs keep the estimate unbiased).
+    """
 
-    def __call__(self, attention: torch.Tensor, kept: Patches, budget: torch.Tensor, t: int) -> Patches:
-        """attention: [B, L, N]. The shapes in iteration t are known without looking at the rows."""
-        width = min(self.widest, self.first + t * self.growth)
-        return choose_patches(attention, self.image_mask, kept, budget, self.caps, width)
+    def update(latents: torch.Tensor, perturbation: torch.Tensor, explored: Scored, sigma: float) -> torch.Tensor:
+        reward = explored.reward  # [B, M]
+        advantage = reward - reward.mean(dim=1, keepdim=True) if reward.shape[1] > 1 else reward
+        return latents + lr * (advantage[..., None, None] * perturbation).mean(dim=1) / sigma**2
+
+    return update
 
 
-def ascend(adam: torch.optim.Adam, latents: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Latents after one Adam step up the exact gradient; element-wise, so rows stay independent."""
-    (parameter,) = adam.param_groups[0]["params"]
-    parameter.data.copy_(latents)
-    parameter.grad = gradient
-    adam.step()
-    return parameter.detach().clone()
+def ascent(lr: float) -> Update:
+    """Adam up the exact gradient; element-wise, so rows stay independent."""
+    adam: list[torch.optim.Adam] = []
+
+    def update(latents: torch.Tensor, perturbation: torch.Tensor, explored: Scored, sigma: float) -> torch.Tensor:
+        if not adam:
+            adam.append(torch.optim.Adam([latents.clone()], lr=lr, maximize=True))
+        (parameter,) = adam[0].param_groups[0]["params"]
+        parameter.data.copy_(latents)
+        parameter.grad = explored.gradient
+        adam[0].step()
+        return parameter.detach().clone()
+
+    return update
+
+
+def stay(latents: torch.Tensor, perturbation: torch.Tensor, explored: Scored, sigma: float) -> torch.Tensor:
+    """No step: every iteration tries another displacement of the same latents."""
+    return latents

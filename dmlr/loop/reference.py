@@ -47,7 +47,7 @@ class Reference:
     """One example under full recomputation. `forward_count` counts passes of the whole model."""
 
     def __init__(self, vlm: VLM, encoded: Encoded, config: Config):
-        self.vlm, self.encoded, self.config = vlm, encoded, config
+        self.vlm, self.encoded, self.config = vlm, encoded, config.absolute(vlm.embedding_rms)
         self.model, self.forward_count = vlm.model, 0
 
     def forward(self, latents: torch.Tensor, patches: list[list[int]], text: list[int]) -> tuple:
@@ -111,11 +111,21 @@ class Reference:
         ranks = encoded.image_columns.argsort().argsort()  # which feature, in the order of the prompt, is image token i
         return [level[ranks] for level in flat]
 
+    @torch.no_grad()
     def reward(self, latents: torch.Tensor, patches: list[list[int]]) -> tuple[torch.Tensor, list[list[float]]]:
         """R and the attention of each think token over the image, (6) and (7)."""
+        return self._reward(latents, patches)
+
+    def _reward(self, latents: torch.Tensor, patches: list[list[int]]) -> tuple[torch.Tensor, list[list[float]]]:
         suffix = self.encoded.suffix_ids.tolist()
-        logits, attention, starts, ends = self.forward(latents, patches, suffix[:1])
-        reads = {"think": starts, "think_next": [*starts, ends[-1] + 1], "group_end": ends}[self.config.reward_position]
+        text = suffix if self.config.reward_position == "answer" else suffix[:1]
+        logits, attention, starts, ends = self.forward(latents, patches, text)
+        reads = {
+            "think": starts,
+            "think_next": [*starts, ends[-1] + 1],
+            "group_end": ends,
+            "answer": [ends[-1] + len(suffix)],
+        }[self.config.reward_position]
         total = 0.0
         for at in reads:
             log_probs, _ = torch.sort(torch.log_softmax(logits[at], dim=-1), descending=True)
@@ -127,7 +137,7 @@ class Reference:
     def retrieve(self, attention: list[list[float]], kept: list[list[int]], budget: int) -> list[list[int]]:
         """Z_cand: kept patches first, then the most attended, within the budget and the caps."""
         config, chosen = self.config, []
-        injecting = [i for i in range(len(kept)) if (i + 1) % config.visual_insert_stride == 0]
+        injecting = [*range(0, len(kept), config.visual_insert_stride)]
         for i, row in enumerate(attention):
             limit = 0
             if i in injecting:
@@ -145,57 +155,49 @@ class Reference:
         """Algorithm 1. latents: [L, D] to start from; noise: [T, M, L, D] standard normal, M samples an iteration."""
         config, length = self.config, len(latents)
         budget = 10**9 if config.initial_patch_count is None else config.initial_patch_count
-        empty: list[list[int]] = [[] for _ in range(length)]
-        with torch.no_grad():
-            start, attention = self.reward(latents, empty)
-        trace = ReferenceTrace(float(start), float(start), 0, latents, empty, latents)
-        bar = 0.0 if config.accept_at == "candidate" else float(start)
-        kept = empty
-        if config.visual_injection_start_step == 0:
-            kept = self.retrieve(attention, empty, budget)
-        sigma = config.sigma
+        kept: list[list[int]] = [[] for _ in range(length)]
+        start, attention = self.reward(latents, kept)
+        trace = ReferenceTrace(float(start), float(start), 0, latents, kept, latents)
+        released = config.accept_at == "candidate"
+        threshold, sigma = 0.0 if released else float(start), config.sigma
         moments = (torch.zeros_like(latents), torch.zeros_like(latents))
         for t in range(config.max_num_steps):
             since = t - config.visual_injection_start_step
-            looks = since >= 0 and since % config.visual_injection_interval == 0
-            if since == 0 and t > 0:
-                kept = self.retrieve(attention, empty, budget)
-            released = config.accept_at == "candidate"
-            patches = self.retrieve(attention, kept, budget) if looks and released else kept
+            injects = since >= 0 and since % config.visual_injection_interval == 0
+            if since == 0 and not released:
+                kept = self.retrieve(attention, kept, budget)
+            draws = [0 * xi if config.use_auto_grad else sigma * xi for xi in noise[t]]
+            patches = kept
+            if released and injects:
+                maps = [self.reward(latents + xi, kept)[1] for xi in draws]
+                patches = self.retrieve(torch.tensor(maps).mean(dim=0).tolist(), kept, budget)
             if config.use_auto_grad:
-                candidate = latents
                 explored, attention, gradient = self.gradient(latents, patches)
                 rewards = [float(explored)]
                 updated, moments = adam_step(latents, gradient, moments, t + 1, config.lr)
             else:
-                rewards, maps = [], []
-                for xi in noise[t] * sigma:
-                    with torch.no_grad():
-                        sample_reward, sample_map = self.reward(latents + xi, patches)
-                    rewards.append(float(sample_reward))
-                    maps.append(torch.tensor(sample_map))
+                found = [self.reward(latents + xi, patches) for xi in draws]
+                rewards = [float(reward) for reward, _ in found]
+                attention = torch.tensor([seen for _, seen in found]).mean(dim=0).tolist()
                 baseline = sum(rewards) / len(rewards) if len(rewards) > 1 else 0.0
-                pairs = list(zip(rewards, noise[t] * sigma, strict=True))
-                updated = latents + config.lr * sum((r - baseline) * xi for r, xi in pairs) / len(pairs) / sigma**2
-                attention = (sum(maps) / len(maps)).tolist()
-                explored = sum(rewards) / len(rewards)
-                candidate = latents + pairs[rewards.index(max(rewards))][1]
+                ahead = sum((reward - baseline) * xi for reward, xi in zip(rewards, draws, strict=True))
+                updated = latents + config.lr * ahead / len(rewards) / sigma**2
             if released:
-                tried, reward, scored = patches, max(rewards), candidate
+                tried, reward = patches, max(rewards)
+                scored = latents + draws[rewards.index(reward)]
             else:
-                tried, scored = self.retrieve(attention, kept, budget) if looks else kept, updated
-                with torch.no_grad():
-                    reward = float(self.reward(updated, tried)[0])
-            accepted = reward > bar
-            trace.steps.append(ReferenceStep(reward, float(explored), updated, tried, accepted))
+                tried, scored = self.retrieve(attention, kept, budget) if injects else kept, updated
+                reward = float(self.reward(updated, tried)[0])
+            accepted = reward > threshold
+            trace.steps.append(ReferenceStep(reward, sum(rewards) / len(rewards), updated, tried, accepted))
             if accepted:
-                bar = trace.best_reward = reward
+                threshold = trace.best_reward = reward
                 trace.best_step, trace.best_latents, trace.best_patches = t + 1, updated, tried
                 trace.scored_latents = scored
                 kept = tried
                 budget += config.patch_increment
             latents = updated
-            if config.reward_threshold > 0 and trace.best_reward >= config.reward_threshold:
+            if accepted and 0 < config.reward_threshold <= reward:
                 break
             sigma *= config.sigma_decay
         if config.disable_best_reward:
@@ -206,7 +208,7 @@ class Reference:
         """Reward, attention and the exact gradient of the reward in the latents, through the whole model."""
         with torch.enable_grad():
             latents = latents.detach().requires_grad_(True)
-            reward, attention = self.reward(latents, patches)
+            reward, attention = self._reward(latents, patches)
             return reward.detach(), attention, torch.autograd.grad(reward, latents)[0]
 
     @torch.no_grad()

@@ -6,12 +6,13 @@ Knows nothing about how latents and patches are chosen, or what the loop does wi
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from dmlr.config import Config
-from dmlr.loop.injection import Patches, interleave, patch_caps, reward_slots
+from dmlr.loop.injection import Patches, caps_of, interleave, reward_slots
 from dmlr.loop.rewards import REWARDS, parse_score
 from dmlr.model.compiled import compile_layers
 from dmlr.model.graphs import Replayed
@@ -22,36 +23,46 @@ ROUNDED = 128  # columns and image tokens, where shapes must be few
 KEPT_ROOMS = 4  # shapes of batches that are kept ready
 
 
+class Scored(NamedTuple):
+    """What a pass tells of M samples: their rewards, where the think tokens look (mean over samples), and the reward's
+    gradient in the latents (of a single sample). None for what was not asked."""
+
+    reward: torch.Tensor  # [B, M]
+    attention: torch.Tensor | None  # [B, L, N]
+    gradient: torch.Tensor | None  # [B, L, D]
+
+
+# latents [B, M, L, D], patches, with_attention=True, with_gradient=False
+Score = Callable[..., Scored]
+
+
 def score(
     vlm: VLM,
     prefix: Prefix,
     config: Config,
-    score_ids: torch.Tensor,
     latents: torch.Tensor,
     patches: Patches,
     with_attention: bool = True,
     with_gradient: bool = False,
     fused: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Reward [B, M], attention of the think tokens over the image [B, L, N] (mean over samples), and the reward's
-    gradient in the latents [B, L, D] (of a single sample).
+) -> Scored:
+    """One pass of M times [T, patches] over the cached [Q, Z]; where the reward is read follows `reward_position`.
 
-    latents: [B, M, L, D]. One pass of M times [T, patches] over the cached [Q, Z]; where the reward is read follows
-    `reward_position`.
+    latents: [B, M, L, D]. Every reward is computed in this way, whatever else is wanted of the pass, so that equal
+    states of equal shapes have equal rewards to the last bit, in half precision too.
     """
-    batch, samples, length, _ = latents.shape
+    _, samples, length, _ = latents.shape
+    tail = {"think_next": prefix.suffix_ids[:1], "answer": prefix.suffix_ids}.get(config.reward_position)
     with torch.set_grad_enabled(with_gradient):
         latents = latents.detach().requires_grad_(with_gradient)
         embeds, filled = interleave(latents, prefix.images, patches)  # [B, M, S, D], [B, S]
-        if config.reward_position == "think_next":
-            after = vlm.embed(prefix.suffix_ids[:1]).to(embeds.dtype).expand(batch, samples, 1, -1)
-            after = F.pad(after, (0, embeds.shape[3] - after.shape[3]))
-            embeds, filled = torch.cat([embeds, after], dim=2), F.pad(filled, (0, 1), value=True)
+        if tail is not None:
+            embeds, filled = with_tokens(vlm, embeds, filled, tail)
         if config.reward_position == "think":  # nothing that is read can see the patches of the last group
             used = 1 + (length - 1) * (1 + patches.index.shape[2])
             embeds, filled = embeds[:, :, :used], filled[:, :used]
         starts = embeds.shape[2] * torch.arange(samples, device=embeds.device)[:, None]  # [M, 1], first slots
-        read = reward_slots(patches, config.reward_position)  # [B, R]
+        read = reward_slots(patches, config.reward_position, 0 if tail is None else len(tail))  # [B, R]
         think = torch.arange(length, device=embeds.device) * (1 + patches.index.shape[2])  # [L]
         logits, attention = vlm.extend(
             prefix,
@@ -66,9 +77,7 @@ def score(
         gradient = torch.autograd.grad(reward.sum(), latents)[0][:, 0] if with_gradient else None
     if attention is not None:
         attention = attention.unflatten(1, (samples, length)).mean(dim=1)
-    if config.disable_conf_reward:
-        reward = torch.stack([self_score(vlm, prefix, one, patches, score_ids) for one in latents.unbind(1)], dim=1)
-    return reward.detach(), attention, gradient
+    return Scored(reward.detach(), attention, gradient)
 
 
 def self_score(
@@ -76,8 +85,9 @@ def self_score(
 ) -> torch.Tensor:
     """[B]: the model's own 0-1 score of its latents [B, L, D], decoded after a request for it; 0 without a number."""
     embeds, filled = interleave(latents[:, None], prefix.images, patches)
+    embeds, filled = with_tokens(vlm, embeds, filled, score_ids)
     branch = prefix.branch()
-    vlm.append(branch, *with_tokens(vlm, embeds[:, 0], filled, score_ids))
+    vlm.append(branch, embeds[:, 0], filled)
     scores = [parse_score(reply.text) for reply in vlm.decode(branch, max_new_tokens=8)]
     return torch.tensor(scores, device=latents.device).nan_to_num(nan=0.0)
 
@@ -85,24 +95,28 @@ def self_score(
 def with_tokens(
     vlm: VLM, embeds: torch.Tensor, filled: torch.Tensor, ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slots followed by the same text tokens `ids` [S] in every row."""
-    text = vlm.embed(ids).to(embeds.dtype).expand(embeds.shape[0], -1, -1)
-    text = F.pad(text, (0, embeds.shape[2] - text.shape[2]))
-    return torch.cat([embeds, text], dim=1), torch.cat([filled, filled.new_ones(len(filled), len(ids))], dim=1)
+    """Slots [B, M, S, D], of which `filled` [B, S], followed by the same text tokens `ids` [A] everywhere."""
+    text = vlm.embed(ids).to(embeds.dtype).expand(*embeds.shape[:2], -1, -1)
+    text = F.pad(text, (0, embeds.shape[3] - text.shape[3]))
+    return torch.cat([embeds, text], dim=2), F.pad(filled, (0, len(ids)), value=True)
 
 
-def scorer(vlm: VLM, prefix: Prefix, config: Config, score_ids: torch.Tensor) -> Callable[..., tuple]:
+def scorer(vlm: VLM, prefix: Prefix, config: Config, score_ids: torch.Tensor | None = None) -> Score:
     """`score` of this batch, by the cheapest way that configuration and device allow.
 
-    On a GPU its layers may be compiled and its kernels recorded. Both want few shapes, and a recording wants what it
-    reads to stay where it is: so they work on a prefix of their own, padded to multiples of ROUNDED, into which every
-    batch of its shape is copied.
+    With `disable_conf_reward` the reward is the model's own score, asked for by `score_ids`. On a GPU the layers may be
+    compiled and the kernels recorded. Both want few shapes, and a recording wants what it reads to stay where it is: so
+    they work on a prefix of their own, padded to multiples of ROUNDED, into which every batch of its shape is copied.
     """
     steady = (config.cuda_graphs or config.compile_layers) and vlm.on_one_gpu
     if not steady or config.use_auto_grad or config.disable_conf_reward:
 
-        def plain(latents, patches, **flags):
-            return score(vlm, prefix, config, score_ids, latents, patches.trimmed(), **flags)
+        def plain(latents: torch.Tensor, patches: Patches, **flags: bool) -> Scored:
+            scored = score(vlm, prefix, config, latents, patches := patches.trimmed(), **flags)
+            if config.disable_conf_reward:
+                said = [self_score(vlm, prefix, sample, patches, score_ids) for sample in latents.unbind(1)]
+                scored = scored._replace(reward=torch.stack(said, dim=1))
+            return scored
 
         return plain
     (batch, columns), count = prefix.mask.shape, prefix.images.shape[1]
@@ -110,13 +124,13 @@ def scorer(vlm: VLM, prefix: Prefix, config: Config, score_ids: torch.Tensor) ->
 
     def make() -> tuple[Prefix, Callable]:
         length, most = config.num_thought_tokens, int(caps_of(config, torch.tensor([tokens])).max())
-        room = prefix.room(columns, tokens, config.num_samples * (length * (1 + most) + 1))
+        slots = length * (1 + most) + len(prefix.suffix_ids)
+        room = prefix.room(columns, tokens, config.evaluations * slots)
         if config.compile_layers:
             compile_layers(vlm.text_model)
 
         def of_tensors(latents, index, count, with_attention):
-            patches = Patches(index, count)
-            return score(vlm, room, config, score_ids, latents, patches, with_attention, fused=config.compile_layers)
+            return score(vlm, room, config, latents, Patches(index, count), with_attention, fused=config.compile_layers)
 
         return room, Replayed(of_tensors) if config.cuda_graphs else of_tensors
 
@@ -125,17 +139,6 @@ def scorer(vlm: VLM, prefix: Prefix, config: Config, score_ids: torch.Tensor) ->
 
     def scored(latents, patches, with_attention=True, with_gradient=False):
         reward, attention, _ = run(latents, patches.index, patches.count, with_attention=with_attention)
-        return reward, None if attention is None else attention[..., :count], None
+        return Scored(reward, None if attention is None else attention[..., :count], None)
 
     return scored
-
-
-def caps_of(config: Config, num_patches: torch.Tensor) -> torch.Tensor:
-    """Most patches per think token [B, L] of examples with so many image tokens [B]."""
-    return patch_caps(
-        config.num_thought_tokens,
-        num_patches,
-        config.visual_insert_stride,
-        config.num_selected_patches,
-        config.max_total_patches,
-    )

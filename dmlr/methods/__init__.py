@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from dmlr.config import Config
 from dmlr.methods.answers import Answer, Question
-from dmlr.methods.controls import random, unoptimised
+from dmlr.methods.controls import CONTROLS
 from dmlr.methods.icot import icot
 from dmlr.methods.latent import dmlr, ltpo
 from dmlr.methods.prompting import ccot, multimodal_cot, vanilla
@@ -27,6 +27,5 @@ METHODS: dict[str, Callable[[VLM, Sequence[Question], Config], list[Answer]]] = 
     "ltpo": ltpo,
     "dmlr": dmlr,
     "self-consistency": self_consistency,
-    "unoptimised": unoptimised,
-    "random": random,
+    **CONTROLS,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +13,18 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Question:
-    """What a method may know about an example: not its solution."""
+    """What a method may know about an example.
+
+    NO METHOD THAT IS COMPARED MAY READ `boxes` OR `solution`: they are for the oracles of controls.py ("true-patches",
+    "oracle-latents"), which ask what could be reached at best, and whose records say so.
+    """
 
     idx: int | str  # seeds the noise
     text: str
     images: list[Image.Image]
+    partner: Callable[[], Question] | None = None  # another question of the dataset, for "swapped"
+    boxes: list | None = None  # [left, top, right, bottom] of what is asked about, in pixels of the first image
+    solution: str | None = None  # the text that a right answer begins with
 
 
 @dataclass
@@ -47,6 +55,7 @@ class Reasoning:
     attention: torch.Tensor  # [1 + T, L, N]: at the start, then at each iteration
     patch_grid: tuple[int, int]
     embedding_rms: float  # what sigma is relative to
+    evaluations: int = 0  # states that the loop ran through the model, the start included
 
 
 NO_IMAGE = {"note": "no image: no patches"}  # in the details, where a method would have used some

@@ -90,9 +90,9 @@ class InsertAtNewlines:
         mark = vlm.embed(start) if len(start) else vlm.embed(end.new_zeros(1))  # [1, D]
         embeds, filled = interleave(mark.expand(batch, 1, 1, -1), prefix.images, chosen)
         filled[:, 0] &= len(start) > 0
-        embeds, filled = with_tokens(vlm, embeds[:, 0], filled, end)
+        embeds, filled = with_tokens(vlm, embeds, filled, end)
         before = prefix.logits
-        vlm.append(prefix, embeds, filled & due[:, None])
+        vlm.append(prefix, embeds[:, 0], filled & due[:, None])
         prefix.logits = torch.where(due[:, None], prefix.logits, before)
         patches = chosen.tolist()
         for at in due.nonzero()[:, 0].tolist():

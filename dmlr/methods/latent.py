@@ -47,7 +47,9 @@ def ltpo_config(config: Config) -> Config:
         num_thought_tokens=config.ltpo_thought_tokens,
         max_num_steps=config.ltpo_steps,
         lr=config.ltpo_lr,
+        lr_relative=None,
         sigma=config.ltpo_sigma,
+        sigma_relative=None,
         sigma_decay=config.ltpo_sigma_decay,
         initial_patch_count=0,
         patch_increment=0,
@@ -107,7 +109,8 @@ def score_ids(vlm: VLM, prefix: Prefix, prompts: Prompts) -> torch.Tensor:
 def append_latents(vlm: VLM, prefix: Prefix, latents: torch.Tensor, patches) -> None:
     """Puts think tokens, their patches and the assistant prefix behind the prompt; decoding comes next."""
     embeds, filled = interleave(latents[:, None], prefix.images, patches)
-    vlm.append(prefix, *with_tokens(vlm, embeds[:, 0], filled, prefix.suffix_ids))
+    embeds, filled = with_tokens(vlm, embeds, filled, prefix.suffix_ids)
+    vlm.append(prefix, embeds[:, 0], filled)
 
 
 def latent_answers(
@@ -144,6 +147,7 @@ def _to_host(trace: Trace) -> dict[str, Any]:
         "tried": [s.tried.patches.tolist() for s in steps],
         "attention": torch.stack([trace.start_attention, *(s.attention for s in steps)]).cpu(),  # [1 + T, B, L, N]
         "sigma": [s.sigma for s in steps],
+        "evaluations": [s.evaluations for s in steps],
         **{name: [getattr(s, name).tolist() for s in steps] for name in _STEP_COLUMNS},
     }
 
@@ -176,4 +180,5 @@ def _reasoning(host: dict[str, Any], row: int, encoded: Encoded, rms: float) -> 
         attention=host["attention"][[0, *(t + 1 for t in ran)], row, :, : len(encoded.image_columns)],
         patch_grid=encoded.patch_grid,
         embedding_rms=rms,
+        evaluations=1 + sum(host["evaluations"][t] for t in ran),
     )

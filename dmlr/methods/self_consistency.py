@@ -14,8 +14,8 @@ from dmlr.config import Config
 from dmlr.judge.choice import compare_choice
 from dmlr.judge.extract import candidates, normalize_text, parse_options
 from dmlr.judge.quantities import parse_number
+from dmlr.loop.injection import caps_of
 from dmlr.loop.optimize import example_generator
-from dmlr.loop.score import caps_of
 from dmlr.methods.answers import Answer, Clock, Question
 from dmlr.methods.prompting import decode, prefill_task, prompts_of
 from dmlr.model.decode import Decoded, Pick
@@ -79,13 +79,13 @@ def equal_samples(config: Config, num_patches: int, answer_tokens: int) -> int:
 def loop_positions(config: Config, num_patches: int) -> int:
     """Most positions that DMLR's loop runs behind the prompt of a question with so many image tokens.
 
-    Once the L think tokens alone, T iterations of M explored candidates and (`accept_at` "updated") one tried state
-    with all patches that the budget can allow by then, and the chosen state before the answer. A backward pass
-    (`use_auto_grad`) counts as another forward.
+    Once the L think tokens alone, T iterations of M explored candidates with one tried state (`accept_at` "updated") or
+    M more candidates that rank the patches ("candidate"), with all patches that the budget can allow by then, and the
+    chosen state before the answer. A backward pass (`use_auto_grad`) counts as another forward.
     """
     length, steps = config.num_thought_tokens, config.max_num_steps
     caps = caps_of(config, torch.tensor([num_patches]))
-    passes = config.num_samples + (config.accept_at == "updated") + config.use_auto_grad
+    passes = config.evaluations + config.use_auto_grad
     total = length
     for t in range(steps + 1):  # the last one is the state that is decoded
         grown = num_patches

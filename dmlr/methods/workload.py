@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 
 from dmlr.config import Config
-from dmlr.loop.score import KEPT_ROOMS, caps_of
+from dmlr.loop.injection import caps_of
+from dmlr.loop.score import KEPT_ROOMS
+from dmlr.methods.controls import CONTROLS
 from dmlr.methods.self_consistency import loop_positions
 from dmlr.model.memory import Work
 
 PROMPT = 1024  # positions that a prompt is taken to have, image included, where nobody counted
 TEXT = 256  # positions of text in a prompt: instructions, question, options
-INTERLEAVED = {"dmlr", "unoptimised", "random"}  # methods that put patches behind think tokens
+INTERLEAVED = {"dmlr", *CONTROLS}  # methods that put patches behind think tokens
 
 
 def workload(config: Config, context: int | None = None, images: int | None = None) -> Work:
@@ -31,7 +33,8 @@ def workload(config: Config, context: int | None = None, images: int | None = No
     slots = {"ltpo": config.ltpo_thought_tokens} if "ltpo" in methods else {}
     if methods & INTERLEAVED:
         slots["dmlr"] = length * (1 + int(caps_of(config, torch.tensor([images])).max()))
-    loop = "dmlr" in methods
+    loop = bool(methods & INTERLEAVED - {"unoptimised"})
+    samples = config.evaluations if "random" in methods else config.num_samples
     tokens = dict.fromkeys(methods, config.max_new_tokens)
     tokens |= {"multimodal-cot": config.rationale_tokens + config.rationale_answer_tokens}
     tokens |= {"ccot": config.scene_graph_tokens + config.max_new_tokens}  # two calls each
@@ -39,10 +42,10 @@ def workload(config: Config, context: int | None = None, images: int | None = No
     return Work(
         prompt=prompt,
         image_tokens=images,
-        slots=max(slots.values(), default=0) * config.num_samples,
-        reads=(max(length, config.ltpo_thought_tokens) + 1) * config.num_samples if slots else 0,
+        slots=max(slots.values(), default=0) * samples,
+        reads=(max(length, config.ltpo_thought_tokens) + 1) * samples if slots else 0,
         loop_positions=loop_positions(config, images) if loop else 0,
-        passes=config.max_num_steps * (1 + (config.accept_at == "updated")) if loop else 0,
+        passes=2 * config.max_num_steps if loop else 0,
         new_tokens=min(longest, (context or longest + prompt) - prompt),
         copies=1 + ("self-consistency" in methods),  # it samples from a copy of the prefix
         graph=config.use_auto_grad,

@@ -126,18 +126,24 @@ class KVCache(Cache):
 
 
 class AttentionProbe:
-    """Collects the attention of some query rows [A] in one forward: the sum over its layers of the mean over heads.
+    """Collects the attention of some query rows in one forward: the sum over its layers of the mean over heads.
 
-    total: [B, A, T], zeros at first, float32.
+    rows: [A] of the S query rows; mask: [B, A, T] bool, where they may look; total: [B, A, T], zeros at first, float32.
+    What it computes is beside the forward, whose values are the same with and without a probe.
     """
 
-    def __init__(self, rows: torch.Tensor, total: torch.Tensor) -> None:
-        self.rows, self.total = rows, total
+    def __init__(self, rows: torch.Tensor, mask: torch.Tensor, group: int, dtype: torch.dtype) -> None:
+        self.rows, self.mask = rows, additive_mask(mask, group, dtype)
+        self.total = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
 
-    def add(self, weights: torch.Tensor) -> None:
-        """weights: [B, H_kv, G, S, T] of one layer."""
-        mean = weights.detach().index_select(3, self.rows.to(weights.device)).mean(dim=(1, 2))  # [B, A, T]
-        self.total += mean.to(self.total.device)
+    @torch.no_grad()
+    def add(self, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+        """query: [B, H, S, d]; key: [B, H_kv, T, d] of one layer."""
+        batch, kv_heads, columns, dim = key.shape
+        asked = query.index_select(2, self.rows.to(query.device)) * scaling  # before the product: float16 overflows
+        scores = asked.reshape(batch, kv_heads, -1, dim) @ key.transpose(2, 3)  # [B, H_kv, G A, T]
+        weights = (scores + self.mask.to(scores.device)).softmax(dim=-1)
+        self.total += weights.view(batch, -1, len(self.rows), columns).mean(dim=1).to(self.total.device)
 
 
 def attend(
@@ -147,32 +153,24 @@ def attend(
 
     query: [B, H, S, d]; key, value: [B, H_kv, T, d]; attention_mask: in prefill bool [B, 1, S, T], True where a row may
     look (None: plain causal), else what `additive_mask` made of it. Queries that share a key head are stacked along S
-    instead of repeating keys and values, which would copy the prefix at every step. The weights are computed
-    explicitly for a probe, and in a compiled layer, whose kernels they are part of; else by SDPA.
+    instead of repeating keys and values, which would copy the prefix at every step. The values are computed in one way
+    whether or not a probe looks on, since rewards that are compared must not differ by how they were rounded.
     """
     batch, heads, rows, dim = query.shape
     kv_heads, columns = key.shape[1], key.shape[2]
     if rows == columns:  # prefill: compute-bound, and the mask of the stacked form would be the largest tensor
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kw)
-    group = heads // kv_heads
-    stacked = query.reshape(batch, kv_heads, group * rows, dim)
-    if probe is None and not torch.compiler.is_compiling():
-        out = F.scaled_dot_product_attention(stacked, key, value, attn_mask=attention_mask, scale=scaling)
-    else:
-        # [B, H_kv, G S, T]; scores are not kept beside them
-        weights = torch.add(attention_mask, stacked @ key.transpose(2, 3), alpha=scaling).softmax(dim=-1)
-        if probe is not None:
-            probe.add(weights.view(batch, kv_heads, group, rows, columns))
-        out = weights.to(value.dtype) @ value
-    out = out.view(batch, kv_heads, group, rows, dim).flatten(1, 2).transpose(1, 2)  # [B, S, H, d]
-    return out.contiguous(), None
+    if probe is not None:
+        probe.add(query, key, scaling)
+    stacked = query.reshape(batch, kv_heads, -1, dim)  # [B, H_kv, G S, d]
+    out = F.scaled_dot_product_attention(stacked, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.view(batch, heads, rows, dim).transpose(1, 2).contiguous(), None  # [B, S, H, d]
 
 
 def additive_mask(mask: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
     """[B, 1, G S, T] for `attend`, once for all layers: zero where `mask` [B, S, T] allows, the least number elsewhere.
 
-    group: G, queries that share a key head. dtype: the queries' own for SDPA; where weights are computed explicitly at
-    least float32, which the scores then take.
+    group: G, queries that share a key head. dtype: the queries' own for SDPA, float32 for a probe.
     """
     least = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
     return least.repeat(1, group, 1)[:, None]

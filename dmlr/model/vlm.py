@@ -212,17 +212,18 @@ class VLM:
         causal = torch.ones(slots, slots, dtype=torch.bool, device=embeds.device).tril() & (sample[:, None] == sample)
         new = (causal & filled[:, None]) | torch.eye(slots, dtype=torch.bool, device=embeds.device)
         mask = torch.cat([prefix.mask[:, None].expand(-1, slots, -1), new.expand(batch, -1, -1)], dim=2)
-        probe, wide = None, torch.promote_types(self.dtype, torch.float32)
+        probe = None
         if probe_rows is not None:
-            probe = AttentionProbe(probe_rows, mask.new_zeros(batch, len(probe_rows), mask.shape[2], dtype=wide))
-        mask = additive_mask(mask, self.key_group, wide if probe or fused else self.dtype)
+            wide = torch.promote_types(self.dtype, torch.float32)
+            probe = AttentionProbe(probe_rows, mask.index_select(1, probe_rows), self.key_group, wide)
+        mask = additive_mask(mask, self.key_group, self.dtype)
         hidden = self._run(embeds.to(self.dtype), positions, mask, prefix.cache, probe, fused)
         if commit:
             prefix.cache.commit(slots)
             prefix.mask = torch.cat([prefix.mask, filled], dim=1)
             prefix.next_position = prefix.next_position + order[:, -1]
         rows = hidden.gather(1, read[..., None].expand(-1, -1, hidden.shape[2]))
-        logits = self._logits(rows)  # [B, R, V]
+        logits = self._logits(rows) if commit else self._exact_logits(rows)  # [B, R, V]
         if probe is None:
             return logits, None
         weights = probe.total / len(prefix.cache.layers)  # [B, A, T], each row sums to one
@@ -281,3 +282,15 @@ class VLM:
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., V] in float32 or more."""
         return at_least_float32(self.model.get_output_embeddings()(hidden).to(self.device))
+
+    def _exact_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The same of a few rows by a product in float32, also in half precision: what rewards are compared by."""
+        head = self.model.get_output_embeddings()
+        half = self.dtype.itemsize < 4 and type(head) is torch.nn.Linear and not hasattr(head, "_hf_hook")
+        if not half or head.bias is not None:
+            return self._logits(hidden)
+        if hidden.device.type == "cuda" and not hidden.requires_grad:  # without a wide copy of the weights
+            rows = hidden.to(head.weight.device).flatten(0, -2)
+            wide = torch.mm(rows, head.weight.T, out_dtype=torch.float32)
+            return wide.unflatten(0, hidden.shape[:-1]).to(self.device)
+        return F.linear(hidden.float(), head.weight.float()).to(self.device)

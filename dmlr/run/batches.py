@@ -7,8 +7,9 @@ ground truths, logs or workers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -96,16 +97,34 @@ def cut(
             yield list(batch)
 
 
-def prepare(examples: list[Example]) -> Batch:
+def question_of(example: Example, partner: Example | None = None) -> Question:
+    """The example as it is asked, its images opened (ImageError); `partner` is opened where a method asks for it."""
+    return Question(
+        idx=example.idx,
+        text=example.question,
+        images=[open_image(source) for source in example.images],
+        partner=partial(question_of, partner) if partner else None,
+        boxes=example.meta.get("boxes"),
+        solution=example.meta.get("response") or example.solution,
+    )
+
+
+def partners(examples: Sequence[Example]) -> dict[int, Example]:
+    """By row, the example half a dataset further on: a derangement that no batch size and no order of work changes."""
+    usable = [example for example in examples if example.solution]
+    half = len(usable) // 2
+    return {e.row: usable[(i + half) % len(usable)] for i, e in enumerate(usable)} if half else {}
+
+
+def prepare(examples: list[Example], partners: Mapping[int, Example] | None = None) -> Batch:
     """Images opened. Examples without ground truth are skipped, unreadable images are errors."""
-    questions, settled = [], {}
+    questions, settled, partners = [], {}, partners or {}
     for example in examples:
         if not example.solution:
             settled[example.row] = Answer("", "", "skipped_no_ground_truth")
             continue
         try:
-            images = [open_image(source) for source in example.images]
-            questions.append(Question(example.idx, example.question, images))
+            questions.append(question_of(example, partners.get(example.row)))
         except ImageError as error:
             settled[example.row] = failed(error)
     return Batch(examples, questions, settled)

@@ -27,7 +27,7 @@ from dmlr.machine import environment  # noqa: F401 (notebooks take it from here)
 from dmlr.methods import METHODS, Answer
 from dmlr.methods.prompting import prompts_of
 from dmlr.model.vlm import VLM
-from dmlr.run.batches import InProcess, cut, prepare
+from dmlr.run.batches import InProcess, cut, partners, prepare
 from dmlr.run.records import ResultsError, RunLog, read_results, read_run, write_results, write_reward_csv
 from dmlr.run.verdicts import ask_llm, judged_again, llm_settings, verdict_of
 from dmlr.stats.metrics import efficiency
@@ -172,7 +172,7 @@ def run_job(
                 record = error_record(problem.row, problem.idx, f"{problem.kind}: {problem.message}")
                 if record["row"] not in begun:
                     log.append(record)
-            batches = map(prepare, cut(job.examples, size, finished, begun))
+            batches = map(partial(prepare, partners=partners(job.examples)), cut(job.examples, size, finished, begun))
             for example, answer in chain.from_iterable(crew.answers(job.method, batches)):
                 if example.row in finished:
                     continue
