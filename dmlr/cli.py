@@ -82,12 +82,15 @@ def demo(args: argparse.Namespace) -> int:
     return 0
 
 
-@_command(_argument("shapes", nargs="*", metavar="SHAPE", help="A, B (default on a CPU), 3B, 7B (default on a GPU)"))
+@_command(
+    _argument("shapes", nargs="*", metavar="SHAPE", help="A, B (default on a CPU), 3B, 7B (default on a GPU)"),
+    _argument("--quick", action="store_true", help="iteration, forward and example alone; printed, not written"),
+)
 def bench(args: argparse.Namespace) -> int:
-    """how fast the loop is, beside the released behaviour"""
+    """how fast the loop is, beside the released behaviour and a prefix-cache peer"""
     from dmlr.bench import main
 
-    return main(args.shapes)
+    return main(args.shapes, args.quick)
 
 
 @_command(_argument("files", nargs="+", metavar="FILE", help="JSON list of {prompt, solution, image_path, idx}"))

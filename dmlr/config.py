@@ -17,6 +17,7 @@ from typing import Any
 REWARDS = ("entropy", "logprob", "self-certainty", "progress")
 REWARD_POSITIONS = ("think", "think_next", "group_end", "answer")
 ACCEPT_AT = ("updated", "candidate")
+GENERATION = ("checkpoint", "plain")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -50,7 +51,6 @@ class Config:
     load_in_bits: int | None = _param(None, "language model in 4 or 8 bits (pip install bitsandbytes)", choices=(4, 8))
     batch_size: int | None = _param(None, "examples that go through the model together; none: by free memory", low=1)
     cuda_graphs: bool = _param(False, "replay the loop's kernels on a GPU: faster at small batches, not run on one yet")
-    compile_layers: bool = _param(False, "fuse the kernels of a layer by torch.compile, on a GPU: not run on one yet")
     num_workers: int = _param(1, "processes with a model each; more than 1: on Ray (pip install -e '.[ray]')", low=1)
     worker_device_round_robin: bool = _param(False, "more workers than GPUs: let them share the GPUs evenly")
     ray_address: str = _param("", "a running Ray cluster, host:port or auto; empty: this machine alone")
@@ -60,6 +60,9 @@ class Config:
     solver_prompt_idx: int = _param(0, "0 step by step, 1 detailed steps, 2 answer only", low=0, high=2)
     prompts_file: str = _param("", "YAML file that replaces prompt templates")
     max_new_tokens: int = _param(2048, "most tokens of an answer", low=1)
+    generation: str = _param(
+        "checkpoint", "checkpoint: rules of its generation_config apply; plain: none", choices=GENERATION
+    )
     banned_strings: str = _param("addCriterion", "strings never generated (a glitch of Qwen2.5-VL), separated by |")
     min_pixels: int | None = _param(None, "image size at least, in merged visual tokens; none: the model's own", low=1)
     max_pixels: int | None = _param(256, "image size at most, in merged visual tokens; none: the model's own", low=1)

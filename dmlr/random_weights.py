@@ -10,8 +10,7 @@ from transformers import AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForCondition
 
 from dmlr.config import locate
 from dmlr.model.cache import ATTENTION
-from dmlr.model.encode import Encoded
-from dmlr.model.vlm import VLM
+from dmlr.model.vlm import VLM, Encoded
 
 # Qwen2.5-VL shapes: two for a CPU, and the published 3B and 7B.
 _SIZES = ("hidden", "layers", "heads", "kv_heads", "intermediate", "vocab", "vision")

@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+import dmlr  # noqa: F401  # before torch: it says how threads wait
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # Ray stays on 127.0.0.1 and reports nothing; read when it is imported.

@@ -1,11 +1,13 @@
 """The comparison is honest: both sides compute the same thing, from the same inputs, with the same tokens."""
 
+import itertools
 import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from pretend_gpu import GPU, PretendGPU, to_gpu
 from test_cuda_graphs import record_on_a_cpu
 
 from dmlr import bench, random_weights
@@ -14,9 +16,9 @@ from dmlr.loop.optimize import initial_latents, optimize
 from dmlr.loop.reference import Reference, eager
 from dmlr.methods.answers import Question
 from dmlr.methods.latent import question_noise
-from dmlr.model import compiled
 from dmlr.model import graphs as cuda_graphs
 from dmlr.model.vlm import VLM
+from dmlr.random_weights import random_prompt
 
 TINY = dict(zip(random_weights._SIZES, (64, 2, 4, 2, 128, 2000, 64), strict=True))
 
@@ -29,7 +31,7 @@ def tiny(monkeypatch):
 
 def test_both_sides_do_the_same_work(tiny):
     config = Config.make("paper", max_num_steps=3)
-    prompt = random_weights.random_prompt(tiny, 8, 100, 4)
+    prompt = random_prompt(tiny, 8, 100, 4)
     assert len(prompt.input_ids) == 100 and len(prompt.image_columns) == 64
     prefix = tiny.prefill([prompt])
     start, noise = initial_latents(tiny, prefix, config)[0], question_noise(tiny, Question(0, "", []), config)
@@ -41,17 +43,40 @@ def test_both_sides_do_the_same_work(tiny):
     assert sum(map(len, want.patches)) > 0
 
 
-def test_released_cost_is_two_full_forwards_an_iteration(tiny):
+def test_released_cost_is_two_full_forwards_and_one_look_at_the_image_an_iteration(tiny):
     config = Config.make("paper", max_num_steps=3)
-    prompt = random_weights.random_prompt(tiny, 8, 100, 4)
-    reference = Reference(eager(tiny), prompt, config)
+    prompt = random_prompt(tiny, 8, 100, 4)
+    reference, seen = bench.Released(eager(tiny), prompt, config), []
+    tower = reference.model.model.visual
+    tower.register_forward_hook(lambda *_: seen.append(reference.forward_count))
     noise = question_noise(tiny, Question(0, "", []), config)
     reference.run(tiny.embed(torch.full((4,), tiny.think_id)).float(), noise)
     assert reference.forward_count == 1 + 2 * 3
+    assert seen == [1, 3, 5, 7], "the vision tower is paid for once an iteration"
+
+
+def test_the_peer_computes_what_a_forward_of_ours_does(tiny):
+    config, prompt = Config.make("paper"), random_prompt(tiny, 8, 100, 4)
+    peer = bench.peer_forward(tiny, config, prompt)
+    for _ in range(2):  # the cache is as it was
+        torch.testing.assert_close(peer(), bench.forward(tiny, config, prompt, 2)()[:1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_whole_measurement_runs_where_a_gpu_has_the_model(tiny, brief, monkeypatch):
+    """Refused where a tensor of the CPU meets one of the GPU."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    config = Config.make("paper", max_num_steps=1, max_new_tokens=2)
+    to_gpu(tiny.model)
+    with PretendGPU():
+        assert tiny.device == GPU
+        prompt = bench.prompts(tiny, config)[256]
+        figures = bench.ours(tiny, config, (1, 2)) | bench.released(tiny, config)
+        assert bench.peer_forward(tiny, config, prompt)().device == GPU
+    assert {"example_6_tokens_batch_1", "released_example_6_tokens", "released_peak_bytes"} < figures.keys()
 
 
 def test_ratios_follow_from_the_measurements():
-    told = {
+    figures = {
         "released_iteration": 6.0,
         "released_iteration_same_dtype": 3.0,
         "released_iteration_16_patches": 8.0,
@@ -67,10 +92,11 @@ def test_ratios_follow_from_the_measurements():
         "iteration_1024_image_tokens": 0.15,
         "peak_bytes": 10,
         "replayed_iteration_batch_1": 0.15,
-        "compiled_error": "no compiler",
         "floor": 0.1,
+        "forward_batch_8": 0.05,
+        "peer_forward": 0.3,
     }
-    assert bench.ratios(told) == pytest.approx(
+    assert bench.ratios(figures) == pytest.approx(
         {
             "iteration_batch_1": 30,
             "iteration_batch_1_same_dtype": 15,
@@ -84,6 +110,7 @@ def test_ratios_follow_from_the_measurements():
             "replayed_iteration_batch_1_same_dtype": 20,
             "released_growth": 9,
             "times_floor": 1.5,
+            "forward_batch_8": 6,
         }
     )
 
@@ -96,20 +123,22 @@ def brief(monkeypatch):
         work()
         return 1000
 
+    clock = itertools.count(1000, -1)  # of two measured times the first is the longer one
+    monkeypatch.setattr(bench, "seconds", lambda work, device, repeats=1: (work(), float(next(clock)))[1])
     monkeypatch.setattr(bench, "peak_bytes", peak_bytes)
     monkeypatch.setattr(bench, "SIDES", {64: 2, 256: 3, 1024: 4})
     monkeypatch.setattr(bench, "TEXT", 40)
     monkeypatch.setattr(bench, "BATCHES", {"cpu": (1, 2), "cuda": (1, 2)})
-    monkeypatch.setattr(bench, "NEW_TOKENS", {"cpu": 4, "cuda": 4})
+    monkeypatch.setattr(bench, "NEW_TOKENS", {"cpu": (4,), "cuda": (4, 6)})
+    monkeypatch.setattr(bench, "startup", lambda: {"import": 0.1})
 
 
 @pytest.fixture
 def like_a_gpu(monkeypatch, brief):
-    """What a GPU would be asked for, on a CPU: kernels recorded one by one, layers traced but not generated."""
+    """What a GPU would be asked for, on a CPU: kernels recorded one by one."""
     build = bench.random_vlm
     monkeypatch.setattr(bench, "random_vlm", lambda shape, dtype, device: build(shape, dtype))
     monkeypatch.setattr(VLM, "on_one_gpu", True)
-    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
 
     def record(function, inputs, flags, pool):
         return record_on_a_cpu(lambda *x: function(*x, **flags), inputs)
@@ -117,17 +146,16 @@ def like_a_gpu(monkeypatch, brief):
     monkeypatch.setattr(cuda_graphs, "record", record)
 
 
-@pytest.mark.filterwarnings("ignore:torch.compile with fullgraph=True found no compiled frames")
 def test_a_gpu_is_measured_in_every_way_and_against_both_dtypes(tiny, like_a_gpu):
-    told = bench.measure("tiny", "cuda")
-    assert told["dtype"] == "bfloat16"
-    assert told["weight_bytes"] == pytest.approx(2 * told["parameters"], rel=0.1)
-    assert told["released_iteration"] > 0 and told["released_example_same_dtype"] > 0
-    found = bench.ratios(told)
+    figures = bench.measure("tiny", "cuda")
+    assert figures["dtype"] == "bfloat16"
+    assert figures["weight_bytes"] == pytest.approx(2 * figures["parameters"], rel=0.1)
+    assert figures["released_iteration"] > 0 and figures["released_example_same_dtype"] > 0
+    found = bench.ratios(figures)
     for way in bench.GPU_WAYS:
         for name in ("iteration_batch_2", "example", "iteration_16_patches", "peak_bytes"):
             assert found[f"{way}{name}"] > 0 and found[f"{way}{name}_same_dtype"] > 0
-        assert told[f"{way}peak_bytes_batch_2"] == 1000
+        assert figures[f"{way}peak_bytes_batch_2"] == 1000
     assert found["times_floor"] > 0
 
 
@@ -136,9 +164,9 @@ def test_a_way_that_fails_costs_its_own_figures_only(tiny, like_a_gpu, monkeypat
         raise RuntimeError("this model's loop cannot be a CUDA graph\nmore")
 
     monkeypatch.setattr(cuda_graphs, "record", refuses)
-    told = bench.measure("tiny", "cuda")
-    assert told["replayed_error"] == told["compiled_error"] == "this model's loop cannot be a CUDA graph"
-    assert told["iteration_batch_2"] > 0 and "replayed_example" not in bench.ratios(told)
+    figures = bench.measure("tiny", "cuda")
+    assert figures["replayed_error"] == "this model's loop cannot be a CUDA graph"
+    assert figures["iteration_batch_2"] > 0 and "replayed_example" not in bench.ratios(figures)
 
 
 def test_unknown_shape_and_a_whole_measurement(tiny, brief, monkeypatch, tmp_path):

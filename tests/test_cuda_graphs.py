@@ -15,12 +15,13 @@ from torch.utils._pytree import tree_leaves
 from dmlr.config import Config
 from dmlr.loop.injection import Patches
 from dmlr.loop.optimize import optimize
-from dmlr.loop.score import ROUNDED, score
+from dmlr.loop.score import score
 from dmlr.methods import METHODS
 from dmlr.methods.answers import Question
 from dmlr.methods.latent import question_noise
 from dmlr.model import graphs as cuda_graphs
-from dmlr.model.graphs import Kept, Recording
+from dmlr.model.decode import decode
+from dmlr.model.graphs import MOST, ROUNDED, Recording
 from dmlr.model.vlm import VLM
 from dmlr.run.batches import answer_batch
 
@@ -122,6 +123,13 @@ def test_batches_of_other_prompts_and_images_are_replayed_from_one_recording(as_
     assert len(as_on_a_gpu) > count, "another batch size is another shape"
 
 
+def test_patches_with_deep_features_are_replayed_too(as_on_a_gpu):
+    vlm, config = TINY["qwen3_vl"](deep_patches=True), Config(**BASE)
+    assert vlm.deep_levels
+    same(loop(vlm, config, 2), loop(vlm, config.replace(cuda_graphs=True), 2))
+    assert as_on_a_gpu
+
+
 def test_a_random_search_is_replayed_too(as_on_a_gpu):
     vlm, config = tiny_vlm(), Config(**BASE)
     questions = [Question(i, text, [noise_image(i, *size)]) for i, (text, size) in enumerate(QUESTIONS[:2])]
@@ -132,13 +140,73 @@ def test_a_random_search_is_replayed_too(as_on_a_gpu):
         assert one.reasoning.best_reward == pytest.approx(other.reasoning.best_reward, abs=1e-6)
 
 
+def test_tokens_that_are_replayed_are_the_tokens(as_on_a_gpu):
+    """Rows of different lengths, in two batches that share one recording."""
+    vlm = tiny_vlm()
+    rows = encode(vlm, Config(**BASE), 4)
+    for batch in (rows[:2], rows[2:]):
+        plain = decode(vlm, vlm.prefill(batch), 20)
+        assert decode(vlm, vlm.prefill(batch), 20, recorded=True) == plain
+    assert len(as_on_a_gpu) == 1
+
+
+class Launches(TorchDispatchMode):
+    """How many operations Python starts; views are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        views = [r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns]
+        self.count += not any(views)
+        return function(*args, **(kwargs or {}))
+
+
+def launches(work):
+    with Launches() as counted:
+        work()
+    return counted.count
+
+
+def test_python_starts_few_operations_once_they_are_recorded(monkeypatch):
+    """As many layers as the 7B model has: what is started does not depend on their widths."""
+    vlm, config = tiny_vlm(layers=28), Config(**BASE, cuda_graphs=True)
+    (row,) = encode(vlm, config, 1)
+    outputs = []
+
+    def record(function, inputs, flags, pool):
+        if not outputs:
+            outputs[:] = function(*inputs, **flags)
+        return Recording(inputs, tuple(outputs), lambda: None)
+
+    def per_token(recorded):
+        short, long = (
+            launches(lambda n=n: decode(vlm, vlm.prefill([row]), 40, recorded=recorded, pick=stop_at(n)))
+            for n in (4, 8)
+        )
+        return (long - short) / 4
+
+    def stop_at(count):
+        end = torch.tensor(vlm.eos_ids[:1])
+        return lambda logits, rows, step: logits.argmax(dim=-1) if step + 1 < count else end
+
+    monkeypatch.setattr(cuda_graphs, "record", record)
+    plain, replayed = per_token(False), per_token(True)
+    print(f"operations a token: {plain:g}, recorded {replayed:g}")
+    assert replayed < 25 < 28 * 15 < plain
+
+
 def test_recordings_that_were_not_used_for_longest_leave_first():
-    made, kept = [], Kept()
-    for key in "abacab":
-        kept.get(key, lambda key=key: made.append(key), most=2)
-    assert made == list("abcb")
-    kept.clear()
-    assert not kept
+    vlm = tiny_vlm()
+    prefix = vlm.prefill(encode(vlm, Config(**BASE), 1))
+    made = {}
+    for slots in (1, 2, 3, 4, 1, 5, 1, 2):
+        made.setdefault(slots, []).append(vlm.recordings.over(prefix, slots, "a purpose"))
+        assert len(vlm.recordings) <= MOST
+    assert all(one is made[1][0] for one in made[1]) and made[2][0] is not made[2][1]
+    vlm.recordings.clear()
+    assert not vlm.recordings
 
 
 def test_a_batch_lacks_no_memory_that_recordings_hold(as_on_a_gpu, monkeypatch):
@@ -148,14 +216,14 @@ def test_a_batch_lacks_no_memory_that_recordings_hold(as_on_a_gpu, monkeypatch):
     prefill, asked = VLM.prefill, []
 
     def cramped(self, batch):
-        asked.append((len(batch), len(self.prepared)))
-        if self.prepared:
+        asked.append((len(batch), len(self.recordings)))
+        if self.recordings:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return prefill(self, batch)
 
     monkeypatch.setattr(VLM, "prefill", cramped)
     found = answer_batch(vlm, "dmlr", questions, config)
-    assert asked == [(3, 1), (3, 0)]
+    assert asked == [(3, 2), (3, 0)], "the loop's and the answer's are let go of, and the batch is whole"
     assert [(a.text, a.error) for a in found] == [(a.text, None) for a in expected]
 
 

@@ -14,6 +14,8 @@ from dmlr.loop.optimize import initial_latents, optimize
 from dmlr.loop.reference import Reference, eager
 from dmlr.methods import METHODS, Question
 from dmlr.methods.latent import append_latents, prefill_latent, question_noise
+from dmlr.model.decode import decode
+from dmlr.model.encode import encode
 from dmlr.model.vlm import VLM
 from dmlr.prompts import Prompts
 from notebooks.training.examine import accuracy, load_suite
@@ -51,7 +53,7 @@ def test_vanilla_equals_generate_token_by_token(vlm, config):
     prompts, asked = Prompts(), questions(17)
     answers = METHODS["vanilla"](vlm, asked, config)
     for question, answer in zip(asked, answers, strict=True):
-        prompt = vlm.encode(prompts.system, prompts.task(question.text), question.images).prompt
+        prompt = encode(vlm, prompts.system, prompts.task(question.text), question.images).prompt
         assert prompt == answer.prompt
         inputs = vlm.processor(
             text=[prompt], images=question.images, return_tensors="pt", return_mm_token_type_ids=True
@@ -72,7 +74,7 @@ def test_loop_equals_full_recomputation(vlm, config, accept_at, position):
     start = initial_latents(vlm, prefix, config)
     trace = optimize(vlm, prefix, config, noise, torch.zeros(0, dtype=torch.long))
     append_latents(vlm, prefix, trace.final.latents, trace.final.patches)
-    answers = vlm.decode(prefix, config.max_new_tokens)
+    answers = decode(vlm, prefix, config.max_new_tokens)
     oracle = eager(vlm)
     for row in range(4):
         reference = Reference(oracle, encoded[row], config)

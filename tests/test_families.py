@@ -17,6 +17,8 @@ from dmlr.loop.reference import Reference, eager
 from dmlr.methods import METHODS
 from dmlr.methods.answers import NO_IMAGE, Question
 from dmlr.methods.latent import append_latents, question_noise
+from dmlr.model.decode import decode
+from dmlr.model.encode import encode
 from dmlr.model.families import FAMILIES, ModelError, check_known
 from dmlr.model.vlm import VLM
 from dmlr.prompts import Prompts
@@ -53,7 +55,7 @@ def asked(vlm, think=0):
     task = PROMPTS.latent_task if think else PROMPTS.task
     arguments = (think,) if think else ()
     return [
-        vlm.encode(PROMPTS.system, task(text, *arguments), pictures(sizes, i), think)
+        encode(vlm, PROMPTS.system, task(text, *arguments), pictures(sizes, i), think)
         for i, (text, sizes) in enumerate(ASKED)
     ]
 
@@ -68,7 +70,7 @@ def test_vanilla_equals_generate(vlm, tmp_path):
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation="eager")
     texts = set()
     for decoded, encoded, (_, sizes), seed in zip(
-        vlm.decode(vlm.prefill(asked(vlm)), 8), asked(vlm), ASKED, range(len(ASKED)), strict=True
+        decode(vlm, vlm.prefill(asked(vlm)), 8), asked(vlm), ASKED, range(len(ASKED)), strict=True
     ):
         inputs = vlm.family.inputs(encoded.prompt, pictures(sizes, seed))
         out = plain.generate(**inputs, max_new_tokens=8, do_sample=False)
@@ -81,7 +83,7 @@ def test_loaded_from_a_folder_says_the_same(vlm, tmp_path):
     vlm.model.save_pretrained(tmp_path)
     vlm.processor.save_pretrained(tmp_path)
     loaded = VLM.load(Config(model_name_or_path=str(tmp_path), device="cpu", max_pixels=None))
-    assert loaded.decode(loaded.prefill(asked(loaded)), 8) == vlm.decode(vlm.prefill(asked(vlm)), 8)
+    assert decode(loaded, loaded.prefill(asked(loaded)), 8) == decode(vlm, vlm.prefill(asked(vlm)), 8)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -105,7 +107,7 @@ def equals_full_recomputation(vlm, config) -> list[float]:
     start = initial_latents(vlm, prefix, config)
     trace = optimize(vlm, prefix, config, noise, torch.zeros(0, dtype=torch.long))
     append_latents(vlm, prefix, trace.final.latents, trace.final.patches)
-    answers = vlm.decode(prefix, config.max_new_tokens)
+    answers = decode(vlm, prefix, config.max_new_tokens)
     oracle, tried = eager(vlm), 0
     for row in range(len(encoded)):
         reference = Reference(oracle, encoded[row], config)
@@ -139,7 +141,7 @@ def test_image_tokens_are_numbered_as_they_lie_on_the_picture(local, size):
     """Brightening the pixels under a cell changes the features of the token with that number more than any other."""
     vlm = local
     dark = Image.new("RGB", size[::-1], (40, 40, 40))
-    encoded = vlm.encode("", "?", [dark])
+    encoded = encode(vlm, "", "?", [dark])
     before = vlm.prefill([encoded]).images[0]
     (height, width), off = encoded.patch_grid, []
     for cell in range(height * width):
@@ -148,7 +150,7 @@ def test_image_tokens_are_numbered_as_they_lie_on_the_picture(local, size):
         top, bottom = row * size[0] // height, (row + 1) * size[0] // height
         left, right = column * size[1] // width, (column + 1) * size[1] // width
         pixels[top:bottom, left:right] = 255
-        after = vlm.prefill([vlm.encode("", "?", [Image.fromarray(pixels)])]).images[0]
+        after = vlm.prefill([encode(vlm, "", "?", [Image.fromarray(pixels)])]).images[0]
         hit = divmod(int((after - before).norm(dim=1)[: height * width].argmax()), width)
         off.append(max(abs(hit[0] - row), abs(hit[1] - column)))
     # LLaVA-OneVision pads a picture to its tiles and cuts whole columns of padding away: half a cell may stay
@@ -176,9 +178,9 @@ def test_every_method_answers_with_one_two_and_no_images(vlm):
 def test_image_sizes_follow_max_pixels(vlm):
     """Fewer tokens where a family can choose; the fixed sizes of the LLaVA family stay."""
     kind = vlm.model.config.model_type
-    count = len(vlm.encode("", "?", [noise_image(0, 224, 224)]).image_columns)
+    count = len(encode(vlm, "", "?", [noise_image(0, 224, 224)]).image_columns)
     small = VLM(vlm.model, vlm.processor, None, 6)
-    fewer = len(small.encode("", "?", [noise_image(0, 224, 224)]).image_columns)
+    fewer = len(encode(small, "", "?", [noise_image(0, 224, 224)]).image_columns)
     assert fewer == count if kind.startswith("llava") else fewer <= 6 < count
 
 

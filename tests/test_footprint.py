@@ -13,6 +13,8 @@ from dmlr.loop.optimize import optimize
 from dmlr.methods.answers import Question
 from dmlr.methods.latent import append_latents, question_noise
 from dmlr.methods.workload import workload
+from dmlr.model.decode import decode
+from dmlr.model.encode import encode
 from dmlr.model.memory import MOST, USABLE, Parameters, Rates, Shape, Work, fitting_batch, peak, seconds, stages
 from dmlr.model.vlm import VLM
 from dmlr.peak_memory import peak_bytes
@@ -69,7 +71,7 @@ def test_every_family_has_the_parameters_and_the_cache_that_its_settings_say(fam
     shape, found = Shape.of(settings), Parameters.of(settings)
     assert found.total == sum(p.numel() for p in vlm.model.parameters())
     assert found.language + found.vision < found.total
-    encoded = vlm.encode("be brief", "how many?", [noise_image(0)])
+    encoded = encode(vlm, "be brief", "how many?", [noise_image(0)])
     with LiveTensors(vlm.model) as live:
         prefix = vlm.prefill([encoded] * 4)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in prefix.cache.layers)
@@ -88,7 +90,7 @@ def example(vlm, config, prompt, batch):
         prefix = vlm.prefill([prompt] * batch)
         trace = optimize(vlm, prefix, config, noise, NO_IDS)
         append_latents(vlm, prefix, trace.final.latents, trace.final.patches)
-        vlm.decode(prefix, config.max_new_tokens)
+        decode(vlm, prefix, config.max_new_tokens)
 
     return work
 
@@ -134,7 +136,7 @@ def test_tensors_take_what_is_estimated_within_a_factor_of_one_and_a_half(case):
 def test_tensors_of_the_embedded_model_too(embedded):
     config, batch = Config.make("demo", max_num_steps=1, max_new_tokens=4), 8
     image = noise_image(0, 168, 168)
-    prompt = embedded.encode("be brief", "How many red stars are there?" * 4, [image], config.num_thought_tokens)
+    prompt = encode(embedded, "be brief", "How many red stars are there?" * 4, [image], config.num_thought_tokens)
     with LiveTensors(embedded.model) as live:
         example(embedded, config, prompt, batch)()
     guess = estimate(embedded, config, prompt, batch)
@@ -144,7 +146,7 @@ def test_tensors_of_the_embedded_model_too(embedded):
 def test_a_process_on_a_cpu_takes_at_most_three_times_as_much(embedded):
     """The allocator's share: 1.4 to 2 times when this was written."""
     config, batch = Config.make("demo", max_num_steps=1, max_new_tokens=2), 64
-    prompt = embedded.encode("be brief", "How many red stars are there?" * 6, [noise_image(0, 168, 168)], 4)
+    prompt = encode(embedded, "be brief", "How many red stars are there?" * 6, [noise_image(0, 168, 168)], 4)
     example(embedded, config, prompt, 2)()  # libraries wake up
     guess = estimate(embedded, config, prompt, batch)
     assert guess / 1.5 < peak_bytes(embedded.device, example(embedded, config, prompt, batch)) < guess * 3

@@ -3,12 +3,15 @@
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import noise_image, tiny_vlm
 from transformers import AutoModelForImageTextToText, LlamaConfig
 
@@ -17,8 +20,11 @@ from dmlr.loop.optimize import optimize
 from dmlr.methods.answers import Question
 from dmlr.methods.latent import question_noise
 from dmlr.model.cache import ATTENTION
+from dmlr.model.decode import decode
+from dmlr.model.encode import encode
 from dmlr.model.families import ModelError
 from dmlr.model.vlm import VLM
+from dmlr.run.batches import answer_batch
 
 LOOP = {"num_thought_tokens": 2, "max_num_steps": 3, "lr": 0.02, "sigma": 0.05, "max_new_tokens": 6}
 
@@ -34,11 +40,11 @@ def folder(tmp_path_factory):
 def everything(vlm):
     """Prefill, loop and decoding of a batch in which rows finish at different times."""
     config = Config(**LOOP)
-    encoded = [vlm.encode("", "?" * (3 * i + 1), [noise_image(i)], 2) for i in range(3)]
+    encoded = [encode(vlm, "", "?" * (3 * i + 1), [noise_image(i)], 2) for i in range(3)]
     noise = torch.stack([question_noise(vlm, Question(i, "", []), config) for i in range(3)])
     trace = optimize(vlm, vlm.prefill(encoded), config, noise, torch.zeros(0, dtype=torch.long))
     prefix = vlm.prefill(encoded).select(torch.tensor([0, 2])).compact()
-    return trace.best_reward, trace.final.patches.tolist(), vlm.decode(prefix, 8)
+    return trace.best_reward, trace.final.patches.tolist(), decode(vlm, prefix, 8)
 
 
 def test_layers_on_several_devices_give_the_same(folder, tmp_path):
@@ -73,7 +79,7 @@ def test_few_bits_are_nearly_all_of_them(tmp_path, bits, layer, alike):
     vlm = VLM.load(Config(model_name_or_path=str(tmp_path), device="cpu", load_in_bits=bits, max_pixels=None))
     quantised = {name for name, module in vlm.model.named_modules() if type(module).__name__ == layer}
     assert quantised and all("language_model.layers" in name for name in quantised)
-    encoded = [exact.encode("", "?" * (3 * i + 1), [noise_image(i)], 2) for i in range(4)]
+    encoded = [encode(exact, "", "?" * (3 * i + 1), [noise_image(i)], 2) for i in range(4)]
     few, all_ = vlm.prefill(encoded).logits, exact.prefill(encoded).logits
     assert torch.cosine_similarity(few, all_).min() > alike
     assert not torch.allclose(few, all_, atol=1e-6)
@@ -93,6 +99,55 @@ def test_an_unknown_architecture_is_refused_before_its_weights(tmp_path):
     LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="'llama' is not supported: it has no vision tower"):
         VLM.load(Config(model_name_or_path=str(tmp_path)))
+
+
+def damaged(folder, tmp_path, change):
+    """A copy of a checkpoint whose weights `change` was done to, in place."""
+    path = shutil.copytree(folder, tmp_path / "damaged")
+    weights = load_file(path / "model.safetensors")
+    (norm,) = (key for key in weights if key.endswith("norm.weight") and "layers" not in key and "visual" not in key)
+    change(weights, norm)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return Config(model_name_or_path=str(path), device="cpu", max_pixels=None, max_new_tokens=4, max_num_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w, norm: w.pop(norm), "weights are missing: model.language_model.norm.weight"),
+        (lambda w, _: [w.pop(key) for key in list(w) if "visual" in key], "missing: model.visual.* and [0-9]+ more"),
+        (
+            lambda w, norm: w.update({norm: w[norm][:5].clone()}),
+            "weights have another shape: model.language_model.norm.weight",
+        ),
+        (lambda w, _: (w.clear(), w.update(x=torch.ones(1))), "weights are missing: lm_head.weight"),
+    ],
+)
+def test_weights_that_are_not_there_are_not_random_instead(folder, tmp_path, change, message):
+    with pytest.raises(ModelError, match=message):
+        VLM.load(damaged(folder, tmp_path, change))
+
+
+@pytest.mark.parametrize("method", ["vanilla", "dmlr", "multimodal-cot"])
+def test_weights_that_are_no_numbers_are_an_error_of_every_method(folder, tmp_path, method):
+    config = damaged(folder, tmp_path, lambda w, norm: w[norm].fill_(torch.nan))
+    questions = [Question(i, "How many?", [noise_image(i)]) for i in range(2)]
+    for answer in answer_batch(VLM.load(config), method, questions, config):
+        assert (answer.stop_reason, answer.text) == ("error", "") and "not" in answer.error and "finite" in answer.error
+
+
+def test_a_folder_without_a_tokenizer_says_so(folder, tmp_path):
+    path = shutil.copytree(folder, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(ModelError, match="okenizer"):
+        VLM.load(Config(model_name_or_path=str(path)))
+
+
+def test_a_model_that_is_dropped_is_gone(folder):
+    vlm = VLM.load(Config(model_name_or_path=str(folder), device="cpu", max_pixels=None))
+    everything(vlm)
+    gone = weakref.ref(vlm)
+    del vlm
+    assert gone() is None
 
 
 def test_offline_says_so():
@@ -134,6 +189,7 @@ def test_what_the_hub_refuses_is_said_in_a_line(tmp_path):
         from dmlr.config import Config
         from dmlr.model.families import ModelError
         from dmlr.model.vlm import VLM
+from dmlr.run.batches import answer_batch
         said = {}
         for owner in ("gated", "nobody", "empty", "old"):
             try:

@@ -14,6 +14,8 @@ from dmlr.methods import METHODS, Question
 from dmlr.methods.answers import NO_IMAGE
 from dmlr.methods.latent import prefill_latent, question_noise
 from dmlr.methods.self_consistency import equal_samples, loop_positions, vote, winner
+from dmlr.model.decode import decode
+from dmlr.model.encode import encode
 from dmlr.prompts import Prompts, load_prompts
 from dmlr.run import evaluate
 
@@ -56,18 +58,16 @@ def breaking():
 
 def run(vlm, method, asked, config):
     """Answers, and the tokens of every decoded row in the order of the calls."""
-    decode, ids = vlm.decode, []
+    ids = []
 
     def seen(*args, **kwargs):
         decoded = decode(*args, **kwargs)
         ids.extend(d.ids for d in decoded)
         return decoded
 
-    vlm.decode = seen
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dmlr.model.decode.decode", seen)
         return METHODS[method](vlm, asked, config), ids
-    finally:
-        del vlm.decode
 
 
 class Literal:
@@ -356,7 +356,7 @@ def test_random_patches_are_not_the_attended_ones(vlm):
 
 def test_all_methods_in_one_run(vlm, tmp_path):
     """By name, beside each other; what one call cannot take costs that record; place and batch change none."""
-    short = vlm.encode(PROMPTS.system, PROMPTS.task(""), []).input_ids
+    short = encode(vlm, PROMPTS.system, PROMPTS.task(""), []).input_ids
     long = "?" * (2048 - len(short) - 175)  # room for the hint of the latents, not for a whole scene graph
     rows = [{"prompt": q.text, "solution": "4", "image_path": None, "idx": str(q.idx), "boxes": []} for q in QUESTIONS]
     rows.append({"prompt": long, "solution": "4", "image_path": None, "idx": "long", "boxes": []})
@@ -430,7 +430,7 @@ def test_the_number_of_samples_follows_each_questions_own_first_one(vlm):
     config = Config(**BASE | {"max_new_tokens": 30, "max_num_steps": 2})
     answers, ids = run(vlm, "self-consistency", QUESTIONS, config)
     for question, answer, first in zip(QUESTIONS, answers, ids[:4], strict=True):
-        patches = len(vlm.encode("", question.text, question.images).image_columns)
+        patches = len(encode(vlm, "", question.text, question.images).image_columns)
         assert answer.details["samples"] == equal_samples(config, patches, len(first)) == len(answer.details["votes"])
 
 
@@ -472,7 +472,7 @@ def test_bad_parameters_are_named(given, message):
 
 def test_the_prefix_closes_up(vlm):
     """Without its empty columns it decodes the same tokens, and its attention over the image is the same."""
-    prefix = vlm.prefill([vlm.encode(PROMPTS.system, q.text, q.images) for q in QUESTIONS])
+    prefix = vlm.prefill([encode(vlm, PROMPTS.system, q.text, q.images) for q in QUESTIONS])
     embeds = torch.randn(4, 7, prefix.images.shape[2], generator=torch.Generator().manual_seed(0))
     filled = torch.tensor([[1, 0, 0, 1, 0, 0, 0], [0] * 7, [1] * 7, [0, 0, 1, 1, 1, 0, 0]], dtype=torch.bool)
     vlm.append(prefix, embeds, filled)
@@ -485,4 +485,4 @@ def test_the_prefix_closes_up(vlm):
     loose, closed = (vlm.extend(p, embeds[:, :1], one, read, probe) for p in (prefix, tight))
     torch.testing.assert_close(loose[0], closed[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(loose[1], closed[1], atol=1e-6, rtol=0)
-    assert [d.ids for d in vlm.decode(tight, 6)] == [d.ids for d in vlm.decode(prefix, 6)]
+    assert [d.ids for d in decode(vlm, tight, 6)] == [d.ids for d in decode(vlm, prefix, 6)]

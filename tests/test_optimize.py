@@ -11,6 +11,8 @@ from dmlr.loop.injection import Patches
 from dmlr.loop.optimize import example_noise, initial_latents, optimize
 from dmlr.loop.score import score
 from dmlr.methods import METHODS, Question
+from dmlr.model.decode import decode
+from dmlr.model.encode import encode
 from dmlr.prompts import Prompts
 
 PROMPTS = Prompts()
@@ -23,7 +25,7 @@ def vlm():
 
 
 def one(vlm, config, dtype=torch.float32):
-    encoded = vlm.encode(PROMPTS.system, PROMPTS.latent_task("How many?", 4), [noise_image(3)], 4)
+    encoded = encode(vlm, PROMPTS.system, PROMPTS.latent_task("How many?", 4), [noise_image(3)], 4)
     prefix = vlm.prefill([encoded])
     return prefix, initial_latents(vlm, prefix, config)
 
@@ -133,45 +135,37 @@ def test_an_answer_does_not_depend_on_its_neighbours(vlm, method):
                 )
 
 
-def test_nan_reward_costs_one_record(vlm):
+def test_nan_reward_costs_one_record(vlm, monkeypatch):
     """An image whose features are not finite makes one error; its neighbours are answered as if it were not there."""
     config = Config(max_num_steps=3, max_new_tokens=6)
     asked = questions(3)
     fine = METHODS["dmlr"](vlm, asked, config)
-    encode = vlm.encode
 
-    def poisoned(system, task, images, count=0):
-        encoded = encode(system, task, images, count)
+    def poisoned(vlm, system, task, images, count=0):
+        encoded = encode(vlm, system, task, images, count)
         if images[0] is asked[1].images[0]:
             broken = {**encoded.image_inputs, "pixel_values": encoded.image_inputs["pixel_values"] * float("nan")}
             encoded = dataclasses.replace(encoded, image_inputs=broken)
         return encoded
 
-    vlm.encode = poisoned
-    try:
-        answers = METHODS["dmlr"](vlm, asked, config)
-    finally:
-        vlm.encode = encode
+    monkeypatch.setattr("dmlr.methods.latent.encode", poisoned)
+    answers = METHODS["dmlr"](vlm, asked, config)
     assert answers[1].stop_reason == "error" and "not a finite number" in answers[1].error
     assert [answers[i].text for i in (0, 2)] == [fine[i].text for i in (0, 2)]
 
 
-def test_self_score_is_used_and_leaves_the_prefix_alone(vlm):
+def test_self_score_is_used_and_leaves_the_prefix_alone(vlm, monkeypatch):
     """`disable_conf_reward`: the reward is a number that the model says, here made by a stub tokenizer reply."""
     config = Config(disable_conf_reward=True, max_num_steps=2, max_new_tokens=6)
     plain = METHODS["dmlr"](vlm, questions(2), config)
     assert all(0 <= step["reward"] <= 1 for a in plain for step in a.reasoning.steps)
-    decode, replies = vlm.decode, iter([".1", "0.2", "0.5", "1", "0.9", "2.0", "0.3", "nothing", "0.7", "0.4"])
+    replies = iter([".1", "0.2", "0.5", "1", "0.9", "2.0", "0.3", "nothing", "0.7", "0.4"])
 
-    def scored(prefix, max_new_tokens, *how):
-        said = decode(prefix, max_new_tokens, *how)
-        return [dataclasses.replace(d, text=next(replies)) for d in said] if max_new_tokens == 8 else said
+    def scored(vlm, prefix, max_new_tokens):
+        return [dataclasses.replace(d, text=next(replies)) for d in decode(vlm, prefix, max_new_tokens)]
 
-    vlm.decode = scored
-    try:
-        first, second = METHODS["dmlr"](vlm, questions(2), config)
-    finally:
-        del vlm.decode
+    monkeypatch.setattr("dmlr.loop.score.decode", scored)
+    first, second = METHODS["dmlr"](vlm, questions(2), config)
     assert [first.reasoning.start_reward, second.reasoning.start_reward] == pytest.approx([0.1, 0.2])
     assert [s["explored_reward"] for s in first.reasoning.steps] == pytest.approx([0.5, 0.3])
     assert [s["reward"] for s in second.reasoning.steps] == pytest.approx([0.0, 0.4])  # "2.0" is out of range

@@ -12,6 +12,8 @@ from dmlr.loop.reference import Reference, eager
 from dmlr.loop.score import Scored
 from dmlr.methods.answers import Question
 from dmlr.methods.latent import append_latents, question_noise
+from dmlr.model.decode import decode
+from dmlr.model.encode import encode as encode_one
 from dmlr.prompts import Prompts
 
 PROMPTS = Prompts()
@@ -62,7 +64,8 @@ def vlm():
 
 def encode(vlm, config, count):
     return [
-        vlm.encode(
+        encode_one(
+            vlm,
             PROMPTS.system,
             PROMPTS.latent_task(text, config.num_thought_tokens),
             [noise_image(i, *size)],
@@ -89,7 +92,7 @@ def test_loop_equals_full_recomputation(vlm, name, batch):
     start = initial_latents(vlm, prefix, config)
     trace = optimize(vlm, prefix, config, noise)
     append_latents(vlm, prefix, trace.final.latents, trace.final.patches)
-    answers = vlm.decode(prefix, config.max_new_tokens)
+    answers = decode(vlm, prefix, config.max_new_tokens)
 
     oracle = eager(vlm)
     for row in range(batch):

@@ -20,6 +20,7 @@ from dmlr.config import Config, root
 from dmlr.loop.reference import eager
 from dmlr.methods.answers import Question
 from dmlr.methods.prompting import prefill_task, prompts_of
+from dmlr.model.encode import encode
 
 NOTEBOOK = root() / "notebooks" / "05_perception_and_confidence.ipynb"
 CONFIG = Config(max_new_tokens=12, max_pixels=None, max_num_steps=2, verbose=0)
@@ -33,7 +34,7 @@ PLACE = re.compile(r"(?:row (?P<row>\d+) ?)?(?:column (?P<column>\d+))?")
 def literally(vlm, question, ids):
     """Plain transformers with eager attention: log π of `ids` after the prompt; attention of the rows before them."""
     prompts = prompts_of(CONFIG)
-    encoded = vlm.encode(prompts.system, prompts.task(question.text), question.images)
+    encoded = encode(vlm, prompts.system, prompts.task(question.text), question.images)
     inputs = vlm.processor(
         text=[encoded.prompt],
         images=question.images or None,

@@ -16,6 +16,7 @@ from data.shapes.scenes import SEEK, random_scene, render
 from dmlr.config import Config, locate
 from dmlr.loop.injection import Patches
 from dmlr.methods.latent import append_latents
+from dmlr.model.encode import encode
 from dmlr.model.vlm import VLM
 from dmlr.prompts import Prompts
 from notebooks.training.landscape import cells, look_at
@@ -89,7 +90,7 @@ def test_packed_branches_equal_the_core(teacher, board):
     vlm, length = VLM.load(Config(model_name_or_path=START, device="cpu", max_pixels=None)), found.think.shape[1]
     task, image = Prompts().latent_task(question.prompt, length), Image.fromarray(render(scene))
     for k in (0, 3):
-        prefix = vlm.prefill([vlm.encode(Prompts().system, task, [image], length)])
+        prefix = vlm.prefill([encode(vlm, Prompts().system, task, [image], length)])
         own = [found.patch[j] for j, b in enumerate(found.branch) if b == k + 1]
         ends = [*found.think[k].tolist(), found.branch.index(k + 1) + len(own)]
         after = [[p for p in found.patch[a + 1 : b] if p >= 0] for a, b in pairwise(ends)]

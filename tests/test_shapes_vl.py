@@ -13,6 +13,7 @@ from dmlr import notebooks
 from dmlr.config import Config, locate
 from dmlr.loop.injection import Patches
 from dmlr.methods.latent import append_latents
+from dmlr.model.encode import encode
 from dmlr.model.vlm import VLM
 from dmlr.prompts import Prompts
 from notebooks.training.learner import Learner, Recipe
@@ -86,7 +87,7 @@ def test_packed_branches_equal_separate_conversations(processor, family):
     for number, (question, think) in enumerate(zip(asked, groups, strict=True), 1):
         text, count = question.prompt, len(think)
         task = PROMPTS.latent_task(text, count, solver) if think else PROMPTS.task(text, solver)
-        prefix = vlm.prefill([vlm.encode(PROMPTS.system, task, [picture], len(think))])
+        prefix = vlm.prefill([encode(vlm, PROMPTS.system, task, [picture], len(think))])
         if think:
             width = max(len(group) for group in think)
             index = torch.tensor([[group + [0] * (width - len(group)) for group in think]])
@@ -159,7 +160,7 @@ def test_checkpoint_folder_is_an_ordinary_one(processor, tmp_path):
     assert type(AutoModelForImageTextToText.from_pretrained(tmp_path)) is Qwen2_5_VLForConditionalGeneration
     assert type(AutoProcessor.from_pretrained(tmp_path)).__name__ == "Qwen2_5_VLProcessor"
     vlm = VLM.load(Config(model_name_or_path=str(tmp_path), device="cpu", max_pixels=None))
-    encoded = vlm.encode("", "How many?", [Image.new("RGB", (400, 400))])
+    encoded = encode(vlm, "", "How many?", [Image.new("RGB", (400, 400))])
     assert encoded.patch_grid == (6, 6)
     assert vlm.model.generation_config.do_sample is False and IM_END in vlm.eos_ids
 

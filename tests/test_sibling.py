@@ -12,6 +12,7 @@ from dmlr.loop.optimize import initial_latents, optimize
 from dmlr.loop.reference import Reference, eager
 from dmlr.methods import METHODS, Question
 from dmlr.methods.latent import question_noise
+from dmlr.model.encode import encode
 from dmlr.model.vlm import VLM
 from dmlr.prompts import Prompts
 from notebooks.training.examine import accuracy, load_suite
@@ -51,7 +52,7 @@ def test_loop_equals_full_recomputation(config, deep_patches):
     config = config.replace(deep_patches=deep_patches, max_num_steps=4)
     vlm, prompts = VLM.load(config), Prompts()
     asked = load_dataset("data/shapes/composition.json")[0][:2]
-    encoded = [vlm.encode(prompts.system, prompts.latent_task(e.question, 4), [open_image(e.image)], 4) for e in asked]
+    encoded = [encode(vlm, prompts.system, prompts.latent_task(e.question, 4), [open_image(e.image)], 4) for e in asked]
     noise = torch.stack([question_noise(vlm, Question(e.idx, "", []), config) for e in asked])
     prefix = vlm.prefill(encoded)
     start = initial_latents(vlm, prefix, config)

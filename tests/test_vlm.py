@@ -7,8 +7,8 @@ from transformers import AutoModelForImageTextToText
 
 from dmlr.config import Config
 from dmlr.loop.injection import Patches, interleave
-from dmlr.model.decode import LOOK_EVERY
-from dmlr.model.encode import PromptError
+from dmlr.model.decode import LOOK_EVERY, decode
+from dmlr.model.encode import PromptError, encode
 from dmlr.model.families import ModelError
 from dmlr.model.vlm import VLM
 from dmlr.prompts import Prompts
@@ -31,7 +31,7 @@ def folder(vlm, tmp_path_factory):
 
 def generate(vlm, model, image, question, max_new_tokens):
     """Plain transformers: chat template, processor, `generate`."""
-    encoded = vlm.encode(PROMPTS.system, PROMPTS.task(question), [image])
+    encoded = encode(vlm, PROMPTS.system, PROMPTS.task(question), [image])
     inputs = vlm.processor(text=[encoded.prompt], images=[image], return_tensors="pt", return_mm_token_type_ids=True)
     out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return out[0, inputs["input_ids"].shape[1] :].tolist()
@@ -45,8 +45,8 @@ def test_vanilla_equals_generate_token_by_token(vlm, folder):
     for start in range(0, 50, 5):
         questions = ["What is it" + "?" * (7 * i % 23) + str(start + i) for i in range(5)]
         images = [noise_image(start + i, *sizes[i]) for i in range(5)]
-        encoded = [vlm.encode(PROMPTS.system, PROMPTS.task(q), [im]) for q, im in zip(questions, images, strict=True)]
-        decoded = vlm.decode(vlm.prefill(encoded), 8)
+        encoded = [encode(vlm, PROMPTS.system, PROMPTS.task(q), [im]) for q, im in zip(questions, images, strict=True)]
+        decoded = decode(vlm, vlm.prefill(encoded), 8)
         for question, image, answer in zip(questions, images, decoded, strict=True):
             ids = generate(vlm, plain, image, question, 8)
             assert answer.text == vlm.tokenizer.decode(ids, skip_special_tokens=True)
@@ -55,10 +55,29 @@ def test_vanilla_equals_generate_token_by_token(vlm, folder):
     assert len(lengths) > 5, "a random model that always says the same proves little"
 
 
+def test_the_rules_of_a_checkpoint_apply_as_in_generate(vlm, folder, monkeypatch):
+    """Repetition penalty, n-grams and banned words, in a padded batch; sampling does not apply."""
+    rules = {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "bad_words_ids": [[104], [105, 106]]}
+    sampling = {"do_sample": True, "temperature": 0.1}
+    plain = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager")
+    for name, value in rules.items():
+        setattr(plain.generation_config, name, value)
+        monkeypatch.setattr(vlm.model.generation_config, name, value)
+    for name, value in sampling.items():
+        monkeypatch.setattr(vlm.model.generation_config, name, value)
+    asked = [("What is it" + "?" * (9 * i), noise_image(i)) for i in range(3)]
+    prompts = [encode(vlm, PROMPTS.system, PROMPTS.task(text), [image]) for text, image in asked]
+    free = decode(vlm, vlm.prefill(prompts), 24)
+    for (text, image), ruled, one in zip(
+        asked, decode(vlm, vlm.prefill(prompts), 24, generation="checkpoint"), free, strict=True
+    ):
+        assert ruled.ids == generate(vlm, plain, image, text, 24) != one.ids
+
+
 def test_loaded_from_a_folder_says_the_same(vlm, folder):
     loaded = VLM.load(Config(model_name_or_path=str(folder), device="cpu", max_pixels=None))
-    encoded = vlm.encode(PROMPTS.system, PROMPTS.task("How many?"), [noise_image(0)])
-    assert loaded.decode(loaded.prefill([encoded]), 8) == vlm.decode(vlm.prefill([encoded]), 8)
+    encoded = encode(vlm, PROMPTS.system, PROMPTS.task("How many?"), [noise_image(0)])
+    assert decode(loaded, loaded.prefill([encoded]), 8) == decode(vlm, vlm.prefill([encoded]), 8)
     assert loaded.dtype == torch.float32
 
 
@@ -66,7 +85,7 @@ def test_image_size_follows_min_and_max_pixels(vlm):
     image = noise_image(0, 280, 280)  # 100 merged tokens
     for low, high, count in [(None, 25, 25), (144, 160, 144), (None, None, 16)]:
         resized = VLM(vlm.model, vlm.processor, low, high)
-        encoded = resized.encode("", "How many?", [image])
+        encoded = encode(resized, "", "How many?", [image])
         assert len(encoded.image_columns) == count
         assert encoded.patch_grid[0] * encoded.patch_grid[1] == count
 
@@ -75,7 +94,7 @@ def test_injected_vectors_are_the_pixels_under_the_patch(vlm):
     """Changing the pixels under a chosen patch changes what is injected; permuting patches permutes it."""
     image, changed = noise_image(0), noise_image(0)
     changed.paste((255, 0, 0), (0, 0, 28, 28))  # merged token 0
-    before, after = (vlm.prefill([vlm.encode("", "?", [im], 2)]) for im in (image, changed))
+    before, after = (vlm.prefill([encode(vlm, "", "?", [im], 2)]) for im in (image, changed))
     latents = torch.zeros(1, 1, 2, before.images.shape[2])
     chosen = Patches(torch.tensor([[[0, 5], [7, 3]]]), torch.tensor([[2, 2]]))
     first, _ = interleave(latents, before.images, chosen)
@@ -89,7 +108,7 @@ def test_injected_vectors_are_the_pixels_under_the_patch(vlm):
 
 def test_empty_slots_change_nothing(vlm):
     """A row's logits and attention are the same with and without empty slots behind its patches."""
-    prefix = vlm.prefill([vlm.encode("", "?", [noise_image(1)], 2)])
+    prefix = vlm.prefill([encode(vlm, "", "?", [noise_image(1)], 2)])
     latents = torch.randn(1, 1, 2, prefix.images.shape[2], generator=torch.Generator().manual_seed(0))
     tight = Patches(torch.tensor([[[4], [9]]]), torch.tensor([[1, 1]]))
     loose = Patches(torch.tensor([[[4, 1, 2], [9, 5, 6]]]), torch.tensor([[1, 1]]))
@@ -102,7 +121,7 @@ def test_empty_slots_change_nothing(vlm):
 
 
 def test_extend_leaves_the_prefix_as_it_was(vlm):
-    prefix = vlm.prefill([vlm.encode("", "?", [noise_image(1)], 2)])
+    prefix = vlm.prefill([encode(vlm, "", "?", [noise_image(1)], 2)])
     before = [layer.keys[:, :, : layer.length].clone() for layer in prefix.cache.layers]
     embeds = torch.randn(1, 5, prefix.images.shape[2])
     vlm.extend(prefix, embeds, torch.ones(1, 5, dtype=torch.bool), torch.tensor([[4]]))
@@ -112,14 +131,14 @@ def test_extend_leaves_the_prefix_as_it_was(vlm):
 
 
 def test_banned_strings_are_never_said(vlm):
-    encoded = [vlm.encode("", "?", [noise_image(i)]) for i in range(3)]
-    free = vlm.decode(vlm.prefill(encoded), 12)
+    encoded = [encode(vlm, "", "?", [noise_image(i)]) for i in range(3)]
+    free = decode(vlm, vlm.prefill(encoded), 12)
     word = next(c for d in free for c in d.text if c.isascii() and c.isprintable())
-    assert all(word not in d.text for d in vlm.decode(vlm.prefill(encoded), 12, (word,)))
+    assert all(word not in d.text for d in decode(vlm, vlm.prefill(encoded), 12, (word,)))
 
 
 def test_text_without_image(vlm):
-    encoded = [vlm.encode("", "no image here", [], 2), vlm.encode("", "an image", [noise_image(0)], 2)]
+    encoded = [encode(vlm, "", "no image here", [], 2), encode(vlm, "", "an image", [noise_image(0)], 2)]
     prefix = vlm.prefill(encoded)
     assert prefix.image_mask.sum(dim=1).tolist() == [0, 16]
     alone = vlm.prefill(encoded[:1])
@@ -131,27 +150,28 @@ def test_text_without_image(vlm):
     [
         ("what is <|image_pad|> here", noise_image(0), "special token <|image_pad|>"),
         ("<|im_end|>", noise_image(0), "special token <|im_end|>"),
-        ("?" * 2000, noise_image(0), "context is 1024"),
+        ("?" * 2000, noise_image(0), "tokens; the model's context is 1024"),
+        ("?" * 20_000, noise_image(0), "20000 characters; the model's context is 1024"),
         ("long image", noise_image(0).resize((8000, 10)), "8000 x 10 pixels cannot be resized .* aspect ratio"),
         ("too long for 16 tokens", noise_image(0).resize((3000, 40)), "3000 x 40 pixels cannot be resized"),
     ],
 )
 def test_bad_prompts_say_what_is_wrong(vlm, question, image, message):
     with pytest.raises(PromptError, match=message.replace("|", r"\|")):
-        vlm.encode("", question, [image])
+        encode(vlm, "", question, [image])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 300), (300, 40)])
 def test_odd_image_sizes_are_answered(vlm, size):
-    encoded = vlm.encode("", "?", [noise_image(0).resize(size)], 1)
+    encoded = encode(vlm, "", "?", [noise_image(0).resize(size)], 1)
     assert len(encoded.image_columns) >= 4
     assert vlm.prefill([encoded]).logits.isfinite().all()
 
 
 def test_decoding_stops_at_the_end_of_the_context(vlm):
-    encoded = vlm.encode("", "?" * 1, [noise_image(0)])
+    encoded = encode(vlm, "", "?" * 1, [noise_image(0)])
     short = tiny_vlm(context=len(encoded.input_ids) + 3)
-    (answer,) = short.decode(short.prefill([encoded]), 50)
+    (answer,) = decode(short, short.prefill([encoded]), 50)
     assert (answer.stop_reason, answer.num_tokens) == ("length", 3)
 
 
@@ -165,14 +185,14 @@ def test_missing_model_says_so(tmp_path):
 
 def test_finished_rows_leave_and_the_others_go_on(vlm, monkeypatch):
     """Rows that end at different times say what they say alone, however rarely the loop looks."""
-    encoded = [vlm.encode("", "?" * (3 * i + 1), [noise_image(i)]) for i in range(6)]
-    alone = [vlm.decode(vlm.prefill([e]), 30)[0] for e in encoded]
+    encoded = [encode(vlm, "", "?" * (3 * i + 1), [noise_image(i)]) for i in range(6)]
+    alone = [decode(vlm, vlm.prefill([e]), 30)[0] for e in encoded]
     letters = [d.text for d in alone]
     # End-of-turn becomes a token that some answers contain early, some late and some never.
     ends = vlm.tokenizer.encode(letters[0][4:6] + letters[1][12:14])
     monkeypatch.setitem(vlm.__dict__, "eos_ids", ends)
-    alone = [vlm.decode(vlm.prefill([e]), 30)[0] for e in encoded]
+    alone = [decode(vlm, vlm.prefill([e]), 30)[0] for e in encoded]
     assert len({d.num_tokens for d in alone}) > 2 and {d.stop_reason for d in alone} == {"eos_token", "length"}
     for look in (1, 4, 64):
         monkeypatch.setitem(LOOK_EVERY, "cpu", look)
-        assert vlm.decode(vlm.prefill(encoded), 30) == alone
+        assert decode(vlm, vlm.prefill(encoded), 30) == alone

@@ -20,11 +20,10 @@ from dmlr.methods import METHODS
 from dmlr.methods.answers import Answer, Clock, Question
 from dmlr.methods.latent import append_latents, latent_answers, prefill_latent, question_noise, score_ids, with_notes
 from dmlr.methods.prompting import decode, prompts_of
+from dmlr.model.cache import Prefix
 from dmlr.model.decode import Decoded
-from dmlr.model.encode import Encoded
 from dmlr.model.memory import Work
-from dmlr.model.prefix import Prefix
-from dmlr.model.vlm import VLM
+from dmlr.model.vlm import VLM, Encoded
 from dmlr.run.verdicts import verdict_of
 
 NextTokens = list[list[tuple[str, float]]]  # per think token, the most probable next tokens with their probabilities

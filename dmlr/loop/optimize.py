@@ -15,7 +15,7 @@ import torch
 from dmlr.config import Config
 from dmlr.loop.injection import Patches, Retrieval
 from dmlr.loop.score import Score, Scored, scorer
-from dmlr.model.prefix import Prefix
+from dmlr.model.cache import Prefix
 from dmlr.model.vlm import VLM
 
 # latents [B, L, D], perturbation [B, M, L, D], what its samples scored, sigma -> the next latents [B, L, D]

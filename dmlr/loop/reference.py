@@ -15,8 +15,7 @@ import torch
 
 from dmlr.config import Config
 from dmlr.model.cpu_linear import through_torch
-from dmlr.model.encode import Encoded
-from dmlr.model.vlm import VLM
+from dmlr.model.vlm import VLM, Encoded
 
 
 @dataclass

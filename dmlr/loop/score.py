@@ -14,13 +14,9 @@ import torch.nn.functional as F
 from dmlr.config import Config
 from dmlr.loop.injection import Patches, caps_of, interleave, reward_slots
 from dmlr.loop.rewards import REWARDS, parse_score
-from dmlr.model.compiled import compile_layers
-from dmlr.model.graphs import Replayed
-from dmlr.model.prefix import Prefix
+from dmlr.model.cache import Prefix
+from dmlr.model.decode import decode
 from dmlr.model.vlm import VLM
-
-ROUNDED = 128  # columns and image tokens, where shapes must be few
-KEPT_ROOMS = 4  # shapes of batches that are kept ready
 
 
 class Scored(NamedTuple):
@@ -44,7 +40,6 @@ def score(
     patches: Patches,
     with_attention: bool = True,
     with_gradient: bool = False,
-    fused: bool = False,
 ) -> Scored:
     """One pass of M times [T, patches] over the cached [Q, Z]; where the reward is read follows `reward_position`.
 
@@ -71,7 +66,6 @@ def score(
             read=(starts + read[:, None]).flatten(1),
             probe_rows=(starts + think).flatten() if with_attention else None,
             samples=samples,
-            fused=fused,
         )
         reward = REWARDS[config.reward](logits.unflatten(1, (samples, -1)), config.top_k)  # [B, M]
         gradient = torch.autograd.grad(reward.sum(), latents)[0][:, 0] if with_gradient else None
@@ -88,7 +82,7 @@ def self_score(
     embeds, filled = with_tokens(vlm, embeds, filled, score_ids)
     branch = prefix.branch()
     vlm.append(branch, embeds[:, 0], filled)
-    scores = [parse_score(reply.text) for reply in vlm.decode(branch, max_new_tokens=8)]
+    scores = [parse_score(reply.text) for reply in decode(vlm, branch, max_new_tokens=8)]
     return torch.tensor(scores, device=latents.device).nan_to_num(nan=0.0)
 
 
@@ -102,14 +96,11 @@ def with_tokens(
 
 
 def scorer(vlm: VLM, prefix: Prefix, config: Config, score_ids: torch.Tensor | None = None) -> Score:
-    """`score` of this batch, by the cheapest way that configuration and device allow.
+    """`score` of this batch; with `cuda_graphs` on a GPU, as kernels recorded once (model/graphs.py).
 
-    With `disable_conf_reward` the reward is the model's own score, asked for by `score_ids`. On a GPU the layers may be
-    compiled and the kernels recorded. Both want few shapes, and a recording wants what it reads to stay where it is: so
-    they work on a prefix of their own, padded to multiples of ROUNDED, into which every batch of its shape is copied.
+    With `disable_conf_reward` the reward is the model's own score, asked for by `score_ids`.
     """
-    steady = (config.cuda_graphs or config.compile_layers) and vlm.on_one_gpu
-    if not steady or config.use_auto_grad or config.disable_conf_reward:
+    if not (config.cuda_graphs and vlm.on_one_gpu) or config.use_auto_grad or config.disable_conf_reward:
 
         def plain(latents: torch.Tensor, patches: Patches, **flags: bool) -> Scored:
             scored = score(vlm, prefix, config, latents, patches := patches.trimmed(), **flags)
@@ -119,26 +110,19 @@ def scorer(vlm: VLM, prefix: Prefix, config: Config, score_ids: torch.Tensor | N
             return scored
 
         return plain
-    (batch, columns), count = prefix.mask.shape, prefix.images.shape[1]
-    columns, tokens = (-(-size // ROUNDED) * ROUNDED for size in (columns, count))
+    count = prefix.images.shape[1]
+    widest = int(caps_of(config, torch.tensor([count])).max())
+    slots = config.evaluations * (config.num_thought_tokens * (1 + widest) + len(prefix.suffix_ids))
+    recorded = vlm.recordings.over(prefix, slots, purpose=config)
 
-    def make() -> tuple[Prefix, Callable]:
-        length, most = config.num_thought_tokens, int(caps_of(config, torch.tensor([tokens])).max())
-        slots = length * (1 + most) + len(prefix.suffix_ids)
-        room = prefix.room(columns, tokens, config.evaluations * slots)
-        if config.compile_layers:
-            compile_layers(vlm.text_model)
+    def of_tensors(latents, index, count, with_attention):
+        return score(vlm, recorded.buffer, config, latents, Patches(index, count), with_attention)
 
-        def of_tensors(latents, index, count, with_attention):
-            return score(vlm, room, config, latents, Patches(index, count), with_attention, fused=config.compile_layers)
-
-        return room, Replayed(of_tensors) if config.cuda_graphs else of_tensors
-
-    room, run = vlm.prepared.get((config, batch, columns, tokens), make, most=KEPT_ROOMS)
-    prefix.copy_to(room)
-
-    def scored(latents, patches, with_attention=True, with_gradient=False):
-        reward, attention, _ = run(latents, patches.index, patches.count, with_attention=with_attention)
+    def replayed(latents, patches, with_attention=True, with_gradient=False):
+        width = patches.index.shape[2]
+        width = min(widest, 1 << (width - 1).bit_length()) - width if width else 0  # few widths, few recordings
+        index = F.pad(patches.index, (0, width))
+        reward, attention, _ = recorded(of_tensors, latents, index, patches.count, with_attention=with_attention)
         return Scored(reward, None if attention is None else attention[..., :count], None)
 
-    return scored
+    return replayed

@@ -37,9 +37,8 @@ from dmlr.methods.latent import (
     with_notes,
 )
 from dmlr.methods.prompting import decode, prompts_of
-from dmlr.model.encode import Encoded
-from dmlr.model.prefix import Prefix
-from dmlr.model.vlm import VLM
+from dmlr.model.cache import Prefix
+from dmlr.model.vlm import VLM, Encoded
 
 
 @dataclass
@@ -280,7 +279,7 @@ def decoded_again(
     clock.lap("optimise")
     start = scorer(vlm, prefix, config, ids)(found.start[:, None], Retrieval(prefix.image_mask, config).nothing)
     if images is not None:
-        prefix, config = replace(prefix, images=images), config.replace(cuda_graphs=False, compile_layers=False)
+        prefix, config = replace(prefix, images=images), config.replace(cuda_graphs=False)
     reward = scorer(vlm, prefix, config, ids)(state.latents[:, None], state.patches, with_attention=False).reward[:, 0]
     none = torch.zeros_like(state.patches.count[:, 0])
     append_latents(vlm, prefix, state.latents, state.patches)

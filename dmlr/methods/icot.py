@@ -14,7 +14,7 @@ from dmlr.loop.injection import Patches, choose_patches, in_image_order, interle
 from dmlr.loop.score import with_tokens
 from dmlr.methods.answers import Answer, Clock, Question, notes
 from dmlr.methods.prompting import decode, prefill_task, prompts_of
-from dmlr.model.prefix import Prefix
+from dmlr.model.cache import Prefix
 from dmlr.model.vlm import VLM
 
 

@@ -16,10 +16,10 @@ from dmlr.loop.optimize import Trace, example_noise, optimize
 from dmlr.loop.score import with_tokens
 from dmlr.methods.answers import Answer, Clock, Question, Reasoning, notes
 from dmlr.methods.prompting import decode, prompts_of
+from dmlr.model.cache import Prefix
 from dmlr.model.decode import Decoded
-from dmlr.model.encode import Encoded
-from dmlr.model.prefix import Prefix
-from dmlr.model.vlm import VLM
+from dmlr.model.encode import encode
+from dmlr.model.vlm import VLM, Encoded
 from dmlr.prompts import Prompts
 
 # model, prefix, configuration, noise [B, T, M, L, D], tokens that ask for a self score -> what to decode, and why
@@ -86,7 +86,7 @@ def prefill_latent(
     """Prefix up to the first think token: image, task and the hint that think tokens follow."""
     length = config.num_thought_tokens
     encoded = [
-        vlm.encode(prompts.system, prompts.latent_task(q.text, length, config.solver_prompt_idx), q.images, length)
+        encode(vlm, prompts.system, prompts.latent_task(q.text, length, config.solver_prompt_idx), q.images, length)
         for q in questions
     ]
     return vlm.prefill(encoded), encoded

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 from dmlr.config import Config, ConfigError, locate
 from dmlr.methods.answers import Answer, Clock, Question
+from dmlr.model import decode as decoding
+from dmlr.model.cache import Prefix
 from dmlr.model.decode import Decoded, Feed, Pick, greedy
-from dmlr.model.encode import Encoded
-from dmlr.model.prefix import Prefix
-from dmlr.model.vlm import VLM
+from dmlr.model.encode import encode
+from dmlr.model.vlm import VLM, Encoded
 from dmlr.prompts import Prompts, load_prompts
 
 
@@ -71,7 +72,7 @@ def _two_calls(vlm, questions, config, name, first, first_budget, second, second
     clock = Clock(vlm.device)
 
     def call(asked: list[tuple[str, str]], budget: int) -> tuple[list[Encoded], list[Decoded]]:
-        encoded = [vlm.encode(*texts, q.images) for texts, q in zip(asked, questions, strict=True)]
+        encoded = [encode(vlm, *texts, q.images) for texts, q in zip(asked, questions, strict=True)]
         prefix = vlm.prefill(encoded)
         clock.lap("prefill")
         decoded = decode(vlm, prefix, config, budget)
@@ -111,8 +112,13 @@ def prefill_task(
     vlm: VLM, questions: Sequence[Question], config: Config, prompts: Prompts
 ) -> tuple[Prefix, list[Encoded]]:
     """Vanilla's prompt: image and task, the assistant's turn opened."""
-    encoded = [vlm.encode(prompts.system, prompts.task(q.text, config.solver_prompt_idx), q.images) for q in questions]
+    encoded = [encode_task(vlm, question, config, prompts) for question in questions]
     return vlm.prefill(encoded), encoded
+
+
+def encode_task(vlm: VLM, question: Question, config: Config, prompts: Prompts) -> Encoded:
+    """Vanilla's prompt of one question. PromptError as `encode`."""
+    return encode(vlm, prompts.system, prompts.task(question.text, config.solver_prompt_idx), question.images)
 
 
 def decode(
@@ -124,6 +130,7 @@ def decode(
     feed: Feed | None = None,
     reserve: int = 0,
 ) -> list[Decoded]:
-    """What the model says next, without the run's banned strings; the limit is the run's unless given."""
+    """What the model says next, under the run's rules; the limit is the run's unless given."""
     banned = tuple(word for word in config.banned_strings.split("|") if word)
-    return vlm.decode(prefix, max_new_tokens or config.max_new_tokens, banned, pick, feed, reserve)
+    limit, recorded = max_new_tokens or config.max_new_tokens, config.cuda_graphs and vlm.on_one_gpu
+    return decoding.decode(vlm, prefix, limit, banned, config.generation, pick, feed, reserve, recorded)

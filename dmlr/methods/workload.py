@@ -6,9 +6,9 @@ import torch
 
 from dmlr.config import Config
 from dmlr.loop.injection import caps_of
-from dmlr.loop.score import KEPT_ROOMS
 from dmlr.methods.controls import CONTROLS
 from dmlr.methods.self_consistency import loop_positions
+from dmlr.model.graphs import MOST
 from dmlr.model.memory import Work
 
 PROMPT = 1024  # positions that a prompt is taken to have, image included, where nobody counted
@@ -16,18 +16,19 @@ TEXT = 256  # positions of text in a prompt: instructions, question, options
 INTERLEAVED = {"dmlr", *CONTROLS}  # methods that put patches behind think tokens
 
 
-def workload(config: Config, context: int | None = None, images: int | None = None) -> Work:
+def workload(config: Config, context: int | None = None, images: int | None = None, prompt: int | None = None) -> Work:
     """Of the largest of a run's methods; only DMLR's loop counts as arithmetic.
 
-    context: positions of the model; images: image tokens of an example, where somebody counted, with TEXT positions of
-    text. Else a prompt is taken to have PROMPT positions, at most half of the context, and an image to be as large as
-    `max_pixels` allows, at most all of the prompt but TEXT positions.
+    context: positions of the model; images: image tokens of an example, where somebody counted; prompt: positions of
+    vanilla's prompt, else TEXT more than image tokens, to which other methods add at most TEXT. Where nobody counted, a
+    prompt is taken to have PROMPT positions, at most half of the context, and an image to be as large as `max_pixels`
+    allows, at most all of the prompt but TEXT positions.
     """
-    prompt = min(PROMPT, (context or 2 * PROMPT) // 2)
     if images is None:
+        prompt = min(PROMPT, (context or 2 * PROMPT) // 2)
         images = max(1, min(config.max_pixels or prompt, prompt - TEXT))
     else:
-        prompt = images + TEXT
+        prompt = prompt + TEXT if prompt else images + TEXT
     methods = {method.strip() for method in config.methods.split(",")}
     length = config.num_thought_tokens
     slots = {"ltpo": config.ltpo_thought_tokens} if "ltpo" in methods else {}
@@ -46,8 +47,8 @@ def workload(config: Config, context: int | None = None, images: int | None = No
         reads=(max(length, config.ltpo_thought_tokens) + 1) * samples if slots else 0,
         loop_positions=loop_positions(config, images) if loop else 0,
         passes=2 * config.max_num_steps if loop else 0,
-        new_tokens=min(longest, (context or longest + prompt) - prompt),
+        new_tokens=max(1, min(longest, (context or longest + prompt) - prompt)),
         copies=1 + ("self-consistency" in methods),  # it samples from a copy of the prefix
         graph=config.use_auto_grad,
-        rooms=KEPT_ROOMS if (config.cuda_graphs or config.compile_layers) and slots else 0,
+        buffers=MOST if config.cuda_graphs and slots else 0,
     )

@@ -1,15 +1,17 @@
-"""A KV cache that is written in place, and attention over it.
+"""The prefix: prompts that went through the model once, their keys and values, and attention over them.
 
-Only think tokens and patches change between iterations, so the prefix's keys and values are stored once, with room
-behind them. A forward writes its own keys and values into that room; `commit` makes them part of the cache (decoding),
-not committing drops them (an iteration). Nothing of the prefix is ever copied.
+Only think tokens and patches change between iterations, so the prefix's keys and values are stored once, with space
+behind them. A forward writes its own keys and values there; `commit` makes them part of the cache (decoding), not
+committing drops them (an iteration). Nothing of the prefix is ever copied.
 
-Knows the interfaces of transformers for caches and attention functions. Knows nothing about images, rewards or prompts.
+Knows the interfaces of transformers for caches and attention functions. Knows nothing about the model that made a
+prefix, rewards or what is asked.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +24,18 @@ ATTENTION = "dmlr"  # the name under which transformers finds `attend`
 
 
 class PrefixLayer(CacheLayerMixin):
-    """Keys and values of one layer, [B, H_kv, capacity, d], of which the first `length` are committed."""
+    """Keys and values of one layer, [B, H_kv, capacity, d], of which the first `length` are committed.
+
+    column: [1], where a forward of one position writes instead, wherever `length` is; it then gets the whole capacity
+    back, and its mask says what to look at. So nothing moves or grows in memory from one token to the next.
+    """
 
     is_sliding = False
 
     def __init__(self) -> None:
         super().__init__()
         self.length = 0
+        self.column: torch.Tensor | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.keys, self.values = key_states, value_states
@@ -44,6 +51,10 @@ class PrefixLayer(CacheLayerMixin):
                 torch.cat([self.keys[:, :, : self.length], key_states], dim=2),
                 torch.cat([self.values[:, :, : self.length], value_states], dim=2),
             )
+        if self.column is not None:
+            self.keys.index_copy_(2, self.column, key_states)
+            self.values.index_copy_(2, self.column, value_states)
+            return self.keys, self.values
         end = self.length + key_states.shape[2]
         self.reserve(end)
         self.keys[:, :, self.length : end] = key_states
@@ -51,11 +62,11 @@ class PrefixLayer(CacheLayerMixin):
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def reserve(self, capacity: int) -> None:
-        """Make room for `capacity` positions; grows by half so that decoding copies rarely."""
+        """Make space for `capacity` positions; grows by half so that decoding copies rarely."""
         if self.is_initialized and capacity > self.keys.shape[2]:
-            room = max(capacity, self.length + self.length // 2) - self.length
-            self.keys = F.pad(self.keys[:, :, : self.length], (0, 0, 0, room))
-            self.values = F.pad(self.values[:, :, : self.length], (0, 0, 0, room))
+            space = max(capacity, self.length + self.length // 2) - self.length
+            self.keys = F.pad(self.keys[:, :, : self.length], (0, 0, 0, space))
+            self.values = F.pad(self.values[:, :, : self.length], (0, 0, 0, space))
 
     def get_seq_length(self) -> int:
         return self.length
@@ -97,8 +108,8 @@ class KVCache(Cache):
             layer.keys, layer.values = layer.keys[there], layer.values[there]
         return twin
 
-    def room(self, columns: int, slots: int) -> KVCache:
-        """An empty cache for as many rows, `columns` of them committed, with space for `slots` more."""
+    def buffer(self, columns: int, slots: int) -> KVCache:
+        """A cache for as many rows: `columns` committed, of zeros, and space for `slots` more."""
         twin = self.branch()
         for layer in twin.layers:
             layer.keys, layer.values = (
@@ -107,10 +118,12 @@ class KVCache(Cache):
             layer.length = columns
         return twin
 
-    def copy_to(self, room: KVCache) -> None:
-        """Writes its committed columns into the last of those of `room`; nothing of `room` moves in memory."""
-        for mine, theirs in zip(self.layers, room.layers, strict=True):
+    def copy_to(self, buffer: KVCache) -> None:
+        """Writes its committed columns into the last of the buffer's, which stays where it is in memory."""
+        for mine, theirs in zip(self.layers, buffer.layers, strict=True):
             begin, end = theirs.length - mine.length, theirs.length
+            for left in (theirs.keys, theirs.values):
+                left.zero_()  # by an earlier batch: what nobody looks at must be a number all the same
             theirs.keys[:, :, begin:end] = mine.keys[:, :, : mine.length]
             theirs.values[:, :, begin:end] = mine.values[:, :, : mine.length]
 
@@ -123,6 +136,73 @@ class KVCache(Cache):
             layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
             layer.length = columns.shape[1]
         return twin
+
+
+@dataclass
+class Prefix:
+    """`cache` holds the prompts, left-padded to P positions; the N image tokens are numbered as in `vlm.Encoded`."""
+
+    cache: KVCache
+    mask: torch.Tensor  # [B, committed], True where a position is real
+    next_position: torch.Tensor  # [B], position of the first token after the prefix
+    logits: torch.Tensor  # [B, V], float32, after the last committed position
+    images: torch.Tensor  # [B, N, D], merged visual features, right-padded ([B, N, (1 + n) D] with n deep ones)
+    image_mask: torch.Tensor  # [B, N]
+    image_columns: torch.Tensor  # [B, N], their columns among the P
+    prompt_ids: torch.Tensor  # [B, P + S], whole prompts, suffix included; left-padded by a row's own first token
+    suffix_ids: torch.Tensor  # [S], shared by the batch
+
+    def select(self, rows: torch.Tensor) -> Prefix:
+        """These rows [B'] of the batch only."""
+        names = ("mask", "next_position", "logits", "images", "image_mask", "image_columns", "prompt_ids")
+        return replace(self, cache=self.cache.select(rows), **{name: getattr(self, name)[rows] for name in names})
+
+    def branch(self) -> Prefix:
+        """A continuation that can be appended to and decoded, and leaves this prefix as it is."""
+        return replace(self, cache=self.cache.branch())
+
+    def buffer(self, columns: int, image_tokens: int, slots: int) -> Prefix:
+        """An empty prefix for as many rows, with so many columns and image tokens, and space for `slots` behind."""
+        batch, count, width = self.images.shape
+        assert columns >= self.mask.shape[1] and image_tokens >= count
+        return Prefix(
+            cache=self.cache.buffer(columns, slots),
+            mask=self.mask.new_zeros(batch, columns),
+            next_position=torch.zeros_like(self.next_position),
+            logits=self.logits.new_empty(batch, 0),
+            images=self.images.new_zeros(batch, image_tokens, width),
+            image_mask=self.image_mask.new_zeros(batch, image_tokens),
+            image_columns=self.image_columns.new_zeros(batch, image_tokens),
+            prompt_ids=self.prompt_ids[:, :0],
+            suffix_ids=self.suffix_ids,
+        )
+
+    def copy_to(self, buffer: Prefix) -> None:
+        """Writes this batch into the buffer, padded on the left as prompts are; the buffer stays where it is."""
+        columns, count = buffer.mask.shape[1] - self.mask.shape[1], buffer.images.shape[1] - self.images.shape[1]
+        self.cache.copy_to(buffer.cache)
+        buffer.mask.copy_(F.pad(self.mask, (columns, 0)))
+        buffer.next_position.copy_(self.next_position)
+        buffer.images.copy_(F.pad(self.images, (0, 0, 0, count)))
+        buffer.image_mask.copy_(F.pad(self.image_mask, (0, count)))
+        buffer.image_columns.copy_(F.pad(self.image_columns + columns, (0, count)))
+
+    def compact(self) -> Prefix:
+        """The same in as few columns as the longest row needs: empty ones leave, real ones close up to the right.
+
+        Keys carry their positions with them, so attention over them is what it was.
+        """
+        width = int(self.mask.sum(dim=1).max())
+        order = self.mask.long().argsort(dim=1, stable=True)  # [B, committed], real columns last, in their order
+        columns, dropped = order[:, -width:], order.shape[1] - width
+        ranks = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        moved = torch.empty_like(order).scatter_(1, order, ranks) - dropped  # where each column is now
+        return replace(
+            self,
+            cache=self.cache.take(columns),
+            mask=self.mask.gather(1, columns),
+            image_columns=moved.gather(1, self.image_columns).clamp(min=0),
+        )
 
 
 class AttentionProbe:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 import torch
-from transformers import NoBadWordsLogitsProcessor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
 
-from dmlr.model.prefix import Prefix
-
-if TYPE_CHECKING:
-    from dmlr.model.vlm import VLM
+from dmlr.model.cache import Prefix
+from dmlr.model.vlm import VLM
 
 LOOK_EVERY = defaultdict(lambda: 16, cpu=1)  # decoding steps between looks at which rows are finished
 
@@ -25,7 +30,10 @@ Feed = Callable[[Prefix, torch.Tensor, list[int]], Prefix]
 
 @dataclass(frozen=True)
 class Decoded:
-    """Text of one answer, its tokens (the one that ended it included) and why it ended: `eos_token` or `length`."""
+    """Text of one answer, its tokens (the one that ended it included) and why it ended.
+
+    stop_reason: `eos_token`, `length`, or `error` where logits are not finite: there is no text then.
+    """
 
     text: str
     stop_reason: str
@@ -47,49 +55,106 @@ def decode(
     prefix: Prefix,
     max_new_tokens: int,
     banned: tuple[str, ...] = (),
+    generation: str = "plain",
     pick: Pick = greedy,
     feed: Feed | None = None,
     reserve: int = 0,
+    recorded: bool = False,
 ) -> list[Decoded]:
     """Decoding from `prefix.logits` until end of turn, `max_new_tokens` or the end of the context.
 
-    `pick` chooses each next token, `feed` gives it to the model (and may insert more behind it, for which
-    `reserve` positions of the context are left free); both are told which rows of the batch they see, since
-    finished rows leave it. The checkpoint's own sampling settings (temperature, repetition penalty) are not
-    applied. The prefix is used up.
+    banned: strings that are never generated. generation: "checkpoint" applies the rules of its generation_config
+    (`processors`), "plain" none; sampling is `pick`'s alone. `pick` chooses each next token, `feed` gives it to the
+    model (and may insert more behind it, for which `reserve` positions of the context are left free); both are given
+    the rows of the batch that they see, since finished rows leave it. recorded: each step as recorded kernels, in which
+    all rows stay. The prefix is used up.
     """
-    ban, feed = _ban(vlm, banned), feed or vlm.feed
+    rules = processors(vlm, banned, generation, prefix.prompt_ids.shape[1])
     eos = torch.tensor(vlm.eos_ids, device=vlm.device)
-    room = vlm.context_length - reserve - prefix.mask.sum(dim=1)
-    limit = room.clamp(1, max_new_tokens)  # [B], each row's own
-    tokens = torch.zeros(len(limit), 0, dtype=torch.long, device=vlm.device)
-    finished = torch.zeros_like(limit, dtype=torch.bool)
-    rows, limits, said = list(range(len(limit))), limit.tolist(), {}  # rows still in the batch; what others said
+    left = vlm.context_length - reserve - prefix.mask.sum(dim=1)
+    limit = left.clamp(1, max_new_tokens)  # [B], each row's own
+    stay = recorded and feed is None
+    feed = RecordedFeed(vlm, prefix, max_new_tokens) if stay else feed or follow(vlm)
+    ids = prefix.prompt_ids if rules else prefix.prompt_ids[:, :0]  # [B, P + S + step]
+    begin, sound = ids.shape[1], prefix.logits.isfinite().all(dim=1)
+    finished = ~sound
+    rows, limits, generated = list(range(len(limit))), limit.tolist(), {}  # rows still in the batch; what others have
     last = max(limits)
     for step in range(1, last + 1):
         if step > 1:
-            prefix = feed(prefix, tokens[:, -1], rows)
-        logits = ban(tokens, prefix.logits) if ban else prefix.logits
-        token = pick(logits, rows, step - 1)
-        tokens = torch.cat([tokens, token[:, None]], dim=1)
+            prefix = feed(prefix, ids[:, -1], rows)
+        token = pick(rules(ids, prefix.logits), rows, step - 1)
+        ids = torch.cat([ids, token[:, None]], dim=1)
         finished = finished | torch.isin(token, eos) | (limit == step)
         if step % LOOK_EVERY[vlm.device.type] and step < last:
             continue  # looking at `finished` makes a GPU wait
         over = finished.tolist()
-        if 2 * sum(over) >= len(over):  # finished rows leave, half a batch at a time
-            said |= {rows[i]: tokens[i].tolist() for i, done in enumerate(over) if done}
+        if all(over) or (2 * sum(over) >= len(over) and not stay):  # finished rows leave, half a batch at a time
+            generated |= {rows[i]: ids[i, begin:].tolist() for i, done in enumerate(over) if done}
             rows = [row for row, done in zip(rows, over, strict=True) if not done]
             if not rows:
                 break
-            stay = (~finished).nonzero()[:, 0]
-            prefix, tokens, limit, finished = prefix.select(stay), tokens[stay], limit[stay], finished[stay]
-    return [_decoded(vlm, said[row][:end]) for row, end in enumerate(limits)]
+            going = (~finished).nonzero()[:, 0]
+            prefix, ids, limit, finished = prefix.select(going), ids[going], limit[going], finished[going]
+    return [
+        _decoded(vlm, generated[row][:end]) if fine else Decoded("", "error", [])
+        for row, (end, fine) in enumerate(zip(limits, sound.tolist(), strict=True))
+    ]
 
 
-def _ban(vlm: VLM, banned: tuple[str, ...]) -> NoBadWordsLogitsProcessor | None:
-    """Forbids the strings at the start of a text and within it (tokenizers differ on the leading space)."""
+def follow(vlm: VLM) -> Feed:
+    """The feed of plain decoding: the token itself goes behind each row."""
+
+    def feed(prefix: Prefix, token: torch.Tensor, rows: list[int]) -> Prefix:
+        vlm.append(prefix, vlm.embed(token[:, None]), torch.ones_like(token, dtype=torch.bool)[:, None])
+        return prefix
+
+    return feed
+
+
+class RecordedFeed:
+    """The same as one recording, replayed for every token: keys are written at a column that is itself a tensor."""
+
+    def __init__(self, vlm: VLM, prefix: Prefix, max_new_tokens: int) -> None:
+        self.vlm, self.recorded = vlm, vlm.recordings.over(prefix, max_new_tokens, "decode")
+        self.position = prefix.next_position.clone()  # [B]
+        self.column = self.position.new_full((1,), self.recorded.buffer.mask.shape[1])
+
+    def __call__(self, prefix: Prefix, token: torch.Tensor, rows: list[int]) -> Prefix:
+        """token: [B]. Of the prefix that it returns only `logits` is of use."""
+        logits = self.recorded(self._step, token, self.position, self.column)[0]
+        self.position += 1
+        self.column += 1
+        return replace(prefix, logits=logits)
+
+    def _step(self, *where: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.vlm.step(self.recorded.buffer, *where),)
+
+
+def processors(vlm: VLM, banned: tuple[str, ...], generation: str, prompt_length: int) -> LogitsProcessorList:
+    """What changes logits before a token is picked, as `generate` does; they see the prompt's tokens and the answer's.
+
+    Of the checkpoint's generation_config: repetition_penalty, no_repeat_ngram_size, bad_words_ids, min_new_tokens,
+    suppress_tokens. Latents and interleaved patches are no tokens, and count for none of them. Banned strings are
+    forbidden at the start of a text and within it (tokenizers differ on the leading space).
+    """
+    settings = vlm.model.generation_config if generation == "checkpoint" else GenerationConfig()
     spelled = [vlm.tokenizer.encode(lead + word, add_special_tokens=False) for word in banned for lead in ("", " ")]
-    return NoBadWordsLogitsProcessor(spelled, eos_token_id=vlm.eos_ids) if spelled else None
+    spelled += settings.bad_words_ids or []
+    where = {"device": vlm.device}
+    rules = LogitsProcessorList()
+    if (settings.repetition_penalty or 1.0) != 1.0:
+        rules.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    if settings.no_repeat_ngram_size:
+        rules.append(NoRepeatNGramLogitsProcessor(settings.no_repeat_ngram_size))
+    if spelled:
+        rules.append(NoBadWordsLogitsProcessor(spelled, eos_token_id=vlm.eos_ids))
+    if settings.min_new_tokens:
+        least = settings.min_new_tokens
+        rules.append(MinNewTokensLengthLogitsProcessor(prompt_length, least, vlm.eos_ids, **where))
+    if settings.suppress_tokens:
+        rules.append(SuppressTokensLogitsProcessor(settings.suppress_tokens, **where))
+    return rules
 
 
 def _decoded(vlm: VLM, ids: list[int]) -> Decoded:

@@ -1,8 +1,9 @@
 """Kernels recorded once and replayed: what a GPU needs when batches are small.
 
-Each iteration of the loop runs the same kernels on tensors of the same shapes; at batch 1 the GPU would spend most of
-its time waiting until Python has launched them. A recording holds addresses, not values: what it reads must stay where
-it is in memory. Knows nothing about what the function computes.
+An iteration of the loop, and a decoded token, runs the same kernels on tensors of the same shapes again and again; at
+batch 1 the GPU would spend most of its time waiting until Python has launched them. A recording holds addresses, not
+values: so a batch is copied into a buffer that stays where it is, rounded up to few shapes, and every batch of its
+shape is served by the same recording. Knows nothing about what the recorded functions compute.
 
 On no GPU has this run yet: the tests replay the recorded operations on a CPU (tests/test_cuda_graphs.py); those marked
 `gpu` do the same on a GPU.
@@ -16,6 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from dmlr.model.cache import Prefix
+
+ROUNDED = 128  # columns and image tokens of a buffer are multiples of it
+MOST = 4  # buffers of a model at a time, each with its recordings
 
 Outputs = tuple[torch.Tensor | None, ...]
 
@@ -51,22 +57,26 @@ def record(function: Callable[..., Outputs], inputs: list[torch.Tensor], flags: 
     return Recording(inputs, outputs, graph.replay, graph.pool())
 
 
-class Replayed:
-    """`function` with its kernels recorded at the first call with new shapes and flags, and replayed from then on.
+class Recorded:
+    """A buffer for batches of one shape, and what has been recorded over it.
 
-    Its recordings share their memory: none runs while another does, and what one returns is copied before the next.
+    The recordings share their memory: none runs while another does, and what one returns is copied before the next.
     """
 
-    def __init__(self, function: Callable[..., Outputs]):
-        self.function = function
+    def __init__(self, buffer: Prefix) -> None:
+        self.buffer = buffer
         self.pool: Any = None
         self.recordings: dict[Hashable, Recording] = {}
 
-    def __call__(self, *inputs: torch.Tensor, **flags: bool) -> Outputs:
+    def __call__(self, function: Callable[..., Outputs], *inputs: torch.Tensor, **flags: bool) -> Outputs:
+        """function(*inputs, **flags): recorded at the first call with these shapes and flags, replayed from then on.
+
+        The function must compute the same at every call, from its inputs and the buffer alone; it is not kept, and may
+        run twice while it is recorded.
+        """
         key = (*((x.shape, x.dtype) for x in inputs), *flags.items())
         if key not in self.recordings:
-            kept = [x.clone() for x in inputs]
-            self.recordings[key] = record(self.function, kept, flags, self.pool)
+            self.recordings[key] = record(function, [x.clone() for x in inputs], flags, self.pool)
             self.pool = self.recordings[key].pool
         recording = self.recordings[key]
         for mine, given in zip(recording.inputs, inputs, strict=True):
@@ -75,24 +85,30 @@ class Replayed:
         return tuple(x if x is None else x.clone() for x in recording.outputs)
 
 
-class Kept:
-    """Things by what they were made for."""
+class Recordings:
+    """Those of one model, for MOST purposes and shapes at a time; beyond, the longest unused leaves first."""
 
     def __init__(self) -> None:
-        self.things: OrderedDict[Hashable, Any] = OrderedDict()
+        self.kept: OrderedDict[Hashable, Recorded] = OrderedDict()
 
-    def get(self, key: Hashable, make: Callable[[], Any], most: int) -> Any:
-        """The thing of this key, made where there is none. Beyond `most` things the longest unused one leaves first."""
-        if key not in self.things:
-            while len(self.things) >= most:
-                self.things.popitem(last=False)
-            self.things[key] = make()
-        self.things.move_to_end(key)
-        return self.things[key]
+    def over(self, prefix: Prefix, slots: int, purpose: Hashable) -> Recorded:
+        """A buffer that holds this batch, with space for `slots` behind it, and what was recorded over it before.
+
+        purpose: what tells apart functions that take inputs of the same shapes.
+        """
+        columns, tokens = (-(-n // ROUNDED) * ROUNDED for n in (prefix.mask.shape[1], prefix.images.shape[1]))
+        key = purpose, len(prefix.mask), columns, tokens, slots
+        if key not in self.kept:
+            while len(self.kept) >= MOST:
+                self.kept.popitem(last=False)
+            self.kept[key] = Recorded(prefix.buffer(columns, tokens, slots))
+        self.kept.move_to_end(key)
+        prefix.copy_to(self.kept[key].buffer)
+        return self.kept[key]
 
     def __len__(self) -> int:
-        return len(self.things)
+        return len(self.kept)
 
     def clear(self) -> None:
         """Lets go of all of them, and of the memory that they hold."""
-        self.things.clear()
+        self.kept.clear()

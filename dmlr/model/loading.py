@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import errors
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers.utils import is_flash_attn_2_available
 
 from dmlr.config import Config, locate
 from dmlr.model.cache import ATTENTION
@@ -17,6 +19,7 @@ from dmlr.model.families import ModelError, check_known
 
 # What stays as it is with few bits: the head, and vision towers and projectors by the names that families give them.
 VISION = ("visual", "vision_tower", "vision_model", "multi_modal_projector", "connector")
+NAMED = 5  # missing weights that a message names
 WHOLE = ["lm_head", *(f"model.{name}" for name in VISION)]
 
 
@@ -40,16 +43,24 @@ def load_checkpoint(config: Config) -> tuple:
         placed.setdefault("device_map", {"": device})
         placed["quantization_config"] = quantised(config.load_in_bits, getattr(torch, name))
     try:
-        check_known(AutoConfig.from_pretrained(path, **shared))
-        model = AutoModelForImageTextToText.from_pretrained(
+        settings = AutoConfig.from_pretrained(path, **shared)
+        check_known(settings)
+        vision = vision_attention(settings.model_type, device, name)
+        model, loaded = AutoModelForImageTextToText.from_pretrained(
             path,
             dtype=getattr(torch, name),
-            attn_implementation={"text_config": ATTENTION, "vision_config": "sdpa"},
+            attn_implementation={"text_config": ATTENTION, "vision_config": vision},
             use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # its own error does not name them, check_whole does
             **placed,
             **shared,
         )
         processor = AutoProcessor.from_pretrained(path, **shared)
+        check_whole(config.model_name_or_path, loaded)
+        tokenizer = getattr(processor, "tokenizer", None)
+        if tokenizer is None or len(tokenizer) <= model.config.image_token_id:  # transformers makes up an empty one
+            raise ModelError(f"{config.model_name_or_path!r} has no tokenizer that knows the model's image token")
     except (ModelError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers raises what a damaged file or setting happens to cause
@@ -57,6 +68,25 @@ def load_checkpoint(config: Config) -> tuple:
         reason = hub_reason(error) if kind == "name" else f"{error or type(error).__name__}"
         raise ModelError(f"cannot load {kind} {config.model_name_or_path!r}: {reason}") from error
     return (model if placed else model.to(device)), processor
+
+
+def check_whole(name: str, loaded: Mapping[str, Iterable]) -> None:
+    """ModelError where weights are missing or have another shape, which would be random instead; naming them."""
+    lost = {
+        "are missing": sorted(loaded["missing_keys"]),
+        "have another shape": sorted(key for key, *_ in loaded["mismatched_keys"]),
+    }
+    for what, keys in lost.items():
+        if keys:
+            more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
+            raise ModelError(f"cannot load {name!r}: weights {what}: {', '.join(keys[:NAMED])}{more}")
+
+
+def vision_attention(kind: str, device: str, dtype: str) -> str:
+    """Flash attention sees all windows of Qwen2.5-VL in one call; where it is missing each is a call of its own."""
+    here = kind == "qwen2_5_vl" and torch.device(device).type == "cuda" and dtype != "float32"
+    there = here and is_flash_attn_2_available()
+    return "flash_attention_2" if there else "sdpa"
 
 
 def quantised(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -130,25 +130,25 @@ class Work:
     new_tokens: int = 1
     copies: int = 1  # of the cache while answers are decoded
     graph: bool = False  # the exact gradient keeps every layer's activations
-    rooms: int = 0  # copies of the cache that stay between batches (recorded kernels read them)
+    buffers: int = 0  # copies of the cache that stay between batches (recorded kernels read them)
 
 
 def stages(shape: Shape, itemsize: int, work: Work) -> dict[str, int]:
     """Bytes of one example of a batch in each stage, over the weights."""
     cache, activations = shape.cache(itemsize), shape.activations(itemsize)
-    room = work.prompt  # positions that the cache has room for in the end
-    while room < work.prompt + work.slots + work.new_tokens:
-        room += max(1, room // 2)
+    capacity = work.prompt  # positions that the cache has space for in the end
+    while capacity < work.prompt + work.slots + work.new_tokens:
+        capacity += max(1, capacity // 2)
     positions = work.prompt + work.slots
     maps = (8 * shape.heads + 4 * shape.heads // shape.kv_heads) * work.slots * positions
     rows = 16 * shape.vocabulary
     loop = work.slots * activations * (shape.layers if work.graph else 1) + maps + work.reads * rows
-    held = work.rooms * positions * cache
+    held = work.buffers * (work.prompt + max(work.slots, work.new_tokens)) * cache
     parts = {
         "vision": work.image_tokens * shape.vision(itemsize) + work.prompt * shape.hidden * itemsize,
         "prefill": work.prompt * (cache + activations + work.prompt * (itemsize + 2)),
-        "loop": work.slots and (min(room, 3 * work.prompt // 2) * cache * (1 + work.graph) + loop),
-        "decode": round(room * cache * (work.copies + 0.5)) + activations + rows,
+        "loop": work.slots and (min(capacity, 3 * work.prompt // 2) * cache * (1 + work.graph) + loop),
+        "decode": round(capacity * cache * (work.copies + 0.5)) + activations + rows,
     }
     return {stage: size and size + held for stage, size in parts.items()}
 

@@ -1,28 +1,52 @@
-"""The model: prefill, extend, append.
+"""The model: prefill, extend, append, step.
 
-The only file that runs transformers' models (loading.py loads them, families/ says how architectures differ,
-kv_cache.py holds their caches). It knows nothing about rewards, which patches are chosen, or what the extra embeddings
-mean: it runs embeddings over a cached prefix and returns logits and attention.
+The only file that runs transformers' models (loading.py loads them, families/ says how architectures differ, cache.py
+holds their caches). It runs embeddings over a cached prefix and returns logits and attention. Knows nothing about how a
+question becomes a prompt (encode.py), how an answer is chosen token by token (decode.py), rewards, or what the extra
+embeddings mean.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dmlr.config import Config
-from dmlr.model import memory as footprint
-from dmlr.model.cache import AttentionProbe, KVCache, additive_mask, at_least_float32
+from dmlr.model import memory
+from dmlr.model.cache import AttentionProbe, KVCache, Prefix, additive_mask, at_least_float32
 from dmlr.model.cpu_linear import through_onednn
-from dmlr.model.decode import decode
-from dmlr.model.encode import Encoded, Encoder
 from dmlr.model.families import family_of
-from dmlr.model.graphs import Kept
+from dmlr.model.families.family import Grid
+from dmlr.model.graphs import Recordings
 from dmlr.model.loading import load_checkpoint
 from dmlr.model.memory import Shape, Work
-from dmlr.model.prefix import Prefix
+
+# cuDNN's attention plans anew for every shape, and a prefix has another length at every token.
+GPU_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example's prompt on the CPU: P prefix tokens, N of them image tokens.
+
+    Image token i is the one in column `image_columns[i]`. The first height * width of `patch_grid` lie row-major on the
+    first image; thumbnails, ends of lines and further images are numbered after them.
+    """
+
+    prompt: str  # the exact text given to the tokenizer, chat template applied
+    input_ids: torch.Tensor  # [P], everything before the first think token
+    positions: torch.Tensor  # [axes, P], three axes with M-RoPE
+    suffix_ids: torch.Tensor  # [S], what follows the think tokens (empty without any)
+    image_columns: torch.Tensor  # [N], where the image tokens are in input_ids
+    image_inputs: Mapping[str, torch.Tensor]  # what the vision tower reads, by its names; empty without image
+    patch_grid: Grid  # (height, width) of the first image in image tokens; (0, 0) without image
 
 
 class VLM:
@@ -45,8 +69,8 @@ class VLM:
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.family = family_of(model, processor, min_pixels, max_pixels)
         self.deep_levels = self.family.deep_levels if deep_patches else 0
-        self.encode = Encoder(self)
-        self.prepared = Kept()  # for batches of a shape, see score.scorer
+        self.recordings = Recordings()
+        self.budget = math.inf  # bytes that a batch may be estimated at: half of what ran out of memory
 
     @classmethod
     def load(cls, config: Config) -> VLM:
@@ -114,6 +138,11 @@ class VLM:
         return known if known not in (None, self.tokenizer.unk_token_id) else self.tokenizer.eos_token_id
 
     @cached_property
+    def longest_token(self) -> int:
+        """Characters, at most, that one token stands for."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
+    @cached_property
     def vision_marks(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens before and after an image, [0 or 1] each."""
         return tuple(torch.tensor(ids, dtype=torch.long, device=self.device) for ids in self.family.marks)
@@ -121,12 +150,18 @@ class VLM:
     def fitting_batch(self, work: Work) -> int:
         """Examples that ask for so much and go through together: by the GPU's free memory; 16 on a CPU.
 
-        An estimate (footprint.py): who asks for too much gets an out-of-memory error, and halves the batch.
+        An estimate (memory.py): who asks for too much gets an out-of-memory error, and halves the batch.
         """
         if self.device.type != "cuda":
-            return footprint.MOST["cpu"]
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return max(1, footprint.fitting_batch(self.shape, self.dtype.itemsize, work, free))
+            return memory.MOST["cpu"]
+        held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)  # by the allocator
+        free = torch.cuda.mem_get_info(self.device)[0] + held
+        size = memory.fitting_batch(self.shape, self.dtype.itemsize, work, free)
+        return int(max(1, min(size, self.budget / memory.peak(self.shape, self.dtype.itemsize, work, 1))))
+
+    def ran_out(self, work: Work, batch: int) -> None:
+        """So many examples that ask for so much were too many: later batches ask for half of that at most."""
+        self.budget = min(self.budget, memory.peak(self.shape, self.dtype.itemsize, work, batch) / 2)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings [..., D] of token ids [...]."""
@@ -137,7 +172,7 @@ class VLM:
         """Root mean square per dimension of the think tokens' start: what sigma is relative to."""
         return float(self.embed(torch.tensor(self.think_id)).float().pow(2).mean().sqrt())
 
-    # prefill, extend, decode
+    # prefill, extend, append, step
 
     @torch.no_grad()
     def prefill(self, batch: list[Encoded]) -> Prefix:
@@ -146,6 +181,9 @@ class VLM:
         pads = [length - len(e.input_ids) for e in batch]
         pad = self.tokenizer.pad_token_id or 0
         ids = torch.stack([F.pad(e.input_ids, (n, 0), value=pad) for e, n in zip(batch, pads, strict=True)])
+        prompts = [
+            torch.cat([e.input_ids[:1].expand(n), e.input_ids, e.suffix_ids]) for e, n in zip(batch, pads, strict=True)
+        ]
         positions = torch.stack([F.pad(e.positions, (n, 0)) for e, n in zip(batch, pads, strict=True)], dim=1)
         mask = (torch.arange(length) >= torch.tensor(pads)[:, None]).to(self.device)  # [B, P]
 
@@ -176,6 +214,7 @@ class VLM:
             images=images,
             image_mask=image_mask,
             image_columns=columns,
+            prompt_ids=torch.stack(prompts).to(self.device),
             suffix_ids=suffix.to(self.device),
         )
 
@@ -188,7 +227,6 @@ class VLM:
         probe_rows: torch.Tensor | None = None,
         samples: int = 1,
         commit: bool = False,
-        fused: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Runs S more slots over the cached prefix; drops them again unless `commit`.
 
@@ -198,7 +236,6 @@ class VLM:
         probe_rows: [A], slots whose attention over the image tokens is wanted.
         samples: M sequences of S / M slots each that all follow the prefix and do not see each other (they share its
         keys and values instead of repeating them).
-        fused: by layers that `compile_layers` has prepared.
 
         Returns logits [B, R, V] in float32 and attention [B, A, N], mean over layers and heads (None without
         probe_rows). Differentiable in `embeds`.
@@ -217,7 +254,7 @@ class VLM:
             wide = torch.promote_types(self.dtype, torch.float32)
             probe = AttentionProbe(probe_rows, mask.index_select(1, probe_rows), self.key_group, wide)
         mask = additive_mask(mask, self.key_group, self.dtype)
-        hidden = self._run(embeds.to(self.dtype), positions, mask, prefix.cache, probe, fused)
+        hidden = self._run(embeds.to(self.dtype), positions, mask, prefix.cache, probe)
         if commit:
             prefix.cache.commit(slots)
             prefix.mask = torch.cat([prefix.mask, filled], dim=1)
@@ -236,12 +273,22 @@ class VLM:
         last = torch.where(filled, torch.arange(filled.shape[1], device=filled.device), 0).amax(dim=1, keepdim=True)
         prefix.logits = self.extend(prefix, embeds, filled, last, commit=True)[0][:, 0]
 
-    def feed(self, prefix: Prefix, token: torch.Tensor, rows: list[int]) -> Prefix:
-        """The prefix followed by one token [B] in each row."""
-        self.append(prefix, self.embed(token[:, None]), torch.ones(len(rows), 1, dtype=torch.bool, device=self.device))
-        return prefix
+    @torch.no_grad()
+    def step(self, buffer: Prefix, token: torch.Tensor, position: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """Next-token logits [B, V] after one more token [B] at `position` [B] in each row of a `Prefix.buffer`.
 
-    decode = decode
+        It is written to `column` [1] of the buffer and sees the columns before: at every token the same kernels on the
+        same memory.
+        """
+        batch, columns = buffer.mask.shape
+        for layer in buffer.cache.layers:
+            layer.column = column
+        capacity = buffer.cache.layers[0].keys.shape[2]
+        behind = torch.arange(columns, capacity, device=token.device) <= column
+        mask = torch.cat([buffer.mask, behind.expand(batch, -1)], dim=1)[:, None]  # [B, 1, capacity]
+        mask = additive_mask(mask, self.key_group, self.dtype)
+        position = position.expand(self.family.position_axes, batch)[..., None]
+        return self._logits(self._run(self.embed(token[:, None]), position, mask, buffer.cache)[:, -1])
 
     # inside
 
@@ -258,26 +305,24 @@ class VLM:
             embeds = torch.cat([embeds, added], dim=2)
         return embeds
 
-    def _run(
-        self, embeds, positions, mask, cache: KVCache, probe: AttentionProbe | None = None, fused: bool = False
-    ) -> torch.Tensor:
+    def _run(self, embeds, positions, mask, cache: KVCache, probe: AttentionProbe | None = None) -> torch.Tensor:
         """Language model only; mask is as `attend` takes it. Returns hidden states [B, S, D]."""
         embeds, *deep = embeds.split(self.text_config.hidden_size, dim=2)
         also = {}
-        if fused:  # a view would be compiled for once more
-            embeds, also = embeds.clone(), {"fused": True}
-        if deep:  # zeros for what is no patch
-            everywhere = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-            also |= {"visual_pos_masks": everywhere, "deepstack_visual_embeds": [level.flatten(0, 1) for level in deep]}
-        return self.text_model(
-            inputs_embeds=embeds,
-            position_ids=positions if self.family.position_axes > 1 else positions[0],
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            probe=probe,
-            **also,
-        ).last_hidden_state.to(self.device)
+        if deep:  # zeros for what is no patch, so all rows are named: a mask would make a GPU wait for its count
+            rows = torch.arange(len(embeds), device=embeds.device)
+            also = {"visual_pos_masks": rows, "deepstack_visual_embeds": deep}
+        with sdpa_kernel(GPU_KERNELS) if self.device.type == "cuda" else nullcontext():
+            out = self.text_model(
+                inputs_embeds=embeds,
+                position_ids=positions if self.family.position_axes > 1 else positions[0],
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                probe=probe,
+                **also,
+            )
+        return out.last_hidden_state.to(self.device)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., V] in float32 or more."""

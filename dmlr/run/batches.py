@@ -1,13 +1,17 @@
 """Batches of examples, and the model of this process that answers them.
 
 Nothing that goes wrong with one example costs another its answer: a failing batch is halved until the example that
-fails is alone. Batches never change an answer, so halving is safe, also when memory runs out. Knows nothing about
-ground truths, logs or workers.
+fails is alone. Batches never change an answer, so halving is safe, also when memory runs out. While the model works,
+the images of the next batches are opened and processed in threads. Knows nothing about ground truths, logs or workers.
 """
 
 from __future__ import annotations
 
+import gc
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -18,10 +22,15 @@ from dmlr.config import Config
 from dmlr.data.examples import Example, ImageError, open_image
 from dmlr.machine import environment, peak_memory
 from dmlr.methods import METHODS, Answer, Question
+from dmlr.methods.prompting import encode_task, prompts_of
 from dmlr.methods.workload import workload
+from dmlr.model.families.family import Pictures
+from dmlr.model.memory import Work
 from dmlr.model.vlm import VLM
 
 S, T = TypeVar("S"), TypeVar("T")
+AHEAD = 2  # batches that wait for the model, ready
+READERS = 8  # images that are opened at a time
 
 
 @dataclass(frozen=True)
@@ -66,8 +75,15 @@ class InProcess:
 
     def answers(self, method: str, batches: Iterable[Batch]) -> Iterator[list[tuple[Example, Answer]]]:
         """Each batch's examples with their answers, in order."""
-        for batch in batches:
+        for batch in ahead(map(self._processed, batches)):
             yield batch.answered(answer_batch(self.vlm, method, batch.questions, self.config))
+
+    def _processed(self, batch: Batch) -> Batch:
+        """With the images' pixels as the model reads them; what is wrong with one, its method will find too."""
+        for question in batch.questions:
+            with suppress(Exception):
+                encode_task(self.vlm, question, self.config, prompts_of(self.config))
+        return batch
 
     @property
     def peak_memory(self) -> int:
@@ -102,7 +118,7 @@ def question_of(example: Example, partner: Example | None = None) -> Question:
     return Question(
         idx=example.idx,
         text=example.question,
-        images=[open_image(source) for source in example.images],
+        images=Pictures(map(open_image, example.images)),
         partner=partial(question_of, partner) if partner else None,
         boxes=example.meta.get("boxes"),
         solution=example.meta.get("response") or example.solution,
@@ -118,16 +134,33 @@ def partners(examples: Sequence[Example]) -> dict[int, Example]:
 
 def prepare(examples: list[Example], partners: Mapping[int, Example] | None = None) -> Batch:
     """Images opened. Examples without ground truth are skipped, unreadable images are errors."""
-    questions, settled, partners = [], {}, partners or {}
-    for example in examples:
+    partners = partners or {}
+
+    def question(example: Example) -> Question | Answer:
         if not example.solution:
-            settled[example.row] = Answer("", "", "skipped_no_ground_truth")
-            continue
+            return Answer("", "", "skipped_no_ground_truth")
         try:
-            questions.append(question_of(example, partners.get(example.row)))
+            return question_of(example, partners.get(example.row))
         except ImageError as error:
-            settled[example.row] = failed(error)
-    return Batch(examples, questions, settled)
+            return failed(error)
+
+    with ThreadPoolExecutor(READERS) as readers:
+        prepared = list(readers.map(question, examples))
+    settled = {e.row: one for e, one in zip(examples, prepared, strict=True) if isinstance(one, Answer)}
+    return Batch(examples, [one for one in prepared if isinstance(one, Question)], settled)
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The items in order, each made in a thread while earlier ones are used; at most AHEAD wait."""
+    end, iterator = object(), iter(items)
+    thread = ThreadPoolExecutor(1)
+    try:
+        waiting = deque(thread.submit(next, iterator, end) for _ in range(AHEAD))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(thread.submit(next, iterator, end))
+            yield item
+    finally:
+        thread.shutdown(wait=False, cancel_futures=True)
 
 
 def answer_batch(vlm: VLM, method: str, questions: list[Question], config: Config) -> list[Answer]:
@@ -137,14 +170,33 @@ def answer_batch(vlm: VLM, method: str, questions: list[Question], config: Confi
         try:
             return METHODS[method](vlm, some, config)
         except torch.OutOfMemoryError:
-            if not vlm.prepared:
+            if not vlm.recordings:
+                vlm.ran_out(work_of(vlm, method, some, config), len(some))
                 raise
-        vlm.prepared.clear()  # the memory that recorded kernels hold may be what is missing
+        vlm.recordings.clear()  # the memory that recorded kernels hold may be what is missing
         _free()
         return METHODS[method](vlm, some, config)
 
-    found = by_halves(answered, questions)
-    return [failed(one) if isinstance(one, Exception) else one for one in found]
+    answers, left = [], questions
+    while left:
+        size = vlm.fitting_batch(work_of(vlm, method, left, config)) if vlm.device.type == "cuda" else len(left)
+        part, left = by_halves(answered, left[:size]), left[size:]
+        answers += [failed(one) if isinstance(one, Exception) else one for one in part]
+    for answer in answers:
+        if answer.stop_reason == "error" and answer.error is None:
+            answer.error = "the model's logits are not finite numbers"
+    return answers
+
+
+def work_of(vlm: VLM, method: str, questions: Sequence[Question], config: Config) -> Work:
+    """What the largest of these questions asks of the model, by its encoded prompt."""
+    prompt = images = None
+    for question in questions:
+        with suppress(Exception):  # what cannot be encoded will cost its own answer
+            encoded = encode_task(vlm, question, config, prompts_of(config))
+            prompt = max(prompt or 0, len(encoded.input_ids))
+            images = max(images or 0, len(encoded.image_columns))
+    return workload(config.replace(methods=method), vlm.context_length, images, prompt)
 
 
 def by_halves(work: Callable[[Sequence[S]], list[T]], items: Sequence[S]) -> list[T | Exception]:
@@ -155,14 +207,15 @@ def by_halves(work: Callable[[Sequence[S]], list[T]], items: Sequence[S]) -> lis
         return work(items)
     except Exception as error:  # whatever it is, it may cost one record and not the run
         if len(items) == 1:
-            return [error]
-    _free()
+            return [error.with_traceback(None)]  # whose frames hold tensors
+    _free()  # after the error is gone, and its traceback with it
     half = len(items) // 2
     return by_halves(work, items[:half]) + by_halves(work, items[half:])
 
 
 def _free() -> None:
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 

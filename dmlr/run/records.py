@@ -28,7 +28,7 @@ LOG, SIDECAR, LOCK, RESULTS = "log.jsonl", "run.json", "run.lock", "results.json
 # Parameters that cannot change a record: they may differ on resume. Which examples run may be widened or narrowed,
 # and each method has its own folder, named by the run's facts.
 FREE_PARAMETERS = frozenset(
-    "output_dir batch_size cuda_graphs compile_layers num_workers worker_device_round_robin ray_address resume "
+    "output_dir batch_size cuda_graphs num_workers worker_device_round_robin ray_address resume "
     "verify_only verbose visual_token_viz visual_token_viz_dir save_reward_csv start_data_idx end_data_idx methods "
     "use_llm_verify llm_verify_all".split()
 )

@@ -20,7 +20,7 @@ from dmlr.judge import judge
 from dmlr.loop.optimize import Trace, example_generator, optimize
 from dmlr.methods import METHODS, Question
 from dmlr.methods.latent import reasoned
-from dmlr.model.prefix import Prefix
+from dmlr.model.cache import Prefix
 from dmlr.model.vlm import VLM
 
 

@@ -7,15 +7,40 @@ Knows nothing about batches of prompts, caches, think tokens or rewards.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
 
 Grid = tuple[int, int]  # (height, width) in image tokens
 Inputs = Mapping[str, torch.Tensor]  # what a processor makes of one prompt
+
+
+class Pictures(list[Image.Image]):
+    """The images of one question, with what a processor made of them: pixels are processed once, whatever is asked."""
+
+    made_by: Any = None
+    resized: Any = None
+    pixels: Any = None
+
+
+class _Once:
+    """An image processor that leaves what it makes with the pictures, and finds it there."""
+
+    def __init__(self, processor, pictures: Pictures) -> None:
+        self.processor, self.pictures = processor, pictures
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.processor, name)
+
+    def __call__(self, images, **options):
+        if self.pictures.pixels is None:
+            self.pictures.pixels = self.processor(images, **options)
+        return copy.copy(self.pictures.pixels)
 
 
 class Family:
@@ -28,6 +53,7 @@ class Family:
         """min_pixels, max_pixels: image size in merged tokens, as far as the family can choose; none: its own."""
         self.core, self.config, self.processor = model.model, model.config, processor
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        self._maker = processor, min_pixels, max_pixels
         self.reads = set(inspect.signature(self.core.get_image_features).parameters)
 
     @property
@@ -45,17 +71,23 @@ class Family:
         return [], []
 
     def image_options(self) -> dict:
-        """What the processor is told about image sizes."""
+        """Options of the processor that decide image sizes."""
         return {}
 
-    def resized(self, images: Sequence[Image.Image]) -> list[Image.Image]:
+    def resized(self, images: Sequence[Image.Image]) -> list:
         """The images as the processor should get them. ValueError for one that has no usable size."""
         return [image.convert("RGB") for image in images]
 
     def inputs(self, prompt: str, images: Sequence[Image.Image]) -> Inputs:
         """Tokens [1, P] and what the vision tower reads, of one prompt with its images."""
-        pictures = self.resized(images) or None
-        return self.processor(text=[prompt], images=pictures, return_tensors="pt", **self.image_options())
+        processor, pictures = self.processor, None
+        if images:
+            known, maker = images if isinstance(images, Pictures) else Pictures(images), self._maker
+            if known.made_by != maker:
+                known.made_by, known.resized, known.pixels = maker, self.resized(images), None
+            pictures, processor = known.resized, copy.copy(processor)
+            processor.image_processor = _Once(processor.image_processor, known)
+        return processor(text=[prompt], images=pictures, return_tensors="pt", **self.image_options())
 
     def positions(self, ids: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         """[axes, P] of the first P tokens `ids` [P]."""

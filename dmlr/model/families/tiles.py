@@ -65,9 +65,8 @@ class SmolVLM(Family):
             most = min(most, math.isqrt(max(1, self.max_pixels // self.processor.image_seq_len - 1)))
         return {"size": {"longest_edge": most * tile}, "do_image_splitting": images.do_image_splitting and most > 1}
 
-    def inputs(self, prompt: str, images: Sequence[Image.Image]) -> Inputs:
-        pictures = [self.resized(images)] if images else None  # a list for each prompt
-        return self.processor(text=[prompt], images=pictures, return_tensors="pt", **self.image_options())
+    def resized(self, images: Sequence[Image.Image]) -> list[list[Image.Image]]:
+        return [super().resized(images)]  # a list for each prompt
 
     def layout(self, images: Sequence[Image.Image], inputs: Inputs, count: int) -> tuple[Grid, torch.Tensor]:
         counted = self.processor.image_processor.get_number_of_image_patches
