@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -35,12 +36,6 @@ def status(prediction, truth, **hints):
 )
 def test_every_form_of_a_choice_accepts_letter_text_and_both(truth, prediction):
     assert status(prediction, truth, question=COLOURS) == "correct"
-
-
-@pytest.mark.parametrize("truth", ["B. dark red", "B: dark red", "(b) dark red"])
-@pytest.mark.parametrize("prediction", ["\\boxed{B}", "\\boxed{dark red}", "(b) dark red"])
-def test_a_choice_needs_no_list_of_options_when_the_truth_names_both(truth, prediction):
-    assert status(prediction, truth) == "correct"
 
 
 @pytest.mark.parametrize(
@@ -95,7 +90,28 @@ def test_a_choice_needs_no_list_of_options_when_the_truth_names_both(truth, pred
         ("B", "A. 100", {"choices": ["100", "100.5"], "relative_tolerance": 0.01}, "wrong"),
         ("100.5", "A. 100", {"choices": ["100", "100.5"], "relative_tolerance": 0.01}, "wrong"),
         ("3.17", "3.14159", {"relative_tolerance": "wide"}, "wrong"),
+        ("1.234,56 €", "1234.56", {}, "correct"),
+        ("La réponse est 3,5", "3.5", {}, "correct"),
+        ("1 1/2", "1.5", {}, "correct"),
+        ("10²", "100", {}, "correct"),
+        ("15 thousand", "15000", {}, "correct"),
+        ("15 thousand", "15", {}, "wrong"),
+        ("There are three dogs.", "3", {}, "correct"),
+        ("two or three", "2", {}, "unparsed"),
+        ("25 cm^2", "25", {}, "correct"),
+        ("25 cm^2", "2", {}, "wrong"),
+        ("5 V", "5", {}, "correct"),
+        (r"0.\overline{3}", r"\frac{1}{3}", {}, "correct"),
+        ("I don't think it's 5.", "5", {}, "unparsed"),
         # LaTeX
+        ("2√3", r"2\sqrt{3}", {}, "correct"),
+        ("pi/2", r"\frac{\pi}{2}", {}, "correct"),
+        ("x**2+1", "1+x^2", {}, "correct"),
+        ("x ≤ 2", r"(-\infty, 2]", {}, "correct"),
+        ("x < 2", r"(-\infty, 2]", {}, "wrong"),
+        ("so x != 2", "x=2", {}, "wrong"),
+        ("10_2", "10_3", {}, "wrong"),
+        ("The point is (1, -2).", "(1,-2)", {}, "correct"),
         ("\\boxed{\\frac{3}{4}}", "\\boxed{0.75}", {}, "correct"),
         ("(x+2)(x-2)", "x^2-4", {}, "correct"),
         ("\\sqrt 2", "1.414", {}, "wrong"),
@@ -157,6 +173,9 @@ def test_a_choice_needs_no_list_of_options_when_the_truth_names_both(truth, pred
         ("The answer is not 5 or 6.", "6", {}, "unparsed"),
         ("It isn't 5 but 6 cups.", "6", {}, "correct"),
         # free text
+        ("The capital is Paris.", "Paris", {}, "correct"),
+        ("The capital is not Paris.", "Paris", {}, "unparsed"),
+        ("red and blue", "red, blue", {}, "correct"),
         ("paris.", "Paris", {}, "correct"),
         ("London", "Paris", {}, "wrong"),
         ("(b)", "b", {}, "correct"),
@@ -215,6 +234,116 @@ def test_the_command_prints_one_verdict_a_line(tmp_path, capsys):
     path.write_text('{"prediction": "7"}')
     assert main(["judge", str(path)]) == 2
     assert main(["judge", str(tmp_path / "none.json")]) == 2
+
+
+# ------------------------------------------------------------------------ one answer, said in many ways
+
+SENTENCES = (
+    *("the result is {}", "So x = {}.", "**{}**", "\\boxed{{{}}}", "we get {}, as it should be"),
+    *("it's {}", "3 times that is {}", "结果是{}", "from 7 down to {}", "$x={}$", "At 3, f(3) equals {}."),
+)
+
+
+@given(st.integers(1, 10**6), st.sampled_from(SENTENCES), st.sampled_from(["-{}", "−{}", "–{}", "-${}", "minus {}"]))
+@settings(max_examples=60, deadline=None)
+def test_a_sign_in_a_sentence_counts(value, sentence, signed):
+    prediction = sentence.format(signed.format(value))
+    if "boxed" in sentence or "$x" in sentence:
+        prediction = sentence.format(f"-{value}")
+    assert status(prediction, f"-{value}") == "correct"
+    assert status(prediction, f"{value}") == "wrong"
+
+
+@pytest.mark.parametrize("prediction", ["10-5", "range 10-5", "x - 5", "8 cm - 5 cm", "- 4\n- 5"])
+def test_a_minus_between_operands_and_a_bullet_are_no_sign(prediction):
+    assert find_numbers(prediction)[-1].value == 5
+
+
+MARKS = (" ", "\\,", "\\!", ",\\!", ",\\! ", "{,}", "\\ ", "\u00a0", "\u202f", "'", "_", "~")
+SEPARATED = ("{:,}", "\\${:,}", "USD {:,}", "{:,} dollars", "{:,}.00", *(f"{{:,}}|{mark}" for mark in MARKS))
+
+
+@given(st.integers(1000, 10**9), st.sampled_from(SEPARATED), st.sampled_from(["{}", "\\boxed{{{}}}", "{} units"]))
+@settings(max_examples=80, deadline=None)
+def test_thousands_may_be_set_apart_in_many_ways(value, separated, sentence):
+    form, _, mark = separated.partition("|")
+    prediction = sentence.format(form.format(value).replace(",", mark or ","))
+    assert status(prediction, str(value)) == "correct", prediction
+    assert status(prediction, str(value // 1000)) == "wrong", prediction
+
+
+@pytest.mark.parametrize(
+    ("prediction", "truth", "expected"),
+    [
+        ("so y=2", "2 = y", "correct"),
+        ("2=y", "y=2", "correct"),
+        ("The answer is y=2", "2 = y", "correct"),
+        ("so x+y=5", "5=x+y", "correct"),
+        ("The line is y = 3x + 2, which is steep.", "y=2+3x", "correct"),
+        ("so f(x) = x^2", "x^2", "correct"),
+        ("so y=2", "3 = y", "wrong"),
+        ("so z = 2", "2 = y", "wrong"),
+        ("we get y = 3x + 2", "y=2x+3", "wrong"),
+    ],
+)
+def test_an_equation_holds_from_both_sides_and_after_words(prediction, truth, expected):
+    assert status(prediction, truth) == expected
+
+
+MARKERS = "<|im_end|> <|im_start|>user <|eot_id|> </s> <eos> <end_of_turn> [/INST] <|im_start|>user\\boxed{7} \nUser:7"
+
+
+@pytest.mark.parametrize("marker", MARKERS.split(" "))
+@pytest.mark.parametrize(
+    "body", ["4 + 4 = 8, then 8 * 2 = 16.", "So $x = 16$", "\\boxed{16}", "The answer is 16.", "16", "<s>16"]
+)
+def test_what_a_chat_goes_on_with_is_no_answer(body, marker):
+    assert status(body + marker, "16") == "correct"
+    assert status(body + marker, "7") == status(body + marker, "8") == "wrong"
+
+
+@pytest.mark.parametrize("wrapped", ["<|begin_of_box|>B<|end_of_box|>", "<|channel|>final<|message|>B<|return|>"])
+def test_a_models_own_marks_around_its_answer_are_understood(wrapped):
+    assert status(f"Perhaps A. {wrapped}", "B", question=COLOURS) == "correct"
+
+
+DENIALS = """B不是 A|是B而不是A|选B不选A|B，A不对|Bであり、Aではない
+정답은 B입니다. A가 아닙니다.|B nicht A|nicht A, sondern B|C'est B, pas A|B et non A
+B y no A|no es A, es B|È B, non A|не A, а B|B, niet A|B, değil A
+الجواب هو B وليس A|B, not A|not A but B|A is wrong, B is right
+A is not correct; B is.|It can't be A, so B|B rather than A|B, since A is false
+I would rule out A. So B.|The answer is not A but B"""
+
+
+@pytest.mark.parametrize("prediction", re.split(r"[|\n]", DENIALS))
+def test_an_option_that_is_denied_in_any_language_is_not_chosen(prediction):
+    for hints in ({}, {"question": COLOURS}):
+        assert status(prediction, "B", **hints) == "correct"
+        assert status(prediction, "A", **hints) == "wrong"
+
+
+YES_OR_NO = [
+    (
+        'Is the word in this image "Hello"?',
+        "The word in this image is 'Hello'.|It says \"Hello\".|The sign reads Hello.|Oui|是的|I think yes.",
+        "The word in this image is 'Goodbye'.|The word in this image is not 'Hello'.|Nein|不是|so no.|It says 'Help'.",
+        "There is a word.|The image is blurry|The word 'Hello' may be there.|I would not say yes|yes and no",
+    ),
+    (
+        "Is there a cat on the table?",
+        "There is a cat on the table.|A cat is on the table.",
+        "There is no cat on the table.|There isn't a cat on the table.",
+        "There is a dog on the table.|A table is on the cat.",
+    ),
+    ('Is the "STOP" sign red?', 'The "STOP" sign is red.', 'The "STOP" sign isn\'t red.', 'The "STOP" sign is blue.'),
+]
+
+
+@pytest.mark.parametrize(("question", "yes", "no", "neither"), YES_OR_NO)
+def test_a_sentence_that_repeats_the_question_answers_it(question, yes, no, neither):
+    for texts, expected in ((yes, ["correct", "wrong"]), (no, ["wrong", "correct"]), (neither, ["unparsed"] * 2)):
+        for text in texts.split("|"):
+            assert [status(text, truth, question=question) for truth in ("Yes", "No")] == expected, text
 
 
 # ------------------------------------------------------------------------------------ extraction

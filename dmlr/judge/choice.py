@@ -51,7 +51,7 @@ def _picked_letter(answer: str, candidate: Candidate, known: dict[str, str], com
     letters = "".join(known) if complete else "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     if len(options := _letters_of_text(answer, known)) == 1:
         return options[0], ""
-    bare = re.fullmatch(r"[(\[{]?\s*([A-Za-z])\s*[)\]}]?[.,:;!]?", answer)
+    bare = re.fullmatch(r"(?:(?i:option|choice|answer)\s+)?[(\[{]?\s*([A-Za-z])\s*[)\]}]?[.,:;!]?", answer)
     if bare:
         return (bare[1].upper() if bare[1].upper() in letters else None), ""
     if (both := _BETWEEN_TWO.match(answer)) and not _DENIED_AFTER.match(answer[both.end() :]):
@@ -67,6 +67,7 @@ def _picked_letter(answer: str, candidate: Candidate, known: dict[str, str], com
             return None, ""  # "2 + 3" names neither of the options 2 and 3: what it is worth decides
         return _named_in(answer.split("\n")[0], known), ""
     closing = re.findall(r"\(?\$?\b([A-Z])\$?\)? is the (?:\w+ )?(?:answer|option|choice)\b", answer)
+    closing += re.findall(r"(?i:\b(?:so|therefore|thus|hence)),?\s+(?:it\s+is\s+)?\(?([A-Z])\)?\.?\s*$", answer)
     if closing and closing[-1] in letters:
         return closing[-1], ""
     opening = re.match(r"([A-Z])(?=\s+(?:answer|option|choice|is\b)|\s*[-–—]\s)", answer)
@@ -113,7 +114,7 @@ _ARTICLE = re.compile(r"\s+[a-z]")
 _FOLLOWED = re.compile(r"\s+(?:is|are|because|since|as|answer|option|choice|and|or|which|with|for)\b")
 # A denial reaches to the end of its clause, and along a list of letters: "not A, B or C".
 _DENIED = re.compile(
-    r"(?i:\b(?:not|cannot|neither|nor|rather than|instead of)\b|n['’]t\b)"
+    r"(?i:\b(?:not|cannot|neither|nor|rather than|instead of|except|excluding|other than|all but)\b|n['’]t\b)"
     r"(?:(?!\bbut\b)[^.,;!?\n]|,\s*\(?[A-Z]\)?(?![A-Za-z])|,\s*(?:or\s+|and\s+)?\(?$){0,20}$"
     rf"|(?i:{NOT})\s*(?i:(?:es|est|ist|è|é|la|die|the|option|answer|choice|вариант)\s+)*[(*\"']*$"
 )
@@ -176,7 +177,8 @@ _SAYS = {
 }
 _SAID = {word: meaning for meaning, words in _SAYS.items() for word in words.split()}
 _STATED = re.compile(
-    r"(?i)(?:^|[:\"'({]\s*|\b(?:is|so|think|say)\s+|,\s*|[.!?\n]\s*)(yes|no|true|false)(?=[.,;!\"')}\n]|\s*$)"
+    r"(?i)(?:^|[:\"'({]\s*|(?<!not )(?<!n't )\b(?:is|so|think|say)\s+|,\s*|[.!?\n]\s*)"
+    r"(yes|no|true|false)(?=[.,;!\"')}\n]|\s*$)"
 )
 _QUESTION = re.compile(
     r"(?i)(?:^|[.:?!\n]\s*)(?:is|are|was|were|do|does|did|can|could|has|have|will)\s+([^?\n]{3,200})\?"
@@ -196,7 +198,7 @@ def compare_yes_no(candidate: Candidate, truth: str, question: str | None = None
     """
     names = {"yes": "yes", "no": "no"} if truth in ("yes", "no") else {"yes": "true", "no": "false"}
     text = plain(candidate.text).strip()
-    opening = re.match(r"\W*([^\W\d_]+)(\s*[,.;:!\n–—-]|\W*$)?", text)
+    opening = re.match(r"\W*([^\W\d_]+)(\s*[,.;:!\n–—-]|\W*$|\s+(?:it|they|he|she|there)\s)?", text)
     said = opening and _SAID.get(opening[1].lower())
     if said and (opening[2] is not None or (candidate.explicit and opening[1].lower() in (*names, *names.values()))):
         return names[said] == truth, names[said]

@@ -18,7 +18,7 @@ _WORD = re.compile(
     r"|[\u0400-\u04ff\u3040-\u9fff]"
 )
 _AND = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b(?!\s*\}))\s*")
-_RELATION = re.compile(r"[=<>^+*/±√≤≥≠≈]|\\(?:le|ge|neq?|in|frac|sqrt)|\d\s*-\s*\w")
+_RELATION = re.compile(r"[=<>^+*/±√≤≥≠≈]|\\(?:le|ge|neq?|in|frac|sqrt)|\d\s*-\s*\w|^[(\[{].*,.*[)\]}]$")
 _SYMBOLS = {
     "≤": r"\le ",
     "≥": r"\ge ",
@@ -40,6 +40,8 @@ _SYMBOLS = {
     "α": r"\alpha ",
     "β": r"\beta ",
     "∅": r"\emptyset ",
+    "–": "-",
+    "–": "-",
     "²": "^2",
     "³": "^3",
     "₀": "_0",
@@ -112,6 +114,8 @@ def equal(truth: str, answer: str, tolerance: Tolerance = EXACT) -> bool | None:
     keys = latex_key(truth), latex_key(answer)
     if keys[0] == keys[1]:
         return True
+    if all(re.fullmatch(r"\d+_\{?\d+\}?", key) for key in keys):
+        return re.sub("[{}]", "", keys[0]) == re.sub("[{}]", "", keys[1])  # in a base, which the algebra would drop
     if all(re.fullmatch(r"[A-Za-z ]{3,}", key) for key in keys):
         # Words: an algebra system takes them for products of letters, in which their order does not count.
         return keys[0].casefold() == keys[1].casefold()

@@ -152,7 +152,7 @@ def number_in_words(text: str) -> Number | None:
 
     None with digits, or with several numbers.
     """
-    if re.search(r"\d", text) or len(text) > _MAX_CHARACTERS:
+    if re.search(r"\d|(?i:hundred|thousand|million)", text) or len(text) > _MAX_CHARACTERS:
         return None
     if part := re.fullmatch(r"(?i)\W*(?:(?:one|a)[- ])?(half|third|quarter)\W*", text):
         return Number(Fraction(1, {"half": 2, "third": 3, "quarter": 4}[part[1].lower()]))
@@ -200,7 +200,7 @@ NOT = (  # words that deny what follows, in the languages that models answer in
     r"|n['’]t(?!\w)|rather than|instead of|không phải|không|değil|ليس|وليس|ليست"
     r"|不是|不选|不選|不为|不能|并非|並非|而非|不會|不会)"
 )
-_DENIED = re.compile(rf"(?i){NOT}(?:\s+(?:be|equal\s+to))?[\s*$]*$")
+_DENIED = re.compile(rf"(?i){NOT}(?:\s+(?:be|equal\s+to|think|believe|(?:it|that)(?:['’]s|\s+is)))*[\s*$]*$")
 _BRACKETS = re.compile(r"[\[({][^\[\](){}]*[\])}]")
 
 
