@@ -1,133 +1,194 @@
-"""Every parameter of a run: one frozen dataclass, checked when it is made.
+"""Every parameter of a run: one pydantic model, checked when it is made.
 
-Names, types and meanings are those of the original command line; the defaults are the paper's (App. A.3), and
-`PRESETS` holds the other sets of values that people use. The module knows nothing about models or data.
+A field's declaration is the only place of its type, range, help and default; messages, command line and JSON schema
+(`Config.model_json_schema()`) are read from it. Names, types and meanings are those of the original command line; the
+defaults are the paper's (App. A.3), and `PRESETS` is the only place of the other sets of values that people use. The
+module knows nothing about models or data.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import math
-import typing
-from dataclasses import dataclass, field
+import types
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin
 
-REWARDS = ("entropy", "logprob", "self-certainty", "progress")
-REWARD_POSITIONS = ("think", "think_next", "group_end", "answer")
-ACCEPT_AT = ("updated", "candidate")
-GENERATION = ("checkpoint", "plain")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Reward = Literal["entropy", "logprob", "self-certainty", "progress"]
+RewardPosition = Literal["think", "think_next", "group_end", "answer"]
+AcceptAt = Literal["updated", "candidate"]
+Generation = Literal["checkpoint", "plain"]
 
 
 class ConfigError(ValueError):
     """A parameter that does not exist, has the wrong type or is out of range; the message names the mend."""
 
 
-def _param(default: Any, help: str, *, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
-
-
-@dataclass(frozen=True)
-class Config:
+class Config(BaseModel):
     """All parameters of a run, in the order in which people look for them.
 
-    Raises ConfigError at construction for any value outside its range. Use `Config.make` to start from a
-    preset and to accept the strings that a command line gives ("true", "1e-4", "none").
+    Frozen, and ConfigError at construction for any value outside its range. Use `Config.make` to start from a preset.
+    Strings are accepted as a command line gives them ("true", "1e-4", "none").
     """
 
-    # what runs
-    model_name_or_path: str = _param("data/models/shapes-vl", "hub id or local folder of the vision-language model")
-    revision: str = _param("", "commit, branch or tag of a model on the hub; empty: the newest")
-    dataset: str = _param("data/shapes/mathematics.json", "path of a dataset JSON (several: separated by commas)")
-    methods: str = _param("vanilla,dmlr", "methods to run, separated by commas")
-    output_dir: str = _param("", "folder of the run; empty: reports/runs/<model>_<dataset>")
-    start_data_idx: int = _param(0, "first example", low=0)
-    end_data_idx: int | None = _param(100, "one past the last example; none: to the end", low=0)
-    device: str = _param("auto", "torch device; auto: cuda if present, else cpu")
-    dtype: str = _param("auto", "weights and activations; auto: bfloat16 on a GPU, float32 on a CPU", choices=DTYPES)
-    device_map: str = _param("", "layers over several devices by accelerate: auto, balanced, ...; empty: one device")
-    load_in_bits: int | None = _param(None, "language model in 4 or 8 bits (pip install bitsandbytes)", choices=(4, 8))
-    batch_size: int | None = _param(None, "examples that go through the model together; none: by free memory", low=1)
-    cuda_graphs: bool = _param(False, "replay the loop's kernels on a GPU: faster at small batches, not run on one yet")
-    num_workers: int = _param(1, "processes with a model each; more than 1: on Ray (pip install -e '.[ray]')", low=1)
-    worker_device_round_robin: bool = _param(False, "more workers than GPUs: let them share the GPUs evenly")
-    ray_address: str = _param("", "a running Ray cluster, host:port or auto; empty: this machine alone")
-    seed: int = _param(42, "noise of an example comes from (seed, its idx)", low=0)
-    trust_remote_code: bool = _param(False, "let the checkpoint run its own code")
-    # prompt and answer
-    solver_prompt_idx: int = _param(0, "0 step by step, 1 detailed steps, 2 answer only", low=0, high=2)
-    prompts_file: str = _param("", "YAML file that replaces prompt templates")
-    max_new_tokens: int = _param(2048, "most tokens of an answer", low=1)
-    generation: str = _param(
-        "checkpoint", "checkpoint: rules of its generation_config apply; plain: none", choices=GENERATION
-    )
-    banned_strings: str = _param("addCriterion", "strings never generated (a glitch of Qwen2.5-VL), separated by |")
-    min_pixels: int | None = _param(None, "image size at least, in merged visual tokens; none: the model's own", low=1)
-    max_pixels: int | None = _param(256, "image size at most, in merged visual tokens; none: the model's own", low=1)
-    # optimisation of the think tokens
-    num_thought_tokens: int = _param(4, "L, think tokens", low=1, high=256)
-    max_num_steps: int = _param(15, "T, iterations; 0 leaves the think tokens as they are", low=0)
-    lr: float = _param(1e-3, "eta, learning rate", low=0)
-    sigma: float = _param(0.1, "noise scale, absolute in embedding units", low=0)
-    lr_relative: float | None = _param(None, "eta as a multiple of sigma squared, in place of lr; none: lr", low=0)
-    sigma_relative: float | None = _param(None, "sigma as a multiple of the embedding's RMS; none: sigma", low=0)
-    sigma_decay: float = _param(0.95, "factor on sigma after each iteration", low=0, high=1)
-    num_samples: int = _param(1, "perturbed samples per iteration: 1, or an even number (antithetic pairs)", low=1)
-    reward: str = _param("entropy", "entropy: equations 6, 7; logprob: negative mean log-probability", choices=REWARDS)
-    reward_position: str = _param("think", "where the reward reads the next-token logits", choices=REWARD_POSITIONS)
-    top_k: int = _param(10, "k most probable next tokens in the reward", low=1)
-    reward_threshold: float = _param(-1.0, "stop an example once its best reward reaches this; <= 0 is off")
-    accept_at: str = _param("updated", "state that must raise the reward to be accepted", choices=ACCEPT_AT)
-    use_auto_grad: bool = _param(False, "exact gradient with Adam instead of REINFORCE")
-    disable_conf_reward: bool = _param(False, "reward is the model's own 0-1 score of its latents")
-    disable_best_reward: bool = _param(False, "decode the last state instead of the best one")
-    visual_only: bool = _param(False, "start the think tokens from mean-pooled visual features")
-    # injection of image patches
-    num_selected_patches: int | None = _param(16, "most patches per think token; none: no cap", low=0)
-    max_total_patches: int | None = _param(16, "most patches over all think tokens; none: no cap", low=0)
-    initial_patch_count: int | None = _param(2, "patches per think token at the start; none: every patch", low=0)
-    patch_increment: int = _param(2, "budget growth whenever the best reward improves", low=0)
-    visual_insert_stride: int = _param(1, "inject after every N-th think token", low=1)
-    visual_injection_start_step: int = _param(0, "first iteration that injects", low=0)
-    deep_patches: bool = _param(False, "Qwen3-VL: interleaved patches bring their DeepStack features too")
-    visual_injection_interval: int = _param(1, "look for new patches every N iterations", low=1)
-    # the other methods
-    rationale_tokens: int = _param(512, "multimodal-cot: most tokens of the rationale", low=1)
-    rationale_answer_tokens: int = _param(64, "multimodal-cot: most tokens of the answer after it", low=1)
-    scene_graph_tokens: int = _param(256, "ccot: most tokens of the scene graph", low=1)
-    icot_newlines: int = _param(2, "icot: insert patches at every N-th newline", low=1)
-    icot_patches: int = _param(16, "icot: patches of an insertion", low=1)
-    icot_insertions: int = _param(3, "icot: most insertions in an answer", low=0)
-    ltpo_thought_tokens: int = _param(10, "ltpo: think tokens", low=1, high=256)
-    ltpo_steps: int = _param(10, "ltpo: iterations", low=0)
-    ltpo_lr: float = _param(0.03, "ltpo: learning rate", low=0)
-    ltpo_sigma: float = _param(0.1, "ltpo: noise scale, absolute in embedding units", low=0)
-    ltpo_sigma_decay: float = _param(0.99, "ltpo: factor on its noise scale after each iteration", low=0, high=1)
-    consistency_samples: int | None = _param(
-        None, "self-consistency: sampled answers; none: what dmlr costs, 3 to 40", low=1
-    )
-    consistency_temperature: float = _param(0.7, "self-consistency: temperature of the samples", low=0.01)
-    # records
-    resume: bool = _param(False, "keep the finished examples of an earlier run in output_dir")
-    verify_only: bool = _param(False, "judge the saved answers in output_dir again, without the model")
-    use_llm_verify: bool = _param(False, "ask an LLM where the rules cannot decide (settings: OPENAI_API_KEY, ...)")
-    llm_verify_all: bool = _param(False, "with use_llm_verify: ask it about every answer, to compare it with the rules")
-    save_reward_csv: bool = _param(True, "one CSV per example with reward, sigma and patches per iteration")
-    visual_token_viz: bool = _param(False, "draw the kept patches of every example")
-    visual_token_viz_dir: str = _param("visual_token_viz", "folder of those drawings, under output_dir")
-    verbose: int = _param(1, "0 silent, 1 progress, 2 every record", low=0, high=2)
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
-    def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
+    # what runs
+    model_name_or_path: str = Field(
+        "data/models/shapes-vl", description="hub id or local folder of the vision-language model"
+    )
+    revision: str = Field("", description="commit, branch or tag of a model on the hub; empty: the newest")
+    dataset: str = Field(
+        "data/shapes/mathematics.json", description="path of a dataset JSON (several: separated by commas)"
+    )
+    methods: str = Field("vanilla,dmlr", description="methods to run, separated by commas")
+    output_dir: str = Field("", description="folder of the run; empty: reports/runs/<model>_<dataset>")
+    start_data_idx: int = Field(0, ge=0, description="first example")
+    end_data_idx: int | None = Field(100, ge=0, description="one past the last example; none: to the end")
+    device: str = Field("auto", description="torch device; auto: cuda if present, else cpu")
+    dtype: Dtype = Field("auto", description="weights and activations; auto: bfloat16 on a GPU, float32 on a CPU")
+    device_map: str = Field(
+        "", description="layers over several devices by accelerate: auto, balanced, ...; empty: one device"
+    )
+    load_in_bits: Literal[4, 8] | None = Field(
+        None, description="language model in 4 or 8 bits (pip install bitsandbytes)"
+    )
+    batch_size: int | None = Field(
+        None, ge=1, description="examples that go through the model together; none: by free memory"
+    )
+    cuda_graphs: bool = Field(
+        False, description="replay the loop's kernels on a GPU: faster at small batches, not run on one yet"
+    )
+    num_workers: int = Field(
+        1, ge=1, description="processes with a model each; more than 1: on Ray (pip install -e '.[ray]')"
+    )
+    worker_device_round_robin: bool = Field(False, description="more workers than GPUs: let them share the GPUs evenly")
+    ray_address: str = Field("", description="a running Ray cluster, host:port or auto; empty: this machine alone")
+    seed: int = Field(42, ge=0, description="noise of an example comes from (seed, its idx)")
+    trust_remote_code: bool = Field(False, description="let the checkpoint run its own code")
+    # prompt and answer
+    solver_prompt_idx: int = Field(0, ge=0, le=2, description="0 step by step, 1 detailed steps, 2 answer only")
+    prompts_file: str = Field("", description="YAML file that replaces prompt templates")
+    max_new_tokens: int = Field(2048, ge=1, description="most tokens of an answer")
+    generation: Generation = Field(
+        "checkpoint", description="checkpoint: rules of its generation_config apply; plain: none"
+    )
+    banned_strings: str = Field(
+        "addCriterion", description="strings never generated (a glitch of Qwen2.5-VL), separated by |"
+    )
+    min_pixels: int | None = Field(
+        None, ge=1, description="image size at least, in merged visual tokens; none: the model's own"
+    )
+    max_pixels: int | None = Field(
+        256, ge=1, description="image size at most, in merged visual tokens; none: the model's own"
+    )
+    # optimisation of the think tokens
+    num_thought_tokens: int = Field(4, ge=1, le=256, description="L, think tokens")
+    max_num_steps: int = Field(15, ge=0, description="T, iterations; 0 leaves the think tokens as they are")
+    lr: float = Field(1e-3, ge=0, description="eta, learning rate")
+    sigma: float = Field(0.1, ge=0, description="noise scale, absolute in embedding units")
+    lr_relative: float | None = Field(
+        None, ge=0, description="eta as a multiple of sigma squared, in place of lr; none: lr"
+    )
+    sigma_relative: float | None = Field(
+        None, ge=0, description="sigma as a multiple of the embedding's RMS; none: sigma"
+    )
+    sigma_decay: float = Field(0.95, ge=0, le=1, description="factor on sigma after each iteration")
+    num_samples: int = Field(
+        1, ge=1, description="perturbed samples per iteration: 1, or an even number (antithetic pairs)"
+    )
+    reward: Reward = Field("entropy", description="entropy: equations 6, 7; logprob: negative mean log-probability")
+    reward_position: RewardPosition = Field("think", description="where the reward reads the next-token logits")
+    top_k: int = Field(10, ge=1, description="k most probable next tokens in the reward")
+    reward_threshold: float = Field(-1.0, description="stop an example once its best reward reaches this; <= 0 is off")
+    accept_at: AcceptAt = Field("updated", description="state that must raise the reward to be accepted")
+    use_auto_grad: bool = Field(False, description="exact gradient with Adam instead of REINFORCE")
+    disable_conf_reward: bool = Field(False, description="reward is the model's own 0-1 score of its latents")
+    disable_best_reward: bool = Field(False, description="decode the last state instead of the best one")
+    visual_only: bool = Field(False, description="start the think tokens from mean-pooled visual features")
+    # injection of image patches
+    num_selected_patches: int | None = Field(16, ge=0, description="most patches per think token; none: no cap")
+    max_total_patches: int | None = Field(16, ge=0, description="most patches over all think tokens; none: no cap")
+    initial_patch_count: int | None = Field(
+        2, ge=0, description="patches per think token at the start; none: every patch"
+    )
+    patch_increment: int = Field(2, ge=0, description="budget growth whenever the best reward improves")
+    visual_insert_stride: int = Field(1, ge=1, description="inject after every N-th think token")
+    visual_injection_start_step: int = Field(0, ge=0, description="first iteration that injects")
+    deep_patches: bool = Field(False, description="Qwen3-VL: interleaved patches bring their DeepStack features too")
+    visual_injection_interval: int = Field(1, ge=1, description="look for new patches every N iterations")
+    # the other methods
+    rationale_tokens: int = Field(512, ge=1, description="multimodal-cot: most tokens of the rationale")
+    rationale_answer_tokens: int = Field(64, ge=1, description="multimodal-cot: most tokens of the answer after it")
+    scene_graph_tokens: int = Field(256, ge=1, description="ccot: most tokens of the scene graph")
+    icot_newlines: int = Field(2, ge=1, description="icot: insert patches at every N-th newline")
+    icot_patches: int = Field(16, ge=1, description="icot: patches of an insertion")
+    icot_insertions: int = Field(3, ge=0, description="icot: most insertions in an answer")
+    ltpo_thought_tokens: int = Field(10, ge=1, le=256, description="ltpo: think tokens")
+    ltpo_steps: int = Field(10, ge=0, description="ltpo: iterations")
+    ltpo_lr: float = Field(0.03, ge=0, description="ltpo: learning rate")
+    ltpo_sigma: float = Field(0.1, ge=0, description="ltpo: noise scale, absolute in embedding units")
+    ltpo_sigma_decay: float = Field(
+        0.99, ge=0, le=1, description="ltpo: factor on its noise scale after each iteration"
+    )
+    consistency_samples: int | None = Field(
+        None, ge=1, description="self-consistency: sampled answers; none: what dmlr costs, 3 to 40"
+    )
+    consistency_temperature: float = Field(0.7, ge=0.01, description="self-consistency: temperature of the samples")
+    # records
+    resume: bool = Field(False, description="keep the finished examples of an earlier run in output_dir")
+    verify_only: bool = Field(False, description="judge the saved answers in output_dir again, without the model")
+    use_llm_verify: bool = Field(
+        False, description="ask an LLM where the rules cannot decide (settings: OPENAI_API_KEY, ...)"
+    )
+    llm_verify_all: bool = Field(
+        False, description="with use_llm_verify: ask it about every answer, to compare it with the rules"
+    )
+    save_reward_csv: bool = Field(True, description="one CSV per example with reward, sigma and patches per iteration")
+    visual_token_viz: bool = Field(False, description="draw the kept patches of every example")
+    visual_token_viz_dir: str = Field("visual_token_viz", description="folder of those drawings, under output_dir")
+    verbose: int = Field(1, ge=0, le=2, description="0 silent, 1 progress, 2 every record")
+
+    def __init__(self, **values: Any) -> None:
+        check_names(values)
+        try:
+            super().__init__(**values)
+        except ValidationError as errors:
+            raise _config_error(errors.errors()[0], values) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _from_text(cls, value: Any, info: Any) -> Any:
+        """What a command line or a YAML file writes, as pydantic reads it."""
+        kind, optional, choices = _kind(cls.model_fields[info.field_name])
+        if kind is not str and isinstance(value, str):
+            value = value.strip().lower()
+            if optional and value in ("none", "null", ""):
+                return None
+            if kind is int and not value.lstrip("+-").isdigit():
+                value = float(value)  # "1e3" is an integer; what is none is refused as such
+            elif choices:
+                value = int(value)
+        if kind in (int, float) and isinstance(value, bool):
+            raise ValueError(f"expected {kind.__name__}")
+        return value
+
+    @model_validator(mode="after")
+    def _together(self) -> Config:
+        """What no single parameter can tell."""
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise ConfigError(f"min_pixels = {self.min_pixels} is greater than max_pixels = {self.max_pixels}")
         if self.end_data_idx is not None and self.end_data_idx < self.start_data_idx:
             raise ConfigError(f"end_data_idx = {self.end_data_idx} is before start_data_idx = {self.start_data_idx}")
-        if self.sigma == 0 and self.max_num_steps > 0 and not self.use_auto_grad:
-            raise ConfigError("sigma = 0 gives REINFORCE nothing to learn from; use sigma > 0 or use_auto_grad = true")
+        sigma = "sigma" if self.sigma_relative is None else "sigma_relative"
+        if getattr(self, sigma) == 0 and self.max_num_steps > 0 and not self.use_auto_grad:
+            raise ConfigError(
+                f"{sigma} = 0 gives REINFORCE nothing to learn from; use {sigma} > 0 or use_auto_grad = true"
+            )
         if self.ltpo_sigma == 0 and self.ltpo_steps > 0 and not self.use_auto_grad:
             raise ConfigError("ltpo_sigma = 0 gives LTPO nothing to learn from; use ltpo_sigma > 0")
         if self.num_samples > 1 and (self.num_samples % 2 or self.use_auto_grad):
@@ -139,19 +200,18 @@ class Config:
             raise ConfigError("llm_verify_all = true asks the LLM about every answer; it needs use_llm_verify = true")
         if self.disable_conf_reward and self.use_auto_grad:
             raise ConfigError("disable_conf_reward = true scores in words, which has no gradient; drop use_auto_grad")
+        return self
 
     @classmethod
     def make(cls, preset: str | None = None, **overrides: Any) -> Config:
         """Preset (none: the defaults), then overrides. Unknown names are errors that name the nearest parameter."""
         if preset is not None and preset not in PRESETS:
             raise ConfigError(f"unknown preset {preset!r}{_nearest(preset, PRESETS)}; presets are {', '.join(PRESETS)}")
-        check_names(overrides)
         return cls(**{**(PRESETS[preset] if preset else {}), **overrides})
 
     def replace(self, **overrides: Any) -> Config:
         """A copy with some values changed, checked the same way."""
-        check_names(overrides)
-        return dataclasses.replace(self, **overrides)
+        return Config(**{**dict(self), **overrides})
 
     def absolute(self, rms: float) -> Config:
         """The same with sigma and lr in embedding units; rms: that of the think tokens' start, per dimension."""
@@ -167,13 +227,13 @@ class Config:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values by name, in declaration order, as written into results.json."""
-        return dataclasses.asdict(self)
+        return dict(self)
 
     @classmethod
     def help(cls, name: str) -> str:
         """One line about a parameter: what it means and its range."""
-        f = {f.name: f for f in dataclasses.fields(cls)}[name]
-        return f"{f.metadata['help']}{_range(f)}"
+        field = cls.model_fields[name]
+        return f"{field.description}{_range(field)}"
 
 
 def root() -> Path:
@@ -190,83 +250,52 @@ def locate(path: str) -> Path | str:
     return path if Path(path).exists() or not beside.exists() else beside
 
 
-def check_names(
-    names: typing.Iterable[str], known: typing.Iterable[str] | None = None, what: str = "parameter"
-) -> None:
+def check_names(names: Iterable[str], known: Iterable[str] | None = None, what: str = "parameter") -> None:
     """ConfigError for the first name that is not known (none: no field of Config), with the nearest that is."""
-    known = list(known) if known is not None else [f.name for f in dataclasses.fields(Config)]
+    known = list(Config.model_fields if known is None else known)
     for name in names:
         if name not in known:
             raise ConfigError(f"unknown {what} {name!r}{_nearest(name, known)}")
 
 
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
     spelled = {each.lower(): each for each in known}
     close = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.4)
     return f" (did you mean {spelled[close[0]]!r}?)" if close else ""
 
 
-def _range(f: dataclasses.Field) -> str:
-    low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
+def _kind(field: FieldInfo) -> tuple[type, bool, tuple]:
+    """A parameter's type, whether it may be none, and its choices, if it has any."""
+    union = get_origin(field.annotation) in (Union, types.UnionType)
+    parts = get_args(field.annotation) if union else (field.annotation,)
+    (part,) = (each for each in parts if each is not type(None))
+    choices = get_args(part) if get_origin(part) is Literal else ()
+    return type(choices[0]) if choices else part, len(parts) > 1, choices
+
+
+def _range(field: FieldInfo) -> str:
+    _, _, choices = _kind(field)
     if choices:
         return f" [{', '.join(map(str, choices))}]"
-    if low is None and high is None:
+    low, high = (next((getattr(m, end) for m in field.metadata if hasattr(m, end)), None) for end in ("ge", "le"))
+    if low is None:
         return ""
     return f" [{low} to {high}]" if high is not None else f" [>= {low}]"
 
 
-def _checked(f: dataclasses.Field, value: Any) -> Any:
-    """The value in the field's type, or ConfigError. Strings are parsed: papermill and YAML hand over both."""
-    kind = f.type.removesuffix(" | None")
-    optional = kind != f.type
-    text = value.strip().lower() if isinstance(value, str) else None
-    if value is None or (optional and text in ("none", "null", "")):
-        if not optional:
-            raise ConfigError(f"{f.name} = {value!r}: expected {kind}{_range(f)}")
-        return None
-    try:
-        value = _PARSERS[kind](value, text)
-    except (TypeError, ValueError, KeyError, OverflowError):
-        raise ConfigError(f"{f.name} = {value!r}: expected {f.type}{_range(f)}") from None
-    low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
-    if choices and value not in choices:
-        raise ConfigError(f"{f.name} = {value!r} is not one of{_range(f)}{_nearest(str(value), map(str, choices))}")
-    if (low is not None and not value >= low) or (high is not None and not value <= high):
-        raise ConfigError(f"{f.name} = {value!r} is out of range{_range(f)}")
-    return value
+def _config_error(error: Mapping[str, Any], values: Mapping[str, Any]) -> ConfigError:
+    """pydantic's error in this project's words: the parameter, what it was given, and what it takes."""
+    if not error["loc"]:
+        return error["ctx"]["error"]  # of the parameters together
+    name = error["loc"][0]
+    field, given = Config.model_fields[name], f"{name} = {values[name]!r}"
+    kind, optional, choices = _kind(field)
+    if error["type"] == "literal_error" and values[name] is not None:
+        return ConfigError(f"{given} is not one of{_range(field)}{_nearest(str(values[name]), map(str, choices))}")
+    if error["type"].endswith("_than_equal"):
+        return ConfigError(f"{name} = {float(values[name]):g} is out of range{_range(field)}")
+    return ConfigError(f"{given}: expected {kind.__name__}{' | None' * optional}{_range(field)}")
 
-
-def _as_bool(value: Any, text: str | None) -> bool:
-    if text is not None:
-        return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text]
-    if isinstance(value, bool) or value in (0, 1):
-        return bool(value)
-    raise ValueError(value)
-
-
-def _as_int(value: Any, text: str | None) -> int:
-    if isinstance(value, bool):
-        raise ValueError(value)
-    number = float(text) if text is not None else value
-    if number != int(number):
-        raise ValueError(value)
-    return int(text) if text is not None and text.lstrip("+-").isdigit() else int(number)
-
-
-def _as_float(value: Any, text: str | None) -> float:
-    number = float(text if text is not None else value)
-    if isinstance(value, bool) or not math.isfinite(number):
-        raise ValueError(value)
-    return number
-
-
-def _as_str(value: Any, text: str | None) -> str:
-    if text is None:
-        raise TypeError(value)
-    return value
-
-
-_PARSERS = {"bool": _as_bool, "int": _as_int, "float": _as_float, "str": _as_str}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The paper, App. A.3.
@@ -314,6 +343,27 @@ PRESETS: dict[str, dict[str, Any]] = {
         "patch_increment": 1,
         "num_selected_patches": 2,
         "max_total_patches": 8,
+        "reward": "entropy",
+        "reward_position": "think",
+        "accept_at": "updated",
+        "min_pixels": None,
+        "max_pixels": None,
+        "max_new_tokens": 128,
+    },
+    # A search that moves, for models that listen to their latents. Think tokens start as a text embedding, an order of
+    # magnitude smaller than the visual features beside it, so sigma must be many times the start's RMS before a think
+    # token says anything; the step must scale with sigma squared; and one sample is too noisy an estimate of the
+    # gradient to beat displacements at random that are kept by the same reward. An iteration costs nine evaluations
+    # instead of the paper's two. No patches: what the latents do stands alone.
+    "search": {
+        "num_thought_tokens": 4,
+        "max_num_steps": 15,
+        "num_samples": 8,
+        "sigma_relative": 15.0,
+        "lr_relative": 5.0,
+        "sigma_decay": 0.95,
+        "initial_patch_count": 0,
+        "patch_increment": 0,
         "reward": "entropy",
         "reward_position": "think",
         "accept_at": "updated",

@@ -35,7 +35,9 @@ def as_json(content: Any) -> bytes:
 
 
 def as_plain(value: Any) -> Any:
-    """JSON-able copy: dataclasses, tuples, sets, paths, arrays and numpy scalars converted, NaN and infinities null."""
+    """JSON-able copy: dataclasses, models, tuples, sets, paths and arrays converted, NaN and infinities null."""
+    if hasattr(value, "model_dump"):  # pydantic, which is not imported here
+        value = value.model_dump()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, Mapping):

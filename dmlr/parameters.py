@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import yaml
 from dmlr.config import Config, ConfigError, check_names, root
 
 PATHS = ("model_name_or_path", "dataset", "prompts_file", "image")
-CONFIG_NAMES = tuple(f.name for f in fields(Config))
+CONFIG_NAMES = tuple(Config.model_fields)
 
 
 def read_parameters(path: str | Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Workers on Ray give what one process gives: on one machine, on two, and when they die."""
 
-import dataclasses
 import os
 import signal
 import sys
@@ -178,7 +177,7 @@ def test_paths_reach_workers_in_another_working_folder(tmp_path, monkeypatch):
     config = Config(num_workers=2, ray_address="a:1", model_name_or_path="mine")
     moved = for_workers(config, "cpu")
     assert moved.model_name_or_path == str(tmp_path / "mine")
-    same = dataclasses.asdict(config) | {"model_name_or_path": moved.model_name_or_path, "device": "cpu"}
-    assert dataclasses.asdict(moved) == same | {"num_workers": 1, "ray_address": ""}
+    same = config.as_dict() | {"model_name_or_path": moved.model_name_or_path, "device": "cpu"}
+    assert moved.as_dict() == same | {"num_workers": 1, "ray_address": ""}
     for kept in ("data/models/shapes-vl", "Qwen/some-model"):  # in the project, on the hub
         assert for_workers(config.replace(model_name_or_path=kept), "cpu").model_name_or_path == kept

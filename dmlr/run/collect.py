@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from dmlr.stats.comparison import GROUPS, Run, in_order
 
 # The parameters that make a setting; not among them: what stands in a column of its own, and what changes no record.
 _BESIDE = FREE_PARAMETERS | {"dataset", "model_name_or_path", "device", "seed"}
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Config) if field.name not in _BESIDE}
+_DEFAULTS = {name: field.default for name, field in Config.model_fields.items() if name not in _BESIDE}
 _KEPT = ("data_idx", "ground_truth", "is_correct", "verdict", "stop_reason", "best_reward", "seconds", "abstained")
 
 

@@ -13,7 +13,6 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ class ResultsError(RuntimeError):
 class RunLog:
     """The log of one run (one model, dataset and method) in its own folder; one process at a time.
 
-    `config` is the run's parameters (a mapping, or a dataclass such as Config) and `facts` whatever else decides
+    `config` is the run's parameters (a mapping, or a Config) and `facts` whatever else decides
     its records (method, checksum of the dataset; None: not compared, as for judging again). With `resume` an
     existing log is continued if both are as they were, FREE_PARAMETERS aside, and aside parameters for which a
     fact of the same name stands; without it the files of an earlier run become log.1.jsonl, run.1.json and
@@ -157,7 +156,7 @@ def _read_sidecar(folder: Path) -> dict[str, dict]:
 
 def with_defaults(config: Mapping[str, Any] | None) -> dict[str, Any]:
     """A saved configuration, with the defaults of parameters that there were not yet when it was saved."""
-    return {field.name: field.default for field in fields(Config)} | dict(config or {})
+    return {name: field.default for name, field in Config.model_fields.items()} | dict(config or {})
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Iterable[str] = ()) -> list[str]:
