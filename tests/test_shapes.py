@@ -16,6 +16,7 @@ from dmlr.config import locate
 from dmlr.data.check import check_dataset
 from dmlr.data.examples import load_dataset
 from dmlr.judge import judge
+from dmlr.run.verdicts import verdict_of
 from notebooks.training.packing import ask
 
 FOLDER = Path(locate("data/shapes"))
@@ -63,13 +64,14 @@ def test_suites_are_balanced_clean_and_judgeable(suite):
 
 @pytest.mark.parametrize("suite", ["seek", "seek_validation"])
 def test_a_searching_question_has_one_object_and_an_abstention_that_is_not_right(suite):
-    for row in records(suite):
-        scene = DRAWN[suite][1][row["image_path"]]
-        shape = row["prompt"].removeprefix("Look for the ").removesuffix(". What colour is it?")
+    for example in load_dataset(FOLDER / f"{suite}.json")[0]:
+        meta, name = example.meta, Path(example.image).name
+        scene = DRAWN[suite][1][f"images/{name}"]
+        shape = example.question.removeprefix("Look for the ").removesuffix(". What colour is it?")
         (thing,) = (t for t in scene.things if t.shape == shape)
-        assert row["boxes"] == [thing.box] and row["solution"] == f"\\boxed{{{thing.colour}}}"
-        said = f"<answer>\\boxed{{{row['abstention']}}}</answer>"
-        assert judge(said, row["solution"], question=row["prompt"]).status == "wrong"
+        assert meta["boxes"] == [thing.box] and example.solution == f"\\boxed{{{thing.colour}}}"
+        said = verdict_of(example, meta["response"], "eos_token"), verdict_of(example, "\\boxed{unknown}", "eos_token")
+        assert [(v["is_correct"], v["abstained"]) for v in said] == [(True, False), (False, True)]
 
 
 def test_pairs_have_different_answers():

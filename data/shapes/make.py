@@ -62,7 +62,8 @@ def make_suite(
 def _record(q: Question, image: str) -> dict:
     record = {"prompt": q.prompt, "solution": q.solution, "image_path": image, "suite": q.suite, "category": q.category}
     record["boxes"] = [t.box for t in q.asked]
-    record |= {"abstention": ABSTENTION} if q.suite == "seek" else {}
+    if q.suite == "seek":  # what a right answer begins with after think tokens, and what is no answer
+        record |= {"response": f"<answer>{q.solution}</answer>", "abstention": ABSTENTION}
     return record | ({"choices": list(q.choices)} if q.choices else {})
 
 
