@@ -3,6 +3,7 @@ time."""
 
 import json
 import random
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -14,12 +15,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from data.shapes.questions import seek
 from data.shapes.scenes import SEEK, random_scene, render
 from dmlr.config import Config, locate
+from dmlr.data.examples import load_dataset
 from dmlr.loop.injection import Patches
 from dmlr.methods.latent import append_latents
 from dmlr.model.encode import encode
 from dmlr.model.vlm import VLM
 from dmlr.prompts import Prompts
+from dmlr.run.batches import partners, prepare
 from notebooks.training.landscape import cells, look_at
+from notebooks.training.measure import BASE, ROWS, run
 from notebooks.training.seek import Recipe, Teacher, Words, orthogonal, search, targets, train
 
 START = "data/models/shapes-vl"
@@ -125,3 +129,37 @@ def test_training_ends_with_an_ordinary_checkpoint_and_its_curve(tmp_path, proce
         same = torch.equal(value.bfloat16(), after.state_dict()[name].bfloat16())
         assert same or "visual" not in name
     assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
+
+
+SEEKER, TWIN = "data/models/shapes-seek", "data/models/shapes-seek-overconfident"
+
+
+@pytest.fixture(scope="module")
+def asked():
+    examples = load_dataset("data/shapes/seek_validation.json")[0][:16]
+    return prepare(examples, partners(examples))
+
+
+@pytest.mark.parametrize(
+    ("model", "row", "least", "most"),
+    [
+        (SEEKER, "start", 0, 0),
+        (SEEKER, "DMLR, 8 samples", 14, 16),
+        (SEEKER, "another question's latents", 0, 4),
+        (SEEKER, "patches of the true object", 15, 16),
+        (SEEKER, "patches of random places", 0, 4),
+        (TWIN, "start", 15, 16),
+        (TWIN, "DMLR, 8 samples", 0, 9),
+    ],
+)
+def test_the_committed_models_do_what_their_cards_say(asked, model, row, least, most):
+    """A part of measured.json: right answers among sixteen questions."""
+    method, changes = ROWS[row]
+    config = Config(model_name_or_path=model, **BASE).replace(**changes)
+    records = run(vlm_of(model), asked, method, config, 16)
+    assert least <= sum(record["is_correct"] for record in records) <= most
+
+
+@cache
+def vlm_of(model):
+    return VLM.load(Config(model_name_or_path=model, **BASE))
