@@ -19,35 +19,11 @@ _WORD = re.compile(
 )
 _AND = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b(?!\s*\}))\s*")
 _RELATION = re.compile(r"[=<>^+*/±√≤≥≠≈]|\\(?:le|ge|neq?|in|frac|sqrt)|\d\s*-\s*\w|^[(\[{].*,.*[)\]}]$")
-_SYMBOLS = {
-    "≤": r"\le ",
-    "≥": r"\ge ",
-    "≠": r"\neq ",
-    "≈": r"\approx ",
-    "∈": r"\in ",
-    "∪": r"\cup ",
-    "∩": r"\cap ",
-    "×": r"\times ",
-    "·": r"\cdot ",
-    "⋅": r"\cdot ",
-    "÷": "/",
-    "±": r"\pm ",
-    "∓": r"\mp ",
-    "°": r"^\circ ",
-    "∞": r"\infty ",
-    "π": r"\pi ",
-    "θ": r"\theta ",
-    "α": r"\alpha ",
-    "β": r"\beta ",
-    "∅": r"\emptyset ",
-    "–": "-",
-    "²": "^2",
-    "³": "^3",
-    "₀": "_0",
-    "₁": "_1",
-    "₂": "_2",
-}
-_TRANSLATED = str.maketrans(_SYMBOLS)
+_SYMBOLS = (
+    r"≤ \le, ≥ \ge, ≠ \neq, ≈ \approx, ∈ \in, ∪ \cup, ∩ \cap, × \times, · \cdot, ⋅ \cdot, ± \pm, ∓ \mp, ° ^\circ, "
+    r"∞ \infty, π \pi, θ \theta, α \alpha, β \beta, ∅ \emptyset, ÷ /, – -, ² ^2, ³ ^3, ₀ _0, ₁ _1, ₂ _2"
+)
+_TRANSLATED = str.maketrans({pair[0]: pair[2:] + " " * pair[-1].isalpha() for pair in _SYMBOLS.split(", ")})
 _SPELLINGS = [  # of one operation, in code and in handwriting
     (re.compile(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)|√\s*\(([^()]*)\)|√\s*(\w+)"), r"\\sqrt{\1\2\3}"),
     (re.compile(r"<=(?!>)"), r"\\le "),
