@@ -219,6 +219,19 @@ class Config(BaseModel):
         lr = self.lr if self.lr_relative is None else self.lr_relative * sigma**2
         return self.replace(sigma=sigma, lr=lr, sigma_relative=None, lr_relative=None)
 
+    def scales(self, rms: float) -> dict[str, Any]:
+        """What sigma and lr mean for a model whose think tokens start at this RMS per dimension: `sigma_rms` =
+        sigma / RMS; `lr_sigma2` = lr / sigma^2, the step of one sample of reward 1 in units of sigma; and a `warning`
+        where nothing can move or everything does, else None. Of REINFORCE: the exact gradient has no sigma."""
+        config = self.absolute(rms)
+        found = {"sigma_rms": config.sigma / rms, "lr_sigma2": config.lr / config.sigma**2, "warning": None}
+        step = found["lr_sigma2"]
+        if step < 0.01:
+            found["warning"] = f"a step is {step:.1g} of sigma: the latents hardly move; raise lr, or set lr_relative"
+        elif step > 100:
+            found["warning"] = f"a step is {step:.0f} times sigma: it leaves what was explored; lower lr"
+        return found
+
     @property
     def evaluations(self) -> int:
         """Most states that an iteration of DMLR's loop runs through the model: M explored ones, and the updated one or,

@@ -114,3 +114,17 @@ def test_it_sees_and_think_tokens_with_patches_cost_little(vlm, config):
         assert right[suite, 0, 0] / 60 < 0.97, "nothing left to gain"
     plain, *others = (sum(right[(suite, *setting)] for suite in SUITES) for setting in ((0, 0), (4, 0), (4, 1)))
     assert plain >= 0.8 * 180 and min(others) >= plain - 5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_state_that_does_not_change_is_never_accepted(config, dtype):
+    """Without a step and without patches every iteration scores the start again: by the same numerics, to the last
+    bit, whether or not attention was looked at on the way."""
+    config = config.replace(dtype=dtype, lr=0, initial_patch_count=0, patch_increment=0, max_num_steps=4)
+    vlm, asked = VLM.load(config), questions(8)
+    prefix, _ = prefill_latent(vlm, asked, config, Prompts())
+    noise = torch.stack([question_noise(vlm, q, config) for q in asked])
+    trace = optimize(vlm, prefix, config, noise)
+    assert len(asked) == 24 and not any(step.accepted.any() for step in trace.steps)
+    assert all(torch.equal(step.reward, trace.start_reward) for step in trace.steps)
+    assert not any(torch.equal(step.explored, trace.start_reward) for step in trace.steps), "nothing was explored"

@@ -149,7 +149,7 @@ def test_best_reward_is_that_of_the_state_that_earned_it(vlm, accept_at, positio
 
 
 @pytest.mark.parametrize("position", ["think", "group_end"])
-@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.1), (torch.float16, 0.01)])
 @pytest.mark.parametrize(
     ("device", "hidden"),
     [("cpu", 48), *(pytest.param("cuda", hidden, marks=GPU) for hidden in (48, 256, 512))],  # heads of 12, 64, 128
@@ -205,7 +205,7 @@ def by_hand(accept_at, passes):
     asked, told = [], iter(passes)
 
     def score(latents, patches, with_attention=True, with_gradient=False):
-        asked.append((latents.flatten().mul(1000).round().div(1000).tolist(), patches.tolist()[0]))
+        asked.append(([round(x, 3) for x in latents.flatten().tolist()], patches.tolist()[0]))
         reward, attention = next(told)
         return Scored(torch.tensor([[reward]]), torch.tensor([attention]), None)
 

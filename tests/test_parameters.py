@@ -89,6 +89,23 @@ def test_paths_mean_what_they_mean_to_the_caller(tmp_path, monkeypatch):
     assert moved["model_name_or_path"] == "Qwen/some-model"
 
 
+@pytest.mark.parametrize(
+    ("preset", "given", "warning"),
+    [("paper", {}, None), ("released", {}, "hardly move"), ("search", {}, None), ("paper", {"lr": 2}, "leaves")],
+)
+def test_scales_warn_where_nothing_moves_or_everything(preset, given, warning):
+    config = Config.make(preset, **given)
+    scales = config.scales(rms=0.02)
+    assert (warning in scales["warning"]) if warning else scales["warning"] is None
+    assert scales["sigma_rms"] == pytest.approx(config.absolute(0.02).sigma / 0.02)
+
+
+def test_relative_scales_are_multiples_of_rms_and_sigma_squared():
+    config = Config(sigma_relative=15, lr_relative=5).absolute(0.02)
+    assert (config.sigma, config.lr) == (pytest.approx(0.3), pytest.approx(0.45))
+    assert Config.make("paper").absolute(0.02) == Config.make("paper")
+
+
 # the benchmark notebook, its parameter files and Config agree
 
 
