@@ -19,7 +19,7 @@ from dmlr.judge.llm_judge import JudgeError
 from dmlr.methods import METHODS
 from dmlr.run import batches, evaluate
 from dmlr.run.collect import load_runs
-from dmlr.run.records import ResultsError, read_log, read_results
+from dmlr.run.records import ResultsError, held, read_log, read_results
 from dmlr.stats import comparison
 
 FAST = {"max_num_steps": 2, "max_new_tokens": 4, "batch_size": 4, "verbose": 0, "end_data_idx": None}
@@ -90,7 +90,7 @@ def test_questions_with_several_images_and_with_none(vlm, dataset, tmp_path):
 
 def test_the_progress_bar_tells_speeds_and_memory(vlm, dataset, tmp_path, capsys):
     run(vlm, dataset, tmp_path / "out", verbose=1, methods="dmlr")
-    assert re.search(r"6/6 .* right, [\d.e+]+ it/s, [\d.e+]+ tok/s, [\d.]+ GiB", capsys.readouterr().err)
+    assert re.search(r"6/6 .* correct, [\d.e+]+ it/s, [\d.e+]+ tok/s, [\d.]+ GiB", capsys.readouterr().err)
 
 
 def test_batch_size_and_range_change_no_record(vlm, dataset, tmp_path):
@@ -307,6 +307,30 @@ def test_an_llm_judge_that_fails_counts_neither_way_and_verify_only_mends_it(vlm
     assert all_asked["llm_judge"]["cached"] == len(undecided)
     assert sum(sum(row.values()) for row in all_asked["llm_judge"]["agreement"].values()) == 6
     assert not any(key in path.read_text() for path in tmp_path.rglob("*.json*"))
+
+
+def test_a_second_process_with_another_seed_is_kept_out_of_the_whole_folder(vlm, dataset, tmp_path):
+    run(vlm, dataset, tmp_path / "out", methods="vanilla")
+    with held(tmp_path / "out"), pytest.raises(ResultsError, match="another process is writing this run"):
+        run(vlm, dataset, tmp_path / "out", seed=7)
+    assert not list((tmp_path / "out").rglob("log.1.jsonl"))
+
+
+def test_a_range_past_the_end_names_the_range_and_the_number_of_rows(vlm, dataset, tmp_path):
+    with pytest.raises(ConfigError, match=r"no row is in the range .* = 6:9; it has 6 rows, 0 to 5"):
+        run(vlm, dataset, tmp_path / "out", start_data_idx=6, end_data_idx=9)
+    assert run(vlm, dataset, tmp_path / "out", methods="vanilla", start_data_idx=5)["vanilla"]["total"] == 1
+
+
+def test_a_resumed_run_takes_the_batches_of_the_run_before(vlm, dataset, tmp_path, monkeypatch):
+    given = {"batch_size": None, "methods": "vanilla"}
+    monkeypatch.setattr(vlm, "fitting_batch", lambda work: 2)
+    run(vlm, dataset, tmp_path / "out", **given, end_data_idx=1)
+    monkeypatch.setattr(vlm, "fitting_batch", lambda work: 5)
+    sizes, prefill = [], vlm.prefill
+    monkeypatch.setattr(vlm, "prefill", lambda batch: sizes.append(len(batch)) or prefill(batch))
+    run(vlm, dataset, tmp_path / "out", **given, resume=True)
+    assert sizes == [2, 2, 2], "row 0 again: it goes through the model with row 1"
 
 
 def test_two_jobs_never_share_a_folder(vlm, dataset, tmp_path):

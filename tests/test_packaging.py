@@ -29,6 +29,7 @@ IMPORT_NAMES = {
     "sympy": "math-verify",
     "threadpoolctl": "scikit-learn",
     "traitlets": "ipykernel",
+    "urllib3": "requests",
     "yaml": "pyyaml",
 }
 

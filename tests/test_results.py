@@ -24,6 +24,7 @@ from dmlr.run.records import (
     ResultsError,
     RunLog,
     find_runs,
+    held,
     read_log,
     read_results,
     write_results,
@@ -145,14 +146,23 @@ def test_a_fact_stands_for_the_parameter_of_its_name(tmp_path):
 
 
 def test_a_second_writer_says_so_and_stops(tmp_path):
-    with RunLog(tmp_path) as log:
-        log.append(record(0))
-        code = f"from dmlr.run.records import RunLog; RunLog({str(tmp_path)!r}, resume=True)"
+    with held(tmp_path):
+        code = f"from dmlr.run.records import held\nwith held({str(tmp_path)!r}): pass"
         second = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         assert second.returncode != 0 and "another process is writing" in second.stderr
-        with pytest.raises(ResultsError, match="another process"):
-            RunLog(tmp_path)
-    RunLog(tmp_path, resume=True).close()
+        with pytest.raises(ResultsError, match="another process"), held(tmp_path):
+            pass
+    with held(tmp_path):
+        pass
+
+
+def test_a_log_goes_on_with_its_own_batch_size_unless_another_is_named(tmp_path):
+    with RunLog(tmp_path, Config(), batch_size=7) as log:
+        log.append(record(0))
+    for given, size in ((None, 7), (3, 3)):
+        with RunLog(tmp_path, Config(batch_size=given), resume=True, batch_size=99) as log:
+            assert log.batch_size == size
+    assert json.loads((tmp_path / "run.json").read_text())["batch_size"] == 3
 
 
 WRITER = """
@@ -215,12 +225,14 @@ with RunLog({str(tmp_path)!r}) as log:
 
 def test_a_folder_that_cannot_be_used_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ResultsError, match="cannot be used as output folder"):
+    with pytest.raises(ResultsError, match="cannot be used as output folder"), held(tmp_path / "file" / "run"):
+        pass
+    with pytest.raises(ResultsError, match="cannot be written"):
         RunLog(tmp_path / "file" / "run")
     if os.geteuid() != 0:  # root may write anywhere
         (tmp_path / "locked").mkdir(mode=0o500)
-        with pytest.raises(ResultsError, match="Permission denied"):
-            RunLog(tmp_path / "locked")
+        with pytest.raises(ResultsError, match="Permission denied"), held(tmp_path / "locked"):
+            pass
 
 
 def test_everything_becomes_plain_json(tmp_path):

@@ -7,12 +7,24 @@ from pathlib import Path
 
 import pytest
 from saved_run import assert_same, free_port, outcome, save_dataset, save_model, settings
+from tiny import noise_image
 
 from dmlr.config import Config, ConfigError
+from dmlr.data.examples import Example
+from dmlr.data.images import ImageFile, open_image
 from dmlr.model.families import ModelError
 from dmlr.run import evaluate, workers
+from dmlr.run.batches import ModelFacts, prepare
 from dmlr.run.records import read_results
-from dmlr.run.workers import WorkerError, Workers, for_workers, placement, threads_per_worker
+from dmlr.run.workers import (
+    WorkerError,
+    Workers,
+    for_workers,
+    placement,
+    shared_facts,
+    threads_per_worker,
+    with_image_files,
+)
 
 ROWS = 14
 
@@ -65,12 +77,11 @@ def test_two_machines_answer_as_one_process(model, dataset, alone, cluster, tmp_
 
 def test_workers_are_spread_over_the_machines_and_a_missing_model_is_one_message(model, dataset, cluster, tmp_path):
     given = settings(model, dataset, tmp_path, num_workers=2, ray_address=cluster)
-    with Workers(Config(**given)) as crew:
+    with Workers(Config(**given)) as executor:
         import ray
 
-        while len(crew._idle) < 2:
-            crew._next_result()
-        nodes = [worker.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()) for worker in crew._idle]
+        where = lambda _: ray.get_runtime_context().get_node_id()  # noqa: E731
+        nodes = [worker.__ray_call__.remote(where) for worker in executor.workers]
         assert len(set(ray.get(nodes))) == 2
     with pytest.raises(ModelError, match="nowhere"):
         evaluate.run(Config(**given | {"model_name_or_path": "./nowhere"}))
@@ -78,13 +89,13 @@ def test_workers_are_spread_over_the_machines_and_a_missing_model_is_one_message
 
 def test_a_batch_is_done_again_once_when_its_worker_dies(model, dataset, alone, lives, cluster, tmp_path, monkeypatch):
     class MortalWorker(workers.ModelWorker):  # here, since Ray sends what is local to a function along
-        def answer(self, method, questions):
-            for question in questions:
-                _, _, lives = question.text.partition("DIE ")
+        def answer(self, method, examples, partners):
+            for example in examples:
+                _, _, lives = example.question.partition("DIE ")
                 if lives and (left := Path(lives).read_text().splitlines()):
                     Path(lives).write_text("\n".join(left[1:]))
                     os.kill(os.getpid(), signal.SIGKILL)
-            return super().answer(method, questions)
+            return super().answer(method, examples, partners)
 
     monkeypatch.setattr(workers, "ModelWorker", MortalWorker)
     (lives / "one").write_text("x")
@@ -169,6 +180,23 @@ def test_threads_are_shared_by_the_workers_of_a_machine():
     assert threads_per_worker(threads=8, nodes=1, workers=2) == 4
     assert threads_per_worker(threads=8, nodes=4, workers=6) == 4
     assert threads_per_worker(threads=2, nodes=1, workers=4) == 1
+
+
+def test_a_batch_fits_the_worker_with_the_least_memory():
+    facts = [ModelFacts("torch.float32", "cpu", batch, {}) for batch in (8, 3, 5)]
+    assert shared_facts(facts) == ModelFacts("torch.float32", "cpu", 3, {})
+    with pytest.raises(WorkerError, match=r"torch.float32 on cpu, another in torch.float32 on cuda: set dtype"):
+        shared_facts([*facts, dataclasses.replace(facts[0], device="cuda")])
+
+
+def test_images_travel_as_files_and_what_is_gone_is_the_workers_error(tmp_path):
+    noise_image(0).save(tmp_path / "a.png")
+    example = Example(0, 0, "?", "3", (str(tmp_path / "a.png"), str(tmp_path / "gone.png")))
+    sent = with_image_files(example)
+    assert sent.images == (ImageFile(str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes()), example.images[1])
+    assert open_image(sent.images[0]) == open_image(example.images[0])
+    batch = prepare([sent])
+    assert "gone.png: No such file" in batch.settled[0].error
 
 
 def test_paths_reach_workers_in_another_working_folder(tmp_path, monkeypatch):

@@ -6,7 +6,9 @@ import base64
 import binascii
 import io
 import re
+import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -15,11 +17,20 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_ASPECT_RATIO = 200  # beyond it the Qwen2-VL family refuses an image (qwen-vl-utils, smart_resize)
 MAX_IMAGE_PIXELS = 178_956_970  # twice Pillow's warning level: above it lies a decompression bomb
-_MAX_DOWNLOAD = 64 * 2**20
+_MAX_DOWNLOAD = 64 * 2**20  # bytes
+_DOWNLOAD_SECONDS = 60  # from the first byte to the last, however steadily they drip
 
 
 class ImageError(ValueError):
     """An image that cannot be read or that no supported vision tower accepts; the message names it."""
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image's file, read but not decoded, and the name that messages give it."""
+
+    name: str
+    content: bytes
 
 
 def local_path(source: str) -> str:
@@ -32,18 +43,30 @@ def shorten(text: str, limit: int = 120) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def open_image(source: str | Path | Image.Image) -> Image.Image:
-    """An RGB image from a path, file:// or http(s) URL, `data:image/...;base64,` string or PIL image.
+def without_password(source: str) -> str:
+    """A URL without the user and password in it; any other text as it is. For records and messages."""
+    return re.sub(r"(?i)(https?://)[^/?#\s]*@", r"\1", source)
+
+
+def open_image(source: str | Path | ImageFile | Image.Image) -> Image.Image:
+    """An RGB image from a path, file:// or http(s) URL, `data:image/...;base64,` string, image file or PIL image.
 
     Transparency is laid on white, 16-bit greyscale is scaled to 8 bit, EXIF orientation is applied. Raises
-    ImageError when the source cannot be read, is no image, is truncated, has more than MAX_IMAGE_PIXELS
-    pixels, or has sides that differ by more than MAX_ASPECT_RATIO times.
+    ImageError when the source cannot be read, is no image, is truncated or damaged as far as the format can tell, has
+    more than MAX_IMAGE_PIXELS pixels or pixels that are no number, or has sides that differ by more than
+    MAX_ASPECT_RATIO times.
     """
-    name = shorten(str(source)) if not isinstance(source, Image.Image) else "image"
+    name = _name(source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the pixel limit below decides
-            image = source if isinstance(source, Image.Image) else Image.open(_open_bytes(str(source), name))
+            image = source
+            if not isinstance(source, Image.Image):
+                content = source.content if isinstance(source, ImageFile) else _read(str(source), name)
+                image = Image.open(io.BytesIO(content))
+                if image.format == "PNG":  # whose checksums loading does not look at
+                    image.verify()
+                    image = Image.open(io.BytesIO(content))
             _check_size(image, name)
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
@@ -57,6 +80,17 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
         raise ImageError(f"{name}: cannot be read as an image ({error})") from None
 
 
+def read_image_file(source: str | Path) -> ImageFile:
+    """The file behind a path, URL or data string, not decoded. ImageError when it cannot be read."""
+    return ImageFile(_name(source), _read(str(source), _name(source)))
+
+
+def _name(source: str | Path | ImageFile | Image.Image) -> str:
+    if isinstance(source, Image.Image):
+        return "image"
+    return source.name if isinstance(source, ImageFile) else shorten(without_password(str(source)))
+
+
 def _check_size(image: Image.Image, name: str) -> None:
     width, height = image.size
     if width * height > MAX_IMAGE_PIXELS:
@@ -65,42 +99,48 @@ def _check_size(image: Image.Image, name: str) -> None:
         raise ImageError(f"{name}: {width} x {height}: sides differ by more than {MAX_ASPECT_RATIO} times; crop or pad")
 
 
-def _open_bytes(source: str, name: str) -> io.BytesIO:
+def _read(source: str, name: str) -> bytes:
     if source.lower().startswith("data:"):
         try:
-            return io.BytesIO(base64.b64decode(re.sub(r"\s", "", source.partition(",")[2]), validate=True))
+            return base64.b64decode(re.sub(r"\s", "", source.partition(",")[2]), validate=True)
         except binascii.Error as error:
             raise ImageError(f"{name}: not valid base64 ({error})") from None
     if re.match(r"(?i)https?://", source):
-        return io.BytesIO(_download(source, name))
+        return _download(source, name)
     try:
         content = Path(local_path(source)).read_bytes()
     except (OSError, ValueError) as error:
         raise ImageError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
     if not content:
         raise ImageError(f"{name}: the file is empty (0 bytes)")
-    return io.BytesIO(content)
+    return content
 
 
 def _download(url: str, name: str) -> bytes:
     import requests
+    import urllib3
 
+    content, end = io.BytesIO(), time.monotonic() + _DOWNLOAD_SECONDS
     try:
         with requests.get(url, timeout=30, stream=True) as response:
             response.raise_for_status()
-            content = b""
-            for chunk in response.iter_content(1 << 16):
-                content += chunk
-                if len(content) > _MAX_DOWNLOAD:
+            while chunk := response.raw.read1(1 << 16, decode_content=True):  # what has come, without waiting for more
+                content.write(chunk)
+                if content.tell() > _MAX_DOWNLOAD:
                     raise ImageError(f"{name}: larger than {_MAX_DOWNLOAD >> 20} MiB")
-            return content
-    except requests.RequestException as error:
-        raise ImageError(f"{name}: cannot be fetched ({type(error).__name__}: {error})") from None
+                if time.monotonic() > end:
+                    raise ImageError(f"{name}: not fetched within {_DOWNLOAD_SECONDS} seconds")
+    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+        reason = without_password(f"{type(error).__name__}: {error}")
+        raise ImageError(f"{name}: cannot be fetched ({reason})") from None
+    return content.getvalue()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("pixels that are no number, NaN or infinite")
         top = 255 if values.max(initial=0) <= 255 and not image.mode.startswith("I;16") else 65535
         if image.mode == "F" and values.max(initial=0) <= 1:
             top = 1

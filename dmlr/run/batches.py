@@ -47,10 +47,6 @@ class Batch:
         by_row = self.settled | dict(zip(asked, answers, strict=True))
         return [(example, by_row[example.row]) for example in self.examples]
 
-    def lost(self, error: Exception) -> list[tuple[Example, Answer]]:
-        """Every example whose question was asked as an error."""
-        return self.answered([failed(error)] * len(self.questions))
-
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -68,18 +64,21 @@ class ModelFacts:
 
 
 class InProcess:
-    """The model of this process, as the one that answers. Use as a context manager, like `workers.Workers`."""
+    """The model of this process as an executor. Use as a context manager, like `workers.Workers`."""
 
     def __init__(self, vlm: VLM, config: Config) -> None:
         self.vlm, self.config, self.facts = vlm, config, ModelFacts.of(vlm, config)
 
-    def answers(self, method: str, batches: Iterable[Batch]) -> Iterator[list[tuple[Example, Answer]]]:
-        """Each batch's examples with their answers, in order."""
-        for batch in ahead(map(self._processed, batches)):
+    def answers(
+        self, method: str, batches: Iterable[list[Example]], partners: Mapping[int, Example]
+    ) -> Iterator[list[tuple[Example, Answer]]]:
+        """Each batch's examples with their answers, in order; `partners` are those of their rows."""
+        for batch in ahead(self._processed(examples, partners) for examples in batches):
             yield batch.answered(answer_batch(self.vlm, method, batch.questions, self.config))
 
-    def _processed(self, batch: Batch) -> Batch:
+    def _processed(self, examples: list[Example], partners: Mapping[int, Example]) -> Batch:
         """With the images' pixels as the model reads them; what is wrong with one, its method will find too."""
+        batch = prepare(examples, partners)
         for question in batch.questions:
             with suppress(Exception):
                 encode_task(self.vlm, question, self.config, prompts_of(self.config))

@@ -23,12 +23,13 @@ from tqdm import tqdm
 
 from dmlr.config import Config, ConfigError, check_names, locate
 from dmlr.data.examples import Example, ImageError, Problem, load_dataset, open_image
+from dmlr.data.images import without_password
 from dmlr.machine import environment  # noqa: F401 (notebooks take it from here)
 from dmlr.methods import METHODS, Answer
 from dmlr.methods.prompting import prompts_of
 from dmlr.model.vlm import VLM
-from dmlr.run.batches import InProcess, cut, partners, prepare
-from dmlr.run.records import ResultsError, RunLog, read_results, read_run, write_results, write_reward_csv
+from dmlr.run.batches import InProcess, cut, partners
+from dmlr.run.records import ResultsError, RunLog, held, read_results, read_run, write_results, write_reward_csv
 from dmlr.run.verdicts import ask_llm, judged_again, llm_settings, verdict_of
 from dmlr.stats.metrics import efficiency
 
@@ -71,17 +72,18 @@ def run(config: Config, vlm: VLM | None = None) -> dict[tuple[str, str], dict[st
     llm = llm_settings(config)
     total = sum(len(job.examples) for job in jobs)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(held(output_folder(config)))
         if config.verify_only:
             work = partial(verify, config=config, llm=llm)
         else:
-            work = partial(run_job, config=config, crew=stack.enter_context(who_answers(config, vlm)), llm=llm)
-        bar = stack.enter_context(tqdm(total=total, unit="ex", disable=config.verbose == 0, smoothing=0.1))
-        results = {(name(job.dataset), job.method): work(job, bar=bar) for job in jobs}
-    complain(results, output_folder(config))
+            work = partial(run_job, config=config, executor=stack.enter_context(executor_of(config, vlm)), llm=llm)
+        progress = stack.enter_context(tqdm(total=total, unit="ex", disable=config.verbose == 0, smoothing=0.1))
+        results = {(name(job.dataset), job.method): work(job, progress=progress) for job in jobs}
+    report_failures(results, output_folder(config))
     return results
 
 
-def who_answers(config: Config, vlm: VLM | None) -> InProcess | Workers:
+def executor_of(config: Config, vlm: VLM | None) -> InProcess | Workers:
     """The model of this process, or workers on Ray where the config asks for several or names a cluster."""
     if config.num_workers == 1 and not config.ray_address:
         return InProcess(vlm or VLM.load(config), config)
@@ -92,7 +94,7 @@ def who_answers(config: Config, vlm: VLM | None) -> InProcess | Workers:
     return Workers(config)
 
 
-def complain(results: dict[tuple[str, str], dict[str, Any]], folder: Path) -> None:
+def report_failures(results: dict[tuple[str, str], dict[str, Any]], folder: Path) -> None:
     """Says on stderr which jobs have no answer at all, only errors; raises NoAnswers when none of the run has any."""
     failures = []
     for (dataset, method), result in results.items():
@@ -106,8 +108,8 @@ def complain(results: dict[tuple[str, str], dict[str, Any]], folder: Path) -> No
 
 
 def plan(config: Config) -> list[Job]:
-    """The run's jobs in order. ConfigError for an unknown method, an unusable prompts_file and two jobs of one name,
-    DatasetError for an unusable dataset."""
+    """The run's jobs in order. ConfigError for an unknown method, an unusable prompts_file, two jobs of one name and a
+    range in which a dataset has no row, DatasetError for an unusable dataset."""
     methods = [m.strip() for m in config.methods.split(",") if m.strip()]
     check_names(methods, METHODS, what="method")
     prompts_of(config)
@@ -118,9 +120,16 @@ def plan(config: Config) -> list[Job]:
     for dataset in datasets:
         examples, problems = load_dataset(dataset)
         inside = [e for e in examples if _in_range(e.row, config)]
-        lost = [p for p in problems if p.fatal and (p.row is None or _in_range(p.row, config))]
+        unusable = [p for p in problems if p.fatal and (p.row is None or _in_range(p.row, config))]
+        if not inside and not unusable:
+            rows = len({e.row for e in examples} | {p.row for p in problems if p.fatal})
+            end = "" if config.end_data_idx is None else config.end_data_idx
+            raise ConfigError(
+                f"{dataset}: no row is in the range start_data_idx:end_data_idx = {config.start_data_idx}:{end}; "
+                f"it has {rows} rows, 0 to {rows - 1}"
+            )
         for method in methods:
-            jobs.append(Job(dataset, method, output_folder(config) / name(dataset) / method, inside, lost))
+            jobs.append(Job(dataset, method, output_folder(config) / name(dataset) / method, inside, unusable))
     folders = [job.folder for job in jobs]
     if doubled := next((folder for folder in folders if folders.count(folder) > 1), None):
         raise ConfigError(
@@ -149,58 +158,61 @@ def name(path: str) -> str:
 
 
 def run_job(
-    job: Job, config: Config, crew: InProcess | Workers, bar: tqdm, llm: JudgeSettings | None = None
+    job: Job, config: Config, executor: InProcess | Workers, progress: tqdm, llm: JudgeSettings | None = None
 ) -> dict[str, Any]:
     """Gets answers to what is not finished yet, judges them, and derives results.json; also when interrupted."""
-    bar.set_description(f"{name(job.dataset)} {job.method}")
-    facts = {"method": job.method, "dtype": crew.facts.dtype, "device": crew.facts.device, **checksums(job, config)}
-    fair = math.ceil(len(job.examples) / config.num_workers)  # of few examples, each worker still gets some
-    size = config.batch_size or max(1, min(crew.facts.fitting_batch, fair))
-    right = judged = 0
+    progress.set_description(f"{name(job.dataset)} {job.method}")
+    facts = {"method": job.method, "dtype": executor.facts.dtype, "device": executor.facts.device}
+    size = max(1, executor.facts.fitting_batch)
+    if config.num_workers > 1:  # of few examples, each worker still gets some
+        size = min(size, math.ceil(len(job.examples) / config.num_workers) or 1)
+    correct = judged = 0
     recent = deque(maxlen=64)
-    with RunLog(job.folder, config, resume=config.resume, facts=facts) as log:
+    with RunLog(job.folder, config, resume=config.resume, facts=facts | checksums(job, config), batch_size=size) as log:
         if log.aside and config.verbose:
-            bar.write(f"{name(job.dataset)} {job.method}: what an earlier run left is kept as {log.aside.name}")
+            progress.write(f"{name(job.dataset)} {job.method}: what an earlier run left is kept as {log.aside.name}")
         finished, begun = log.finished(), {record["row"] for record in log.records()}
-        save = partial(save_results, job, log, config, crew.facts.environment)
-        asked = None
+        save = partial(save_results, job, log, config, executor.facts.environment)
+        llm_cost = None
         with contextlib.suppress(ResultsError):  # there are none, unless this run goes on with another
-            asked = read_results(job.folder).get("llm_judge")
-        bar.update(sum(example.row in finished for example in job.examples))
+            llm_cost = read_results(job.folder).get("llm_judge")
+        progress.update(sum(example.row in finished for example in job.examples))
         try:
             for problem in job.problems:
                 record = error_record(problem.row, problem.idx, f"{problem.kind}: {problem.message}")
                 if record["row"] not in begun:
                     log.append(record)
-            batches = map(partial(prepare, partners=partners(job.examples)), cut(job.examples, size, finished, begun))
-            for example, answer in chain.from_iterable(crew.answers(job.method, batches)):
+            batches = cut(job.examples, log.batch_size, finished, begun)
+            answers = executor.answers(job.method, batches, partners(job.examples))
+            for example, answer in chain.from_iterable(answers):
                 if example.row in finished:
                     continue
                 record = record_of(example, answer)
                 save_extras(job, example, answer, config)  # first: a row in the log is not done again
                 log.append(record)
-                right, judged = right + bool(record["is_correct"]), judged + (record["is_correct"] is not None)
+                correct, judged = correct + bool(record["is_correct"]), judged + (record["is_correct"] is not None)
                 recent.append(record)
-                bar.set_postfix_str(f"{right}/{judged} right{pace(recent, crew.peak_memory)}", refresh=False)
-                bar.update()
-                if config.verbose == 2:
-                    bar.write(f"{example.idx}: {answer.text!r} ({example.solution})")
-            asked = ask_llm(log, job.examples, llm, every=config.llm_verify_all)
+                rates = pace(recent, executor.peak_memory)
+                progress.set_postfix_str(f"{correct}/{judged} correct{rates}", refresh=False)
+                progress.update()
+                if config.verbose == 2:  # repr: an answer may hold what a terminal would obey
+                    progress.write(f"{example.idx!r}: {answer.text!r} ({example.solution!r})")
+            llm_cost = ask_llm(log, job.examples, llm, every=config.llm_verify_all)
         except BaseException:
             with contextlib.suppress(ResultsError):  # what went wrong first is what must be heard
-                save(crew.peak_memory, llm_judge=asked)
+                save(executor.peak_memory, llm_judge=llm_cost)
             raise
-        return save(crew.peak_memory, llm_judge=asked)
+        return save(executor.peak_memory, llm_judge=llm_cost)
 
 
-def verify(job: Job, config: Config, bar: tqdm, llm: JudgeSettings | None = None) -> dict[str, Any]:
+def verify(job: Job, config: Config, progress: tqdm, llm: JudgeSettings | None = None) -> dict[str, Any]:
     """Judges the saved answers again, without the model, under the configuration that made them.
 
     The dataset's ground truths are taken as they are now; its questions must be those that were answered, else
     ResultsError. Whether an LLM is asked is this configuration's choice; what it said before comes from its cache, and
     only what failed, or is new, costs a request.
     """
-    bar.set_description(f"{name(job.dataset)} {job.method}: judging again")
+    progress.set_description(f"{name(job.dataset)} {job.method}: judging again")
     saved, before = read_run(job.folder)["config"], read_results(job.folder)
     examples = {e.row: e for e in job.examples}
     with RunLog(job.folder, saved, resume=True) as log:
@@ -214,18 +226,18 @@ def verify(job: Job, config: Config, bar: tqdm, llm: JudgeSettings | None = None
                 )
         for old, example in pairs:
             log.append(judged_again(old, example))
-            bar.update()
-        asked = ask_llm(log, job.examples, llm, every=config.llm_verify_all)
+            progress.update()
+        llm_cost = ask_llm(log, job.examples, llm, every=config.llm_verify_all)
         memory = before.get("efficiency", {}).get("peak_memory_bytes")
-        return save_results(job, log, Config.make(None, **saved), before["environment"], memory, llm_judge=asked)
+        return save_results(job, log, Config.make(None, **saved), before["environment"], memory, llm_judge=llm_cost)
 
 
 def pace(records: Iterable[dict[str, Any]], memory: int | None) -> str:
-    """What a progress bar says of recent records beside their number per second."""
-    told = efficiency(list(records))
-    speeds = [(told["iterations_per_second"], "it/s"), (told["tokens_per_second"], "tok/s")]
-    said = "".join(f", {value:.3g} {unit}" for value, unit in speeds if value)
-    return f"{said}, {memory / 2**30:.1f} GiB" if memory else said
+    """What a progress bar shows of recent records beside their number per second."""
+    rates = efficiency(list(records))
+    speeds = [(rates["iterations_per_second"], "it/s"), (rates["tokens_per_second"], "tok/s")]
+    text = "".join(f", {value:.3g} {unit}" for value, unit in speeds if value)
+    return f"{text}, {memory / 2**30:.1f} GiB" if memory else text
 
 
 def record_of(example: Example, answer: Answer) -> dict[str, Any]:
@@ -271,7 +283,7 @@ def error_record(row: int | None, idx: int | str | None, message: str) -> dict[s
 
 def shown_path(images: tuple[str, ...]) -> str | list[str] | None:
     """As in the dataset file: one path, or several; images that lie in the file itself are not copied."""
-    paths = [path for path in images if not path.startswith("data:")]
+    paths = [without_password(path) for path in images if not path.startswith("data:")]
     return (paths[0] if len(paths) == 1 else paths) if paths else None
 
 
@@ -297,9 +309,9 @@ def save_extras(job: Job, example: Example, answer: Answer, config: Config) -> N
 
 
 def save_results(
-    job: Job, log: RunLog, config: Config, made_on: dict[str, str], peak_memory: int | None, **more: Any
+    job: Job, log: RunLog, config: Config, machine: dict[str, str], peak_memory: int | None, **more: Any
 ) -> dict[str, Any]:
-    """results.json from the log; `made_on` (the environment) and `peak_memory` (bytes) are those of the answers."""
+    """results.json from the log; `machine` (its environment) and `peak_memory` (bytes) are those of the answers."""
     return write_results(
         job.folder,
         log.records(),
@@ -307,7 +319,7 @@ def save_results(
         dataset=job.dataset,
         config=config.as_dict(),
         method=job.method,
-        environment=made_on,
+        environment=machine,
         efficiency=efficiency(log.records()) | {"peak_memory_bytes": peak_memory},
         **more,
     )

@@ -12,7 +12,7 @@ import csv
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,29 @@ class ResultsError(RuntimeError):
     """A run folder that cannot be used or written; the message says why and what was kept."""
 
 
+@contextlib.contextmanager
+def held(folder: str | Path) -> Iterator[None]:
+    """Keeps other processes out of a run's folder, with all its datasets and methods, for the whole run.
+
+    Raises ResultsError at once when another process holds it or when it cannot be written.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / LOCK, timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise ResultsError(f"{path}: another process is writing this run; wait for it or stop it") from None
+    except OSError as error:
+        raise ResultsError(f"{path}: cannot be used as output folder: {_why(error)}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class RunLog:
-    """The log of one run (one model, dataset and method) in its own folder; one process at a time.
+    """The log of one model, dataset and method in its own folder; whoever writes has the run's folder `held`.
 
     `config` is the run's parameters (a mapping, or a Config) and `facts` whatever else decides
     its records (method, checksum of the dataset; None: not compared, as for judging again). With `resume` an
@@ -47,8 +68,11 @@ class RunLog:
     fact of the same name stands; without it the files of an earlier run become log.1.jsonl, run.1.json and
     results.1.json (2, 3, ...; `aside` is that log), and a new log begins. Use as a context manager, or call `close`.
 
-    Raises ResultsError when another process holds the folder, the configuration differs (naming the parameters), the
-    log is damaged before its last line, or the folder cannot be written.
+    `batch_size`, in examples, is that of a log which is continued, unless the configuration names one: company
+    decides the last bits of an answer's reward.
+
+    Raises ResultsError when the configuration differs (naming the parameters), the log is damaged before its last
+    line, or the folder cannot be written.
     """
 
     def __init__(
@@ -58,26 +82,17 @@ class RunLog:
         *,
         resume: bool = False,
         facts: Mapping[str, Any] | None = None,
+        batch_size: int | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.config, self.facts = as_plain(config or {}), None if facts is None else as_plain(dict(facts))
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.folder / LOCK, timeout=0)
-            self._lock.acquire()
-        except Timeout:
-            raise ResultsError(f"{self.folder}: another process is writing this run; wait for it or stop it") from None
-        except OSError as error:
-            raise ResultsError(f"{self.folder}: cannot be used as output folder: {_why(error)}") from None
+        self.batch_size = self.config.get("batch_size") or batch_size
         self._file, self.aside = None, None
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._records = self._open(resume)
         except OSError as error:
-            self.close()
             raise ResultsError(f"{self.folder}: cannot be written: {_why(error)}") from None
-        except BaseException:
-            self.close()
-            raise
 
     def _open(self, resume: bool) -> dict[int, dict]:
         path, records = self.folder / LOG, {}
@@ -88,6 +103,7 @@ class RunLog:
                 saved = _read_sidecar(self.folder)
                 _check_same(self.folder, saved, self.config, self.facts)
                 self.facts = saved.get("facts", {}) if self.facts is None else self.facts
+                self.batch_size = self.config.get("batch_size") or saved.get("batch_size") or self.batch_size
                 records, size = _parse(path)
                 os.truncate(path, size)  # a torn last line: its example runs again
             else:
@@ -96,7 +112,8 @@ class RunLog:
                 self.aside = path.rename(self.folder / f"log.{number}.jsonl")
                 for old in filter(Path.exists, (self.folder / SIDECAR, self.folder / RESULTS)):
                     old.rename(old.with_suffix(f".{number}.json"))
-        write_json(self.folder / SIDECAR, {"config": self.config, "facts": self.facts or {}})
+        about = {"config": self.config, "facts": self.facts or {}, "batch_size": self.batch_size}
+        write_json(self.folder / SIDECAR, about)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
         return records
 
@@ -134,11 +151,10 @@ class RunLog:
         return {row for row, record in self._records.items() if record.get("stop_reason") != "error"}
 
     def close(self) -> None:
-        """Close the log and let other processes in. Closing twice is harmless."""
+        """Closing twice is harmless."""
         if self._file is not None:
             self._file.close()
             self._file = None
-        self._lock.release()
 
     def __enter__(self) -> RunLog:
         return self

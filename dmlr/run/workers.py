@@ -1,7 +1,8 @@
 """Workers on Ray: each holds a model in a process of its own, on this machine or on those of a cluster.
 
-The driver opens images, hands out batches and takes answers back; a worker that is free gets the next batch. One that
-dies is replaced and its batch done again, once. Knows nothing about ground truths or logs: only the driver writes.
+The driver reads image files, hands out batches and takes answers back; a worker that is free gets the next batch. One
+that dies is started again and its batch done again, once, both by Ray. Knows nothing about judging or logs: only the
+driver writes.
 The machines need this package in the same version and the model under the same name; a dataset only the driver needs.
 """
 
@@ -14,7 +15,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ import torch
 
 from dmlr.config import Config, ConfigError
 from dmlr.data.examples import Example
+from dmlr.data.images import ImageError, ImageFile, read_image_file
 from dmlr.machine import peak_memory
-from dmlr.methods import Answer, Question
+from dmlr.methods import Answer
 from dmlr.model.vlm import VLM
-from dmlr.run.batches import Batch, ModelFacts, answer_batch
+from dmlr.run.batches import ModelFacts, answer_batch, failed, prepare
 
 PATIENCE = 60  # seconds without a worker after which the driver says what it waits for
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -36,125 +38,133 @@ class WorkerError(RuntimeError):
 
 
 class ModelWorker:
-    """What runs on Ray: a model, loaded once, that answers batches."""
+    """What runs on Ray: a model that answers batches. Ray starts one that dies again, and it loads its model anew."""
 
-    def load(self, config: Config, threads: int) -> ModelFacts:
-        """ModelError as `VLM.load`; no work in the constructor, so that the driver sees it."""
-        torch.set_num_threads(threads)
-        self.config, self.vlm = config, VLM.load(config)
-        return ModelFacts.of(self.vlm, config)
+    def __init__(self, config: Config, threads: int) -> None:
+        self.config, self.threads, self.vlm = config, threads, None  # no work: the driver would not see why it failed
 
-    def answer(self, method: str, questions: list[Question]) -> tuple[list[Answer], int]:
-        """Answers, and the most bytes of memory so far."""
-        return answer_batch(self.vlm, method, questions, self.config), peak_memory()
+    def load(self) -> ModelFacts:
+        """ModelError as `VLM.load`."""
+        if self.vlm is None:
+            torch.set_num_threads(self.threads)
+            self.vlm = VLM.load(self.config)
+        return ModelFacts.of(self.vlm, self.config)
+
+    def answer(
+        self, method: str, examples: list[Example], partners: Mapping[int, Example]
+    ) -> tuple[list[Answer], int]:
+        """Answers in the order of the examples, and the most bytes of memory so far."""
+        self.load()
+        batch = prepare(examples, partners)
+        answers = batch.answered(answer_batch(self.vlm, method, batch.questions, self.config))
+        return [answer for _, answer in answers], peak_memory()
 
 
 class Workers:
-    """`config.num_workers` models on Ray, as the ones that answer (see `batches.InProcess`). A context manager.
+    """`config.num_workers` models on Ray as an executor (see `batches.InProcess`). Use as a context manager.
 
-    Entering starts Ray (or joins the cluster at `config.ray_address`) and waits for the first worker; the others join
-    when their model is loaded. Raises WorkerError, ConfigError for a device that workers cannot share, and ModelError
-    when the model cannot be loaded.
+    Entering starts Ray (or joins the cluster at `config.ray_address`) and waits until all have their model. Raises
+    WorkerError, ConfigError for a device that workers cannot share, and ModelError when the model cannot be loaded.
     """
 
     def __init__(self, config: Config) -> None:
         self.config, self.peak_memory = config, 0
-        self.facts: ModelFacts | None = None  # of the first worker that is ready; the others must be like it
-        self._idle: list[Any] = []
-        self._busy: dict[Any, tuple[Any, Batch | None, int]] = {}  # by ref: worker; batch (None: loads), which attempt
-        self._died_loading = 0
+        self.workers: list[Any] = []
 
     def __enter__(self) -> Workers:
         self._ray, self._disconnect = connect(self.config)
         try:
             device, needs = placement(self.config, self._ray.cluster_resources())
             nodes = sum(node["Alive"] for node in self._ray.nodes())
-            self._threads = threads_per_worker(torch.get_num_threads(), nodes, self.config.num_workers)
-            self._worker_config = for_workers(self.config, device)
-            self._actor = self._ray.remote(ModelWorker).options(scheduling_strategy="SPREAD", **needs)
-            for _ in range(self.config.num_workers):
-                self._start()
-            self._wait_for_the_first()
+            threads = threads_per_worker(torch.get_num_threads(), nodes, self.config.num_workers)
+            options = {"scheduling_strategy": "SPREAD", "max_restarts": -1, "max_task_retries": 1}
+            actor = self._ray.remote(ModelWorker).options(**options, **needs)
+            config = for_workers(self.config, device)
+            self.workers = [actor.remote(config, threads) for _ in range(self.config.num_workers)]
+            self.facts = shared_facts(self._loaded([worker.load.remote() for worker in self.workers]))
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for worker in self._idle + [worker for worker, *_ in self._busy.values()]:
+        for worker in self.workers:
             self._ray.kill(worker)
         self._disconnect()
 
-    def answers(self, method: str, batches: Iterable[Batch]) -> Iterator[list[tuple[Example, Answer]]]:
+    def answers(
+        self, method: str, batches: Iterable[list[Example]], partners: Mapping[int, Example]
+    ) -> Iterator[list[tuple[Example, Answer]]]:
         """Each batch's examples with their answers, in the order in which they are finished."""
-        todo: Iterator[tuple[Batch, int]] = ((batch, 1) for batch in batches)
-        task = next(todo, None)
-        while task or any(batch for _, batch, _ in self._busy.values()):
-            if task and not task[0].questions:
-                yield task[0].answered([])
-                task = next(todo, None)
-            elif task and self._idle:
-                worker, (batch, attempt) = self._idle.pop(), task
-                self._busy[worker.answer.remote(method, batch.questions)] = worker, batch, attempt
-                task = next(todo, None)
-            else:
-                batch, attempt, result = self._next_result()
-                if batch is None:
-                    continue
-                if not isinstance(result, Exception):
-                    yield batch.answered(result)
-                elif attempt == 1:
-                    todo = chain([(batch, 2)], todo)
-                    task = task or next(todo)
-                else:
-                    yield batch.lost(result)
+        partners = partners if method == "swapped" else {}  # the only one that asks for them, and they have images too
+        idle, busy = list(self.workers), {}
+        for examples in batches:
+            if not idle:
+                yield self._finished(idle, busy)
+            worker = idle.pop()
+            theirs = {e.row: with_image_files(partners[e.row]) for e in examples if e.row in partners}
+            busy[worker.answer.remote(method, list(map(with_image_files, examples)), theirs)] = worker, examples
+        while busy:
+            yield self._finished(idle, busy)
 
-    def _start(self) -> None:
-        worker = self._actor.remote()
-        self._busy[worker.load.remote(self._worker_config, self._threads)] = worker, None, 1
-
-    def _next_result(self) -> tuple[Batch | None, int, Any]:
-        """Waits for any worker: its batch (None: it has loaded its model), attempt, and answers or why it died."""
-        errors = self._ray.exceptions
-        (ref,), _ = self._ray.wait(list(self._busy), num_returns=1)
-        worker, batch, attempt = self._busy.pop(ref)
+    def _finished(self, idle: list[Any], busy: dict[Any, tuple[Any, list[Example]]]) -> list[tuple[Example, Answer]]:
+        """Waits for any worker, which is idle then; its batch and answers, or why it has none."""
+        (ref,), _ = self._ray.wait(list(busy), num_returns=1)
+        worker, examples = busy.pop(ref)
+        idle.append(worker)
         try:
-            result = self._ray.get(ref)
-        except errors.RayTaskError as error:  # what the worker itself raised
+            answers, memory = self._ray.get(ref)
+        except self._ray.exceptions.RayTaskError as error:  # what the worker itself raised
             raise error.cause from None
-        except errors.RayError as error:
-            self._ray.kill(worker)
-            self._died_loading += batch is None
-            if self._died_loading > self.config.num_workers:
-                why = f"workers die before they have loaded the model; is there memory for it? {_one_line(error)}"
-                raise WorkerError(why) from None
-            self._start()
-            why = f"a worker died with this batch, and another before it: {_one_line(error)}"
-            return batch, attempt, WorkerError(why)
-        if batch is None:
-            self._check_same(result)
-        self._idle.append(worker)
-        if batch is None:
-            return None, attempt, None
-        answers, memory = result
+        except self._ray.exceptions.RayError as error:
+            lost = WorkerError(f"a worker died with this batch, and another before it: {_one_line(error)}")
+            return [(example, failed(lost)) for example in examples]
         self.peak_memory = max(self.peak_memory, memory)
-        return batch, attempt, answers
+        return list(zip(examples, answers, strict=True))
 
-    def _wait_for_the_first(self) -> None:
-        while not self._idle:
-            if self._ray.wait(list(self._busy), num_returns=1, timeout=PATIENCE)[0]:
-                self._next_result()
-            else:
-                print("waiting for a worker: a model that loads, or a busy cluster", file=sys.stderr, flush=True)
+    def _loaded(self, refs: list[Any]) -> list[ModelFacts]:
+        """Facts of each worker's model, when all are there; says what it waits for."""
+        waiting = refs
+        while waiting:
+            ready, waiting = self._ray.wait(waiting, num_returns=1, timeout=PATIENCE)
+            if not ready:
+                text = f"waiting for {len(waiting)} of {len(refs)} workers: a model that loads, or a busy cluster"
+                print(text, file=sys.stderr, flush=True)
+            try:
+                self._ray.get(ready)
+            except self._ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            except self._ray.exceptions.RayError as error:
+                why = "workers die before they have loaded the model; is there memory for it?"
+                raise WorkerError(f"{why} {_one_line(error)}") from None
+        return self._ray.get(refs)
 
-    def _check_same(self, facts: ModelFacts) -> None:
-        if self.facts is None:
-            self.facts = facts
-        if (facts.dtype, facts.device) != (self.facts.dtype, self.facts.device):
+
+def shared_facts(facts: list[ModelFacts]) -> ModelFacts:
+    """What holds for all workers; the batch fits the one with the least memory. WorkerError where they differ."""
+    first = facts[0]
+    for other in facts:
+        if (other.dtype, other.device) != (first.dtype, first.device):
             raise WorkerError(
-                f"one worker computes in {self.facts.dtype} on {self.facts.device}, another in {facts.dtype} on "
-                f"{facts.device}: set dtype and device"
+                f"one worker computes in {first.dtype} on {first.device}, another in {other.dtype} on "
+                f"{other.device}: set dtype and device"
             )
+    return replace(first, fitting_batch=min(one.fitting_batch for one in facts))
+
+
+def with_image_files(example: Example) -> Example:
+    """The example with its images as the bytes of their files, which a worker elsewhere need not have.
+
+    What cannot be read stays as it is: the worker will say why.
+    """
+
+    def content(source: str) -> str | ImageFile:
+        try:
+            return read_image_file(source)
+        except ImageError:
+            return source
+
+    return replace(example, images=tuple(map(content, example.images)))
 
 
 def connect(config: Config) -> tuple[Any, Callable[[], None]]:
