@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "dmlr needs Python 3.10 or newer; try: make PYTHON=python3.11")'
 	@echo "Installing into $(VENV): one to two minutes on a fast line, about 5 GB with torch's GPU libraries ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[test]'
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
 
 demo: $(INSTALLED)  ## vanilla and DMLR on the embedded benchmark, tables and report; one to four minutes on two cores, MODEL=... for another
@@ -30,11 +30,14 @@ demo: $(INSTALLED)  ## vanilla and DMLR on the embedded benchmark, tables and re
 bench: $(INSTALLED)  ## the loop beside the released behaviour on this machine; a quarter of an hour on two idle cores
 	@$(RUN) bench
 
-test: $(INSTALLED)  ## the tests, without the slow ones
-	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest $(ARGS)
+# A module's tests share its fixtures, so they stay in one process; one thread each, for as many processes as cores.
+TEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope
+
+test: $(INSTALLED)  ## the tests of every room, without those that start kernels, Ray or a browser
+	@$(TEST) $(ARGS)
 
 test-all: $(INSTALLED)  ## every test
-	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -m '' $(ARGS)
+	@$(TEST) -m '' $(ARGS)
 
 lint: $(INSTALLED)  ## ruff: rules and format, notebooks included
 	@$(VENV)/bin/ruff check .

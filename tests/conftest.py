@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny random models of the real architecture, and nothing that calls out."""
+"""Shared fixtures, what counts as slow, and nothing that calls out."""
 
 import os
 
@@ -11,6 +11,18 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # Ray stays on 127.0.0.1 and reports nothing; read when it is imported.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+# Names in a function's code that say that it starts a kernel, Ray, a browser or another process, all of them together.
+STARTS = [{"notebooks", "run"}, {"nbval"}, {"Cluster"}, {"Popen"}, {"sync_playwright"}]
+
+
+def pytest_collection_modifyitems(items):
+    """A test is slow where it, or a fixture that it asks for, starts something anew; the others say so themselves."""
+    for item in items:
+        fixtures = [fixture.func for known in item._fixtureinfo.name2fixturedefs.values() for fixture in known[-1:]]
+        functions = [item.function, *(function for function in fixtures if hasattr(function, "__code__"))]
+        if any(names <= set(function.__code__.co_names) for function in functions for names in STARTS):
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")

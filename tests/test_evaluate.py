@@ -185,14 +185,18 @@ def test_a_run_without_any_answer_is_an_error_and_leaves_its_records(vlm, tmp_pa
     with pytest.raises(evaluate.NoAnswers, match=r"every record is an error \(data, vanilla: 3 errors .*0\.png"):
         run(vlm, data, out)
     assert [entry["stop_reason"] for entry in read_results(out / "data/dmlr")["entries"]] == ["error"] * 3
-    given = {"dataset": str(data), "output_dir": str(tmp_path / "cli"), "methods": "vanilla"}
-    notebook = Path(__file__).parents[1] / "notebooks" / "03_benchmark.ipynb"
-    assert main(["run", str(notebook), *(text for name in given for text in ("-p", name, given[name]))]) == 1
-    assert "NoAnswers: every record is an error" in capsys.readouterr().err
-    assert read_results(tmp_path / "cli/data/vanilla")["errors"] == 3
     rows.append({"prompt": "How many?", "solution": "3", "idx": 3, "image_path": None})
     assert run(vlm, write(tmp_path, rows), tmp_path / "some")["dmlr"]["total"] == 1
     assert "no answer" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_notebooks_run_without_any_answer_is_an_error_of_the_command(tmp_path, capsys):
+    data = write(tmp_path, [{"prompt": "How many?", "solution": "3", "image_path": "none.png", "idx": 0}])
+    given = ["-p", "dataset", str(data), "-p", "output_dir", str(tmp_path / "cli"), "-p", "methods", "vanilla"]
+    assert main(["run", str(Path(__file__).parents[1] / "notebooks" / "03_benchmark.ipynb"), *given]) == 1
+    assert "NoAnswers: every record is an error" in capsys.readouterr().err
+    assert read_results(tmp_path / "cli/data/vanilla")["errors"] == 1
 
 
 def test_a_method_without_any_answer_is_named(vlm, dataset, tmp_path, capsys, monkeypatch):

@@ -176,6 +176,7 @@ def test_benchmark_end_to_end(benchmark):
     assert len(BeautifulSoup(page, "html.parser").select("article.dmlr-card")) == 24
 
 
+@pytest.mark.slow
 def test_benchmark_runs_through_plain_papermill(tmp_path):
     given = "-p num_thought_tokens 2 -p max_num_steps 5 -p end_data_idx 4".split()
     command = [sys.executable, "-m", "papermill", "notebooks/03_benchmark.ipynb", str(tmp_path / "out.ipynb"), *given]

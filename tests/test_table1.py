@@ -151,6 +151,7 @@ def test_a_notebook_that_is_no_benchmark_run_shows_its_parameters(capsys, no_mod
 # Table 1
 
 
+@pytest.mark.slow
 def test_table_1_of_the_embedded_model_is_made_resumed_and_skipped(tmp_path, capsys, monkeypatch):
     """The real thing: two suites through 03_benchmark in a kernel each, a third whose file is not there, 04_compare."""
     missing = tmp_path / "missing.yaml"
