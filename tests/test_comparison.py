@@ -66,6 +66,14 @@ def test_a_difference_is_paired_with_the_baseline_of_the_same_run(tmp_path):
     assert (row["method"], row["difference"]) == ("vanilla", "-80.0 points")
 
 
+def test_runs_of_one_folder_that_differ_in_what_must_be_equal_are_not_paired(tmp_path):
+    """As a run under another seed leaves them that was stopped between two methods."""
+    write_run(tmp_path, "a", "vanilla", [True] * 4, config={"seed": 7, "sigma": 0.1})
+    write_run(tmp_path, "a", "dmlr", [False] * 4, config={"seed": 42, "sigma": 0.2})
+    with pytest.warns(UserWarning, match="left unpaired: .*dmlr and its vanilla: seed was 7 and is now 42$"):
+        assert [run.beside for run in load_runs(tmp_path, "vanilla")] == [None, None]
+
+
 def test_runs_that_differ_in_the_seed_alone_are_one_cell_with_mean_and_spread(tmp_path):
     for seed, right in ((1, 5), (2, 6), (3, 7)):
         write_run(tmp_path, f"s{seed}", "vanilla", [True] * 5 + [False] * 5, config={"seed": seed, "output_dir": "x"})

@@ -128,6 +128,11 @@ def test_half_a_character_is_read_as_a_question_mark(write):
     assert examples[0].meta == {"hint": ["?"]} and kinds(problems) == ["half_characters"]
 
 
+def test_a_key_that_is_there_twice_is_noticed_and_a_huge_number_stays_what_it_says(write):
+    [example], problems = load_dataset(write('[{"prompt": "q?", "solution": 3, "solution": 1e999, "idx": 1.0}]'))
+    assert (example.solution, example.idx) == ("1e999", 1) and kinds(problems) == ["key_doubled"]
+
+
 def test_what_is_nested_deeply_is_still_a_row(write):
     deep = "[" * 400 + "]" * 400
     [example], _ = load_dataset(write('[{"prompt": "q?", "solution": "3", "idx": 0, "more": ' + deep + "}]"))

@@ -49,3 +49,13 @@ def test_tables_escape_and_set_numbers_flush_right():
     cells = soup.find_all("td")
     assert cells[0].get_text() == ATTACK
     assert [cell.get("class") for cell in cells] == [None, ["number"], ["number"]]
+
+
+def test_what_a_model_says_cannot_steer_the_page_or_its_neighbours():
+    """ESC and NUL are shown as symbols, and text that turns the direction ends where it stands."""
+    answers = [{"name": "vanilla", "text": "red\x1b[2J\x00", "right": True, "note": ""}]
+    card = {"idx": "q\u202e1", "question": "Which?\x07", "truth": "red", "answers": answers}
+    html = page.gallery([card])
+    assert "red␛[2J␀" in html and "Which?␇" in html and not {"\x1b", "\x00", "\x07"} & set(html)
+    assert "<bdi>q\u202e1</bdi>" in html
+    assert "a␛b" in page.table(pd.DataFrame({"x": ["a\x1bb"]}))

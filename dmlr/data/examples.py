@@ -9,6 +9,7 @@ looks closer.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -88,6 +89,8 @@ def read_rows(path: str | Path) -> Iterator[tuple[Example | None, Notes]]:
             notes.add("not_an_object", f"expected an object with prompt and solution, found {type(row).__name__}", True)
             yield None, notes
             continue
+        if isinstance(row, _KeysTwice):
+            notes.add("key_doubled", "a key is there twice: its last value counts")
         row = _whole_characters(row, notes)
         idx = _checked_idx(row, seen, notes)
         question = _checked_prompt(row, notes)
@@ -115,7 +118,8 @@ class Notes:
 def _read(path: str | Path) -> tuple[Path, list]:
     path = Path(locate(str(path)))
     try:
-        rows = json.loads(path.read_bytes().decode("utf-8-sig"), parse_constant=_refuse_constant)
+        text = path.read_bytes().decode("utf-8-sig")
+        rows = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_object)
     except OSError as error:
         raise DatasetError(f"dataset file {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
@@ -133,6 +137,20 @@ def _read(path: str | Path) -> tuple[Path, list]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON value")
+
+
+def _finite(text: str) -> float | str:
+    """A number that no float can hold (1e999) stays as it is written, instead of becoming infinite."""
+    return text if math.isinf(float(text)) else float(text)
+
+
+class _KeysTwice(dict):
+    """An object of the file that has a key twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    row = dict(pairs)
+    return row if len(row) == len(pairs) else _KeysTwice(row)
 
 
 def _whole_characters(row: dict, notes: Notes) -> dict:

@@ -8,21 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from dmlr.config import Config
-from dmlr.run.records import FREE_PARAMETERS, ResultsError, find_runs, read_results
+from dmlr.run.records import FREE_PARAMETERS, ResultsError, differences, find_runs, read_results
 from dmlr.stats.comparison import GROUPS, Run, in_order
 
 # The parameters that make a setting; not among them: what stands in a column of its own, and what changes no record.
 _BESIDE = FREE_PARAMETERS | {"dataset", "model_name_or_path", "device", "seed"}
 _DEFAULTS = {name: field.default for name, field in Config.model_fields.items() if name not in _BESIDE}
+# What two runs of one folder must have in common to be paired: whatever decides the answers of any method.
+_SHARED = (
+    *("model_name_or_path", "revision", "dtype", "load_in_bits", "seed", "solver_prompt_idx", "prompts_file"),
+    *("max_new_tokens", "banned_strings", "min_pixels", "max_pixels"),
+)
 _KEPT = ("data_idx", "ground_truth", "is_correct", "verdict", "stop_reason", "best_reward", "seconds", "abstained")
 
 
 def load_runs(root: str | Path, baseline: str) -> list[Run]:
     """Every run under a folder, by model, dataset and run, the baseline first; of the entries what tables need.
 
-    A results.json that cannot be read costs itself only, with a warning that says why.
+    A results.json that cannot be read costs itself only, and one that cannot be paired with the baseline beside it (of
+    another seed, say) that pair, with a warning that says why.
     """
-    root, found = Path(root), {}
+    root, found, configs = Path(root), {}, {}
     for path in sorted(find_runs(root), key=lambda path: (path.name != baseline, path)):
         try:
             content = read_results(path)
@@ -30,6 +36,10 @@ def load_runs(root: str | Path, baseline: str) -> list[Run]:
             warnings.warn(f"left out: {error}", stacklevel=2)
             continue
         config = content.get("config") or {}
+        baseline_path = path.parent / baseline
+        if differing := _differing(configs.get(baseline_path, config), config):
+            warnings.warn(f"left unpaired: {path} and its {baseline}: {'; '.join(differing)}", stacklevel=2)
+        configs[path] = config
         found[path] = Run(
             _label(path, root),
             *(str(content.get(name)) for name in ("model", "dataset", "method")),
@@ -38,9 +48,15 @@ def load_runs(root: str | Path, baseline: str) -> list[Run]:
             setting={"judge": _judge(content.get("llm_judge"))}
             | {name: config.get(name, default) for name, default in _DEFAULTS.items()},
             entries=[{key: entry[key] for key in (*_KEPT, *GROUPS) if key in entry} for entry in content["entries"]],
-            beside=found.get(path.parent / baseline),
+            beside=None if differing else found.get(baseline_path),
         )
     return in_order(list(found.values()), baseline)
+
+
+def _differing(baseline: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """What the two must have in common and have not; what one of them does not say is not held against it."""
+    both = [{name: one[name] for name in _SHARED if name in baseline and name in config} for one in (baseline, config)]
+    return differences(*both)
 
 
 def _label(path: Path, root: Path) -> str:

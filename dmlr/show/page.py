@@ -101,7 +101,7 @@ def table(frame: pd.DataFrame, caption: str = "") -> str:
             Markup("").join(Markup("<{0}{1}>{2}</{0}>").format(tag, s, c) for s, c in zip(styles, cells, strict=True))
         )
 
-    body = Markup("").join(row("td", [str(cell) for cell in cells]) for cells in frame.itertuples(index=False))
+    body = Markup("").join(row("td", [visible(str(cell)) for cell in cells]) for cells in frame.itertuples(index=False))
     note = Markup("<caption>{}</caption>").format(caption) if caption else ""
     head = Markup("<thead>{}</thead>").format(row("th", list(frame.columns))) if any(frame.columns) else ""
     return str(Markup("<table>{}{}<tbody>{}</tbody></table>").format(note, head, body))
@@ -133,8 +133,18 @@ def gallery(
     )
 
 
+def visible(value: Any) -> Any:
+    """Text with its control characters as the symbols that stand for them (␛ for ESC); anything else as it is."""
+    return _CONTROL.sub(lambda found: _SYMBOLS[found[0]], value) if type(value) is str else value
+
+
+_SYMBOLS = {chr(code): chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n\r"} | {"\x7f": "␡"}
+_CONTROL = re.compile(f"[{re.escape(''.join(_SYMBOLS))}]")
+
+
 def _template(name: str) -> jinja2.Template:
-    return jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True).get_template(name)
+    folder = jinja2.FileSystemLoader(TEMPLATES)
+    return jinja2.Environment(loader=folder, autoescape=True, finalize=visible).get_template(name)
 
 
 def _pictures(
