@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         given |= read_parameters(path)
     given |= dict(args.parameter)
     if args.dry_run:
-        from dmlr.planning.dry_run import dry_run
+        from dmlr.planning import dry_run
 
         text, errors = dry_run(args.notebook, given, args.output)
         print(text)
@@ -167,7 +167,7 @@ def judge(args: argparse.Namespace) -> int:
 )
 def data(args: argparse.Namespace) -> int:
     """prepare a benchmark of the hub, or verify the files that are there"""
-    from dmlr.data.benchmarks import prepare
+    from dmlr.data.prepare import prepare
 
     made = prepare(args.name, args.out, source=args.source, sample=args.sample, seed=args.seed)
     for remark in made.remarks:
@@ -201,11 +201,11 @@ def table1(args: argparse.Namespace) -> int:
 )
 def doctor(args: argparse.Namespace) -> int:
     """what this machine has, and which models fit in it; exit status 1 where something needed is broken"""
-    from dmlr.planning.doctor import as_text, examine
+    from dmlr.doctor import as_text, examine
 
-    found = examine(args.model, None if args.memory is None else round(args.memory * 2**30))
-    print(json.dumps(found, indent=1) if args.json else as_text(found))
-    return 1 if found["broken"] else 0
+    facts = examine(args.model, None if args.memory is None else round(args.memory * 2**30))
+    print(json.dumps(facts, indent=1) if args.json else as_text(facts))
+    return 1 if facts["broken"] else 0
 
 
 @_command()

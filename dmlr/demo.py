@@ -90,11 +90,11 @@ def write_readme_figure(picture: Path | None = None, report: Path | None = None)
     picture = picture or root() / "reports" / "figures" / "walkthrough.png"
     report = report or WALKTHROUGH_RUN / "01_walkthrough.html"
     page = BeautifulSoup(report.read_text(encoding="utf-8"), "html.parser")
-    found = [image["src"].partition("base64,")[2] for image in page.select("img.plain")]
-    if not found:
+    figures = [image["src"].partition("base64,")[2] for image in page.select("img.plain")]
+    if not figures:
         raise ValueError(f"{report}: no figure in it")
     picture.parent.mkdir(parents=True, exist_ok=True)
-    picture.write_bytes(base64.b64decode(found[-1]))
+    picture.write_bytes(base64.b64decode(figures[-1]))
 
 
 def keep_examples(target: Path | None = None) -> list[str]:
@@ -102,13 +102,13 @@ def keep_examples(target: Path | None = None) -> list[str]:
 
     A run that is not there leaves the report of before.
     """
-    target, said = target or root() / "reports" / "examples", []
+    target, lines = target or root() / "reports" / "examples", []
     target.mkdir(parents=True, exist_ok=True)
     for name, (folder, command) in EXAMPLES.items():
         reports = sorted(folder.glob("*.html"), key=lambda report: report.stat().st_mtime)
         if reports:
             shutil.copyfile(reports[-1], target / f"{name}.html")
-            said.append(f"{name}.html: {reports[-1].stat().st_size / 1e6:.1f} MB")
+            lines.append(f"{name}.html: {reports[-1].stat().st_size / 1e6:.1f} MB")
         else:
-            said.append(f"{name}.html stays: {command} makes it anew")
-    return said
+            lines.append(f"{name}.html stays: {command} makes it anew")
+    return lines

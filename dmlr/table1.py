@@ -18,7 +18,7 @@ from dmlr.data.examples import DatasetError
 from dmlr.judge.llm_settings import JudgeError
 from dmlr.model.families import ModelError
 from dmlr.parameters import check_parameters, config_of, from_here, read_parameters
-from dmlr.planning.dry_run import Plan, as_text, plan, shown, time_of
+from dmlr.planning import Plan, as_text, plan, shown, time_of
 from dmlr.run.records import ResultsError, find_runs
 from dmlr.show import index as report_index
 from dmlr.stats.published import BENCHMARKS

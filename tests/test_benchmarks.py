@@ -22,13 +22,13 @@ from PIL import Image
 
 from dmlr.cli import main
 from dmlr.config import ConfigError
-from dmlr.data.benchmarks import BenchmarkError, prepare, sample_rows
-from dmlr.data.benchmarks.hub import SourceError, leaves_folder, open_folder, shards
-from dmlr.data.benchmarks.manifest import ManifestError, ManifestFolder
-from dmlr.data.benchmarks.rows import BENCHMARKS, choice_fields, inline_options
+from dmlr.data.benchmarks import BENCHMARKS, choice_fields, inline_options
 from dmlr.data.check import check_dataset
 from dmlr.data.examples import load_dataset
+from dmlr.data.hub import SourceError, leaves_folder, open_folder, shards
 from dmlr.data.images import open_image
+from dmlr.data.manifest import ManifestError, ManifestFolder
+from dmlr.data.prepare import BenchmarkError, prepare, sample_rows
 from dmlr.judge import judge
 from dmlr.run.verdicts import hints
 from dmlr.stats.metrics import category_mean, group_accuracy, pair_accuracy

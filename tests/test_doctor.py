@@ -10,13 +10,13 @@ import pytest
 import torch
 from tiny import tiny_vlm
 
+from dmlr import doctor
 from dmlr.cli import main
 from dmlr.config import Config
+from dmlr.judge.llm_settings import JudgeError
 from dmlr.methods.workload import workload
 from dmlr.model.memory import USABLE, Shape, peak
-from dmlr.planning import doctor
-from dmlr.planning.fits import GIB, fit
-from dmlr.planning.known_models import PAPER_MODELS, paper_settings
+from dmlr.planning import GIB, PAPER_MODELS, dry_run, fit, paper_settings
 
 SECRET = "sk-do-not-print-me"
 
@@ -146,3 +146,15 @@ def test_a_missing_package_is_broken_and_another_version_is_told(monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda name: versions[name] if name in versions else real(name))
     found = doctor.software()
     assert found["missing"] == ["torch"] and found["other_versions"] == {"pandas": "0.1"}
+
+
+def test_a_dry_run_finds_the_key_where_the_run_will_look(tmp_path, monkeypatch):
+    """In the notebook's folder, in which its kernel works."""
+    shutil.copy(Path(__file__).parents[1] / "notebooks" / "03_benchmark.ipynb", tmp_path)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr("dmlr.judge.llm_settings.root", lambda: tmp_path / "elsewhere")
+    given = {"use_llm_verify": True, "output_dir": str(tmp_path / "run"), "end_data_idx": 2}
+    with pytest.raises(JudgeError, match="OPENAI_API_KEY"):
+        dry_run(tmp_path / "03_benchmark.ipynb", given)
+    (tmp_path / ".env").write_text(f"OPENAI_API_KEY={SECRET}\n")
+    assert dry_run(tmp_path / "03_benchmark.ipynb", given)[1] == []

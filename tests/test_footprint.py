@@ -18,7 +18,7 @@ from dmlr.model.encode import encode
 from dmlr.model.memory import MOST, USABLE, Parameters, Rates, Shape, Work, fitting_batch, peak, seconds, stages
 from dmlr.model.vlm import VLM
 from dmlr.peak_memory import peak_bytes
-from dmlr.planning.known_models import PAPER_MODELS, ModelError, paper_settings, settings_of
+from dmlr.planning import PAPER_MODELS, ModelError, paper_settings, settings_of
 from dmlr.random_weights import random_prompt, random_vlm
 
 NO_IDS = torch.zeros(0, dtype=torch.long)

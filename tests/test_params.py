@@ -8,11 +8,11 @@ import pytest
 
 from dmlr.cli import main
 from dmlr.config import PRESETS, Config
-from dmlr.data.benchmarks.rows import BENCHMARKS
+from dmlr.data.benchmarks import BENCHMARKS
 from dmlr.judge import judge
 from dmlr.methods.prompting import prompts_of
 from dmlr.parameters import check_parameters, config_of, read_parameters
-from dmlr.planning.known_models import PAPER_MODELS
+from dmlr.planning import PAPER_MODELS
 from dmlr.run.evaluate import plan
 from dmlr.stats import published
 
@@ -76,9 +76,7 @@ def test_a_benchmarks_file_is_what_its_command_writes(name, monkeypatch):
     """The command in the first lines, through the real parser: the path that it would write is the file's dataset."""
     command = re.search(r"^# Made by: python -m dmlr data (.+)$", DATA[name].read_text(), re.MULTILINE)[1]
     asked = {}
-    monkeypatch.setattr(
-        "dmlr.data.benchmarks.prepare", lambda name, out, **more: asked.update(name=name, out=out, **more)
-    )
+    monkeypatch.setattr("dmlr.data.prepare.prepare", lambda name, out, **more: asked.update(name=name, out=out, **more))
     with pytest.raises(AttributeError):  # nothing was prepared
         main(["data", *command.split()])
     file = f"{name}.json" if asked["sample"] is None else f"{name}-{asked['sample']}-seed{asked['seed']}.json"

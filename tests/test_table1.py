@@ -10,8 +10,7 @@ from dmlr import table1
 from dmlr.cli import main
 from dmlr.config import Config, ConfigError
 from dmlr.model.loading import load_checkpoint
-from dmlr.planning.dry_run import as_text, plan
-from dmlr.planning.forecast import earlier_pace, settings_pace
+from dmlr.planning import as_text, earlier_pace, plan, settings_pace
 from dmlr.run.evaluate import run
 from dmlr.run.records import ResultsError, read_log, read_results
 
@@ -108,8 +107,7 @@ def test_earlier_runs_are_taken_by_method_and_by_how_like_they_are():
 
 
 def test_where_nothing_ran_before_time_is_from_settings_or_unknown(tmp_path, monkeypatch):
-    monkeypatch.setattr("dmlr.planning.forecast.earlier_results", lambda *args: [])
-    monkeypatch.setattr("dmlr.planning.dry_run.earlier_results", lambda *args: [])
+    monkeypatch.setattr("dmlr.planning.earlier_results", lambda *args: [])
     made = plan(fast(tmp_path, methods="vanilla,dmlr,ltpo,self-consistency"))
     vanilla, dmlr, ltpo, consistency = (job.pace for job in made.jobs)
     assert 0 < vanilla.seconds < min(dmlr.seconds, ltpo.seconds)

@@ -1,5 +1,6 @@
 """Workers on Ray give what one process gives: on one machine, on two, and when they die."""
 
+import dataclasses
 import os
 import signal
 import sys

@@ -41,18 +41,18 @@ def check_rows(rows: list[tuple[Example | None, Notes]]) -> list[Problem]:
 
 def _check_whole(examples: list[Example], problems: list[Problem]) -> list[Problem]:
     """What shows in no row alone: no image is there at all, the first option is never right."""
-    found = []
+    of_file = []
     lost = [problem for problem in problems if problem.kind == "image_missing"]
     if len(lost) > 1 and len(lost) == sum(len(example.images) for example in examples):
         message = f"none of the {len(lost)} images is there: put them where the paths lead, or start in their folder"
-        found.append(Problem(None, None, "images_elsewhere", message))
+        of_file.append(Problem(None, None, "images_elsewhere", message))
     chosen = [_chosen(example, options) for example in examples if (options := _options(example))]
     right, empty = len(chosen) - chosen.count(None) - chosen.count("?"), chosen.count(None)
     if right >= MANY and "A" not in chosen:
         message = f"none of {right} solutions is the first option"
         message += f", and {empty} are empty: was answer index 0 taken for none?" if empty else ""
-        found.append(Problem(None, None, "first_option_never", message))
-    return found
+        of_file.append(Problem(None, None, "first_option_never", message))
+    return of_file
 
 
 def _chosen(example: Example, options: dict[str, str]) -> str | None:
@@ -144,14 +144,14 @@ def report(problems: list[Problem], examples_each: int = 3) -> str:
     for problem in problems:
         kinds[(problem.row is not None, not problem.fatal, problem.kind)].append(problem)
     lines = []
-    for (_, harmless, kind), found in sorted(kinds.items(), key=lambda item: (*item[0][:2], -len(item[1]), item[0][2])):
-        lines.append(f"{len(found):6d}  {kind}{'' if harmless else '  (row unusable)'}")
+    for (_, harmless, kind), group in sorted(kinds.items(), key=lambda item: (*item[0][:2], -len(item[1]), item[0][2])):
+        lines.append(f"{len(group):6d}  {kind}{'' if harmless else '  (row unusable)'}")
         alike = defaultdict(list)
-        for problem in found:
+        for problem in group:
             alike[problem.message].append(problem)
         shown = list(alike.items())[:examples_each]
         lines += [f"          {_where(same)}{message}" for message, same in shown]
-        if rest := len(found) - sum(len(same) for _, same in shown):
+        if rest := len(group) - sum(len(same) for _, same in shown):
             lines.append(f"          and {rest} more")
     return "\n".join(lines)
 

@@ -216,8 +216,8 @@ def _checked_images(row: dict, folder: Path, has_images: bool, notes: Notes) -> 
     if sources is None or sources == "":
         notes.add("image_missing", "names no image, but other rows do (write null for a question without one)", True)
         return ()
-    found = [_checked_image(source, folder, notes) for source in (sources if isinstance(sources, list) else [sources])]
-    return tuple(source for source in found if source)
+    images = [_checked_image(source, folder, notes) for source in (sources if isinstance(sources, list) else [sources])]
+    return tuple(source for source in images if source)
 
 
 def _checked_image(source: Any, folder: Path, notes: Notes) -> str | None:

@@ -28,7 +28,7 @@ def load_runs(root: str | Path, baseline: str) -> list[Run]:
     A results.json that cannot be read costs itself only, and one that cannot be paired with the baseline beside it (of
     another seed, say) that pair, with a warning that says why.
     """
-    root, found, configs = Path(root), {}, {}
+    root, runs, configs = Path(root), {}, {}
     for path in sorted(find_runs(root), key=lambda path: (path.name != baseline, path)):
         try:
             content = read_results(path)
@@ -40,7 +40,7 @@ def load_runs(root: str | Path, baseline: str) -> list[Run]:
         if differing := _differing(configs.get(baseline_path, config), config):
             warnings.warn(f"left unpaired: {path} and its {baseline}: {'; '.join(differing)}", stacklevel=2)
         configs[path] = config
-        found[path] = Run(
+        runs[path] = Run(
             _label(path, root),
             *(str(content.get(name)) for name in ("model", "dataset", "method")),
             seed=config.get("seed"),
@@ -48,9 +48,9 @@ def load_runs(root: str | Path, baseline: str) -> list[Run]:
             setting={"judge": _judge(content.get("llm_judge"))}
             | {name: config.get(name, default) for name, default in _DEFAULTS.items()},
             entries=[{key: entry[key] for key in (*_KEPT, *GROUPS) if key in entry} for entry in content["entries"]],
-            beside=None if differing else found.get(baseline_path),
+            beside=None if differing else runs.get(baseline_path),
         )
-    return in_order(list(found.values()), baseline)
+    return in_order(list(runs.values()), baseline)
 
 
 def _differing(baseline: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:

@@ -50,9 +50,7 @@ class ModelWorker:
             self.vlm = VLM.load(self.config)
         return ModelFacts.of(self.vlm, self.config)
 
-    def answer(
-        self, method: str, examples: list[Example], partners: Mapping[int, Example]
-    ) -> tuple[list[Answer], int]:
+    def answer(self, method: str, examples: list[Example], partners: Mapping[int, Example]) -> tuple[list[Answer], int]:
         """Answers in the order of the examples, and the most bytes of memory so far."""
         self.load()
         batch = prepare(examples, partners)

@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from dmlr.data.benchmarks.rows import BENCHMARKS
+from dmlr.data.benchmarks import BENCHMARKS
 from dmlr.stats import metrics, published
 
 GROUPS = ("category", "l2_category", "pair_id", "figure_group", "question_group")

@@ -1,6 +1,6 @@
 """`python -m dmlr doctor`: what this machine has, and which models fit in it. Nothing is fetched, no weights are read.
 
-Knows how to look and how to print; what a model needs is footprint.py's. Of secrets it tells only whether they are set.
+Knows how to look and how to print; what a model needs is planning.py's. Of secrets it tells only whether they are set.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from dmlr.data.check import check_dataset
 from dmlr.data.examples import DatasetError
 from dmlr.judge.llm_settings import JudgeError, JudgeSettings
 from dmlr.machine import environment
-from dmlr.planning.fits import fit, size, table
-from dmlr.planning.known_models import PAPER_MODELS
+from dmlr.planning import PAPER_MODELS, fit, fits_text, size
 
 EMBEDDED_MODEL = "data/models/shapes-vl"
 EMBEDDED_DATA = tuple(f"data/shapes/{suite}.json" for suite in ("mathematics", "visual", "composition"))
@@ -46,17 +45,17 @@ def examine(models: Sequence[str] = (), memory: int | None = None) -> dict[str, 
     models: folders or hub ids beside the paper's and the embedded one. memory: bytes to plan with, instead of what is
     free here.
     """
-    found: dict[str, Any] = {"software": software(), "machine": machine()}
-    found |= {"hub": hub(), "judge": judge(), "embedded": embedded()}
-    free, kind = found["machine"]["free_bytes"], found["machine"]["device"]
+    facts: dict[str, Any] = {"software": software(), "machine": machine()}
+    facts |= {"hub": hub(), "judge": judge(), "embedded": embedded()}
+    free, kind = facts["machine"]["free_bytes"], facts["machine"]["device"]
     if memory is not None:
         free, kind = memory, "cuda"
-    found["planned"] = {"device": kind, "free_bytes": free}
-    found["models"] = [fit(name, free, kind) for name in dict.fromkeys([EMBEDDED_MODEL, *models, *PAPER_MODELS])]
-    missing = [f"{name} is not installed" for name in found["software"]["missing"]]
-    unknown = [row["error"] for row in found["models"] if "error" in row]
-    found["broken"] = missing + [problem for told in found["embedded"].values() for problem in told] + unknown
-    return found
+    facts["planned"] = {"device": kind, "free_bytes": free}
+    facts["models"] = [fit(name, free, kind) for name in dict.fromkeys([EMBEDDED_MODEL, *models, *PAPER_MODELS])]
+    missing = [f"{name} is not installed" for name in facts["software"]["missing"]]
+    unknown = [row["error"] for row in facts["models"] if "error" in row]
+    facts["broken"] = missing + [problem for problems in facts["embedded"].values() for problem in problems] + unknown
+    return facts
 
 
 def software() -> dict[str, Any]:
@@ -72,10 +71,10 @@ def software() -> dict[str, Any]:
             pins.setdefault(match[1], set()).add(match[2])
     installed = {name: _version(name) for name in pins}
     other = {name: version for name, version in installed.items() if version and version not in pins[name]}
-    told = {name: value for name, value in environment().items() if name != "device"}
+    versions = {name: value for name, value in environment().items() if name != "device"}
     optional = {name: _version(name) for name in OPTIONAL}
     browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    return told | {
+    return versions | {
         "pinned": len(pins),
         "missing": sorted(name for name, version in installed.items() if version is None),
         "other_versions": other,
@@ -133,15 +132,15 @@ def judge() -> dict[str, Any]:
 
 def embedded() -> dict[str, list[str]]:
     """What is wrong with the embedded datasets and the embedded model, by path; empty lists: all is whole."""
-    found = {}
+    problems = {}
     for dataset in EMBEDDED_DATA:
         try:
-            problems = check_dataset(dataset)
-            found[dataset] = [f"{dataset}, row {problem.row}: {problem.message}" for problem in problems]
+            rows = check_dataset(dataset)
+            problems[dataset] = [f"{dataset}, row {problem.row}: {problem.message}" for problem in rows]
         except DatasetError as error:
-            found[dataset] = [str(error)]
-    found[EMBEDDED_MODEL] = weights_problems(Path(locate(EMBEDDED_MODEL)))
-    return found
+            problems[dataset] = [str(error)]
+    problems[EMBEDDED_MODEL] = weights_problems(Path(locate(EMBEDDED_MODEL)))
+    return problems
 
 
 def weights_problems(folder: Path) -> list[str]:
@@ -172,18 +171,18 @@ def _first_line(error: Exception) -> str:
 # ----------------------------------------------------------------------------------------------- as text
 
 
-def as_text(found: dict[str, Any]) -> str:
-    """What `examine` found, for people."""
-    soft, here, embedded_, hub_ = (found[name] for name in ("software", "machine", "embedded", "hub"))
+def as_text(facts: dict[str, Any]) -> str:
+    """The facts of `examine` for people."""
+    soft, here, embedded_, hub_ = (facts[name] for name in ("software", "machine", "embedded", "hub"))
     other = [f"{name} {version}" for name, version in soft["other_versions"].items()]
     pins = f"{soft['pinned']} pinned packages" if soft["pinned"] else "package not installed, pins not compared"
     pins += f"; missing: {', '.join(soft['missing'])}" if soft["missing"] else ""
     pins += f"; not as pinned: {', '.join(other)}" if other else ""
     gpus = [f"{gpu['name']}, {size(gpu['free_bytes'])} of {size(gpu['memory_bytes'])} free" for gpu in here["gpus"]]
     none = f"none that torch sees (built for {'CUDA ' + here['cuda'] if here['cuda'] else 'CPUs'})"
-    wrong = [problem for told in embedded_.values() for problem in told]
-    key = "can be asked" if found["judge"]["usable"] else found["judge"]["why_not"].partition(" (")[0]
-    told = [name for name, there in found["judge"]["set"].items() if there]
+    wrong = [problem for problems in embedded_.values() for problem in problems]
+    key = "can be asked" if facts["judge"]["usable"] else facts["judge"]["why_not"].partition(" (")[0]
+    named = [name for name, there in facts["judge"]["set"].items() if there]
     cached = len(hub_["cached_models"])
     lines = [
         ("software", f"Python {soft['python']}, torch {soft['torch']}, transformers {soft['transformers']}; {pins}"),
@@ -194,11 +193,11 @@ def as_text(found: dict[str, Any]) -> str:
         ("chromium", f"{soft['optional']['chromium'] or 'not there'} (tests of reports in a browser)"),
         ("hub", f"{'offline (HF_HUB_OFFLINE)' if hub_['offline'] else 'not called'}; token "
                 f"{'set' if hub_['token_set'] else 'not set'}; {cached} models in the cache"),
-        ("LLM judge", f"{key}; set: {', '.join(told) or 'nothing'}"),
+        ("LLM judge", f"{key}; set: {', '.join(named) or 'nothing'}"),
         ("embedded", "; ".join(wrong) or f"{len(EMBEDDED_DATA)} suites and the model are whole"),
     ]  # fmt: skip
     width = max(len(name) for name, _ in lines) + 2
-    plan = found["planned"]
+    plan = facts["planned"]
     parts = ["\n".join(f"{name:<{width}}{text}" for name, text in lines)]
-    parts.append(table(found["models"], plan["free_bytes"], plan["device"]))
-    return "\n\n".join([*parts, *(f"broken: {problem}" for problem in found["broken"])])
+    parts.append(fits_text(facts["models"], plan["free_bytes"], plan["device"]))
+    return "\n\n".join([*parts, *(f"broken: {problem}" for problem in facts["broken"])])

@@ -207,9 +207,9 @@ def _mmstar(row: dict) -> dict:
 
 def inline_options(question: str) -> dict[str, str]:
     """Options of a line such as "Options: A: red, B: blue" by letter; empty when fewer than two are found."""
-    _, found, rest = question.rpartition("Options:")
+    _, marker, rest = question.rpartition("Options:")
     options: dict[str, str] = {}
-    mark = re.compile(r"\s*A\s*[:.)]\s*").match(rest) if found else None
+    mark = re.compile(r"\s*A\s*[:.)]\s*").match(rest) if marker else None
     while mark:
         letter = chr(65 + len(options))
         following = re.compile(rf"[,;]?\s+{chr(ord(letter) + 1)}\s*[:.)]\s*").search(rest, mark.end())

@@ -116,12 +116,12 @@ def shards(names: list[str], config: str | None, split: str) -> list[str]:
     """
     if config and (inside := [name for name in names if config in PurePosixPath(name).parts[:-1]]):
         names = inside
-    found = []
+    chosen = []
     for name in names:
         path = PurePosixPath(name)
         if path.stem == split or path.stem.startswith(f"{split}-") or split in path.parts[:-1]:
-            found.append(name)
-    return sorted(found)
+            chosen.append(name)
+    return sorted(chosen)
 
 
 def parquet_rows(repository: Repository, config: str | None, split: str, *, only: bool = True) -> Iterator[dict]:
@@ -210,9 +210,9 @@ def leaves_folder(name: str) -> bool:
 
 
 def _member(members: dict, name: Any, where: str) -> dict:
-    if not isinstance(name, str) or (found := members.get(name) or members.get(PurePosixPath(name).name)) is None:
+    if not isinstance(name, str) or (member := members.get(name) or members.get(PurePosixPath(name).name)) is None:
         raise SourceError(f"{where}: its image {name!r} is not in the archive")
-    archive, info = found
+    archive, info = member
     if info.file_size > _MAX_MEMBER:
         raise SourceError(f"{where}: its image {name!r} is larger than {_MAX_MEMBER >> 20} MiB")
     try:
