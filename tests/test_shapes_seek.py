@@ -149,7 +149,7 @@ def asked():
         (SEEKER, "patches of the true object", 15, 16),
         (SEEKER, "patches of random places", 0, 4),
         (TWIN, "start", 15, 16),
-        (TWIN, "DMLR, 8 samples", 0, 9),
+        (TWIN, "DMLR, 8 samples", 0, 13),
     ],
 )
 def test_the_committed_models_do_what_their_cards_say(asked, model, row, least, most):
