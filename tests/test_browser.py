@@ -84,7 +84,9 @@ READY = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.
 def test_the_walkthrough_in_jupyterlab(lab, tmp_path):
     source = (ROOT / "notebooks" / "01_walkthrough.ipynb").read_bytes()
     with opened(viewport={"width": 1400, "height": 2000}) as page:
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(300_000)
+        errors = []
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.goto(lab)
         page.wait_for_function(READY)
         assert page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
@@ -98,9 +100,12 @@ def test_the_walkthrough_in_jupyterlab(lab, tmp_path):
 
         app = page.locator(".jp-OutputArea-output .jupyter-widgets.widget-vbox").first
         picture, handle = app.locator("img"), app.locator(".noUi-handle")
-        app.scroll_into_view_if_needed()
         app.locator('img[alt^="Iteration 0, the start"]').wait_for()
-        page.screenshot(path=tmp_path / "start.png")
+        for width in (1280, 1920):
+            page.set_viewport_size({"width": width, "height": 1400})
+            app.scroll_into_view_if_needed()
+            page.screenshot(path=tmp_path / f"start-{width}.png")
+            assert picture.evaluate("image => image.scrollWidth <= image.parentElement.clientWidth"), width
         before = picture.get_attribute("src")
 
         handle.press("ArrowRight")
@@ -118,6 +123,13 @@ def test_the_walkthrough_in_jupyterlab(lab, tmp_path):
         app.get_by_role("button", name="What if").click()
         app.locator("table").wait_for()
         assert "without 4 patches" in app.locator("table").inner_text()
+        chooser = app.locator("select:not([multiple])").first
+        chooser.select_option(index=5)
+        other = json.loads((ROOT / "data" / "shapes" / "mathematics.json").read_text())[5]
+        app.get_by_role("status").get_by_text(other["prompt"].split("\n")[0]).wait_for()
+        with page.expect_file_chooser() as upload:
+            app.get_by_role("button", name="image").first.click()
+        upload.value.set_files(ROOT / "data" / "shapes" / other["image_path"])
         app.get_by_placeholder("a question of your own").fill(f"How many stars are there? {ATTACK}")
         app.get_by_role("button", name="Ask").click()
         app.get_by_role("status").get_by_text(ATTACK).wait_for()
@@ -125,6 +137,7 @@ def test_the_walkthrough_in_jupyterlab(lab, tmp_path):
         page.screenshot(path=tmp_path / "own.png")
         assert page.evaluate("() => window.hacked") is None
         assert page.left == []
+        assert errors == []
     assert (ROOT / "notebooks" / "01_walkthrough.ipynb").read_bytes() == source
 
 

@@ -17,6 +17,7 @@ from tiny import noise_image, tiny_vlm
 
 from dmlr import notebooks
 from dmlr.config import Config, root
+from dmlr.data.boxes import touched
 from dmlr.loop.reference import eager
 from dmlr.methods.answers import Question
 from dmlr.methods.prompting import prefill_task, prompts_of
@@ -103,8 +104,7 @@ def test_a_step_is_grounded_when_its_places_hold_what_was_asked_about(step, boxe
 
 
 def test_patches_that_a_box_touches_and_what_lies_on_them():
-    boxes = defined(NOTEBOOK, ["touched"], np=np, math=math, found=[])
-    inside = boxes.touched([(10, 0, 20.5, 10)], (60, 40), (4, 6))
+    inside = touched([(10, 0, 20.5, 10)], (60, 40), (4, 6))
     assert np.flatnonzero(inside).tolist() == [1, 2]
     shares = defined(NOTEBOOK, ["share_inside"], np=np, math=math, boxed=[])
     assert shares.share_inside(np.ones((3, 24)), inside) == pytest.approx(2 / 24)

@@ -131,9 +131,7 @@ def latent_answers(
             error = f"the reward is not a finite number at iteration {bad}"
             answers.append(Answer("", e.prompt, "error", 0, seconds, error, reasoning))
         else:
-            answers.append(
-                Answer(d.text, e.prompt, d.stop_reason, d.num_tokens, seconds, None, reasoning, e.num_tokens)
-            )
+            answers.append(Answer(d.text, e.prompt, d.stop_reason, d.num_tokens, seconds, None, reasoning))
     return answers
 
 
