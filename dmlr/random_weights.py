@@ -88,4 +88,5 @@ def random_prompt(vlm: VLM, side: int, length: int, num_thought_tokens: int, see
         image_columns=kinds.nonzero()[:, 0],
         image_inputs={"pixel_values": torch.randn(4 * side * side, 1176, generator=generator), "image_grid_thw": grid},
         patch_grid=(side, side),
+        num_tokens=len(ids) + num_thought_tokens + 5,
     )

@@ -162,7 +162,10 @@ def test_every_method_answers_with_one_two_and_no_images(vlm):
         **{**LOOP, **VARIANTS["paper"]}, rationale_tokens=4, rationale_answer_tokens=4, scene_graph_tokens=4
     )
     config = config.replace(icot_newlines=1, icot_patches=2, ltpo_steps=2, consistency_samples=3)
-    questions = [Question(i, text, pictures(sizes, i)) for i, (text, sizes) in enumerate(ASKED)]
+    questions = [
+        Question(i, text, pictures(sizes, i), lambda: questions[0], [[2, 2, 30, 30]], "4")
+        for i, (text, sizes) in enumerate(ASKED)
+    ]
     for name, method in METHODS.items():
         together = method(vlm, questions, config)
         for question, answer in zip(questions, together, strict=True):

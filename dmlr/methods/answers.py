@@ -33,11 +33,12 @@ class Answer:
 
     text: str
     prompt: str
-    stop_reason: str  # eos_token, length, error
+    stop_reason: str  # eos_token, length, error, skipped_no_ground_truth
     num_new_tokens: int = 0  # all that were generated for it, those of earlier calls and other samples included
     seconds: dict[str, float] = field(default_factory=dict)  # prefill, optimise, decode: the batch's, shared equally
     error: str | None = None
     reasoning: Reasoning | None = None
+    prompt_tokens: int = 0  # of the prompt that was answered, image and think tokens included
     details: dict[str, Any] = field(default_factory=dict)  # what else the method did, as plain values for the record
 
 

@@ -45,7 +45,9 @@ def icot(vlm: VLM, questions: Sequence[Question], config: Config) -> list[Answer
         # finished rows may stay in the batch for a while; what was inserted then is not part of the answer
         inserted = [insertion for insertion in insertions if insertion["after_tokens"] < d.num_tokens]
         details = {"insertions": inserted} | notes(question)
-        answers.append(Answer(d.text, e.prompt, d.stop_reason, d.num_tokens, seconds, details=details))
+        answers.append(
+            Answer(d.text, e.prompt, d.stop_reason, d.num_tokens, seconds, prompt_tokens=e.num_tokens, details=details)
+        )
     return answers
 
 

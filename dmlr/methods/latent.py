@@ -131,7 +131,9 @@ def latent_answers(
             error = f"the reward is not a finite number at iteration {bad}"
             answers.append(Answer("", e.prompt, "error", 0, seconds, error, reasoning))
         else:
-            answers.append(Answer(d.text, e.prompt, d.stop_reason, d.num_tokens, seconds, None, reasoning))
+            answers.append(
+                Answer(d.text, e.prompt, d.stop_reason, d.num_tokens, seconds, None, reasoning, e.num_tokens)
+            )
     return answers
 
 

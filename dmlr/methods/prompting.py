@@ -26,7 +26,8 @@ def vanilla(vlm: VLM, questions: Sequence[Question], config: Config) -> list[Ans
     clock.lap("decode")
     seconds = clock.per_example(len(questions))
     return [
-        Answer(d.text, e.prompt, d.stop_reason, d.num_tokens, seconds) for d, e in zip(decoded, encoded, strict=True)
+        Answer(d.text, e.prompt, d.stop_reason, d.num_tokens, seconds, prompt_tokens=e.num_tokens)
+        for d, e in zip(decoded, encoded, strict=True)
     ]
 
 
@@ -89,6 +90,7 @@ def _two_calls(vlm, questions, config, name, first, first_budget, second, second
             stop_reason=d.stop_reason,
             num_new_tokens=s.num_tokens + d.num_tokens,
             seconds=seconds,
+            prompt_tokens=e.num_tokens,
             details={name: s.text, f"{name}_prompt": a.prompt, f"{name}_stop_reason": s.stop_reason},
         )
         for a, s, e, d in zip(asked, said, encoded, decoded, strict=True)

@@ -57,6 +57,7 @@ def encode(vlm: VLM, system: str, task: str, images: Sequence[Image.Image], num_
         image_columns=columns[order],
         image_inputs={name: inputs[name] for name in inputs if name in family.reads} if images else {},
         patch_grid=grid,
+        num_tokens=len(ids),
     )
 
 

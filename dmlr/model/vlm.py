@@ -47,6 +47,7 @@ class Encoded:
     image_columns: torch.Tensor  # [N], where the image tokens are in input_ids
     image_inputs: Mapping[str, torch.Tensor]  # what the vision tower reads, by its names; empty without image
     patch_grid: Grid  # (height, width) of the first image in image tokens; (0, 0) without image
+    num_tokens: int  # of the whole prompt: prefix, think tokens, suffix
 
 
 class VLM:
