@@ -85,7 +85,7 @@ def released_seconds(vlm: VLM, config: Config, encoded: Encoded, iterations: int
     whole = Released(eager(vlm), encoded, config.replace(max_num_steps=iterations))
     start = Released(whole.vlm, encoded, config.replace(max_num_steps=0))
     latents = initial_latents(vlm, vlm.prefill([encoded]), config)[0]
-    (noise,) = noise_of(vlm, config, 1)
+    (noise,) = noise_of(vlm, whole.config, 1)
     with torch.no_grad():
         both, first = (seconds(lambda run=run: run.run(latents, noise), vlm.device) for run in (whole, start))
     return (both - first) / iterations

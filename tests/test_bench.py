@@ -70,7 +70,7 @@ def test_a_whole_measurement_runs_where_a_gpu_has_the_model(tiny, brief, monkeyp
     with PretendGPU():
         assert tiny.device == GPU
         prompt = bench.prompts(tiny, config)[256]
-        figures = bench.ours(tiny, config, (1, 2)) | bench.released(tiny, config)
+        figures = bench.ours(tiny, config, (2,)) | bench.released(tiny, config)
         assert bench.peer_forward(tiny, config, prompt)().device == GPU
     assert {"example_6_tokens_batch_1", "released_example_6_tokens", "released_peak_bytes"} < figures.keys()
 
