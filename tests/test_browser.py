@@ -113,7 +113,7 @@ def test_the_walkthrough_in_jupyterlab(lab, tmp_path):
         assert picture.get_attribute("src") != before
         assert "from iteration 1" in app.inner_text()
         handle.press("End")
-        app.locator('img[alt^="Iteration 10,"]').wait_for()
+        app.locator('img[alt^="Iteration 15,"]').wait_for()
         app.get_by_role("button", name="2", exact=True).click()
         app.locator('img[alt*="Attention of think token 2"]').wait_for()
         page.screenshot(path=tmp_path / "end.png")
@@ -122,10 +122,10 @@ def test_the_walkthrough_in_jupyterlab(lab, tmp_path):
         patches.select_option(index=list(range(patches.locator("option").count())))
         app.get_by_role("button", name="What if").click()
         app.locator("table").wait_for()
-        assert "without 4 patches" in app.locator("table").inner_text()
+        assert "without 8 patches" in app.locator("table").inner_text()
         chooser = app.locator("select:not([multiple])").first
         chooser.select_option(index=5)
-        other = json.loads((ROOT / "data" / "shapes" / "mathematics.json").read_text())[5]
+        other = json.loads((ROOT / "data" / "shapes" / "seek.json").read_text())[5]
         app.get_by_role("status").get_by_text(other["prompt"].split("\n")[0]).wait_for()
         with page.expect_file_chooser() as upload:
             app.get_by_role("button", name="image").first.click()

@@ -65,10 +65,12 @@ def caption(moment: Moment, grid: Grid, token: int | None = None) -> str:
 def headline(walk: Walk) -> str:
     """What came of the question, in a sentence or three."""
     reasoning, kept = walk.dmlr.reasoning, sum(m.accepted for m in walk.moments)
-    before, after = (
-        f"{final(a.text)}{_judged(walk.is_right(a.text, a.stop_reason))}" for a in (walk.vanilla, walk.dmlr)
-    )
-    told = [f"Vanilla answers {before}, DMLR {after}."]
+    first = walk.moments[0]
+    verdicts = [_judged(walk.is_right(answer.text, answer.stop_reason)) for answer in (walk.vanilla, walk.dmlr)]
+    told = [
+        f"Vanilla answers {final(walk.vanilla.text)}{verdicts[0]}; behind think tokens as they come the answer is "
+        f"{final(first.answer)}{_judged(first.is_right)}, and after DMLR {final(walk.dmlr.text)}{verdicts[1]}."
+    ]
     if reasoning is not None:
         told.append(
             f"The reward rose from {reasoning.start_reward:.4f} to {reasoning.best_reward:.4f} by iteration "
