@@ -62,6 +62,7 @@ def test_the_peer_computes_what_a_forward_of_ours_does(tiny):
         torch.testing.assert_close(peer(), bench.forward(tiny, config, prompt, 2)()[:1], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_whole_measurement_runs_where_a_gpu_has_the_model(tiny, brief, monkeypatch):
     """Refused where a tensor of the CPU meets one of the GPU."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
