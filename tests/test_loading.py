@@ -189,7 +189,6 @@ def test_what_the_hub_refuses_is_said_in_a_line(tmp_path):
         from dmlr.config import Config
         from dmlr.model.families import ModelError
         from dmlr.model.vlm import VLM
-from dmlr.run.batches import answer_batch
         said = {}
         for owner in ("gated", "nobody", "empty", "old"):
             try:

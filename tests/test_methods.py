@@ -462,7 +462,7 @@ def test_the_winner_is_the_earliest_of_the_most_frequent():
         ({"icot_patch": 3}, "unknown parameter 'icot_patch' .did you mean 'icot_patches'"),
         ({"rationale_tokens": 0}, "rationale_tokens = 0 is out of range"),
         ({"consistency_samples": 0}, "consistency_samples = 0 is out of range"),
-        ({"consistency_temperature": 0}, "consistency_temperature = 0.0 is out of range"),
+        ({"consistency_temperature": 0}, "consistency_temperature = 0 is out of range"),
         ({"ltpo_sigma": 0}, "ltpo_sigma = 0 gives LTPO nothing to learn from"),
         ({"ltpo_sigma_decay": 1.5}, "out of range"),
     ],

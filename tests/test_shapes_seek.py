@@ -5,6 +5,7 @@ import json
 import random
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from dmlr.model.vlm import VLM
 from dmlr.prompts import Prompts
 from dmlr.run.batches import partners, prepare
 from notebooks.training.landscape import cells, look_at
-from notebooks.training.measure import BASE, ROWS, run
+from notebooks.training.measure import BASE, MARKS, ROWS, readme_table, run
 from notebooks.training.seek import Recipe, Teacher, Words, orthogonal, search, targets, train
 
 START = "data/models/shapes-vl"
@@ -163,3 +164,8 @@ def test_the_committed_models_do_what_their_cards_say(asked, model, row, least, 
 @cache
 def vlm_of(model):
     return VLM.load(Config(model_name_or_path=model, **BASE))
+
+
+def test_the_readmes_table_is_what_was_measured():
+    text = Path(locate("README.md")).read_text(encoding="utf-8")
+    assert f"{MARKS[0]}\n{readme_table(Path(locate('data/models')))}\n{MARKS[1]}" in text

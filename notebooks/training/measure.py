@@ -1,7 +1,8 @@
 """What search does to an embedded model on the suite of searching questions, beside its controls.
 
 `python -m notebooks.training.measure data/models/shapes-seek` writes measured.json beside the weights: an entry for
-every row below, each paired with the start by question. Knows nothing about how a model was trained.
+every row below, each paired with the start by question; `--readme` puts what was written for three models into the
+README's table. Knows nothing about how a model was trained.
 """
 
 from __future__ import annotations
@@ -79,14 +80,55 @@ def percent(values) -> float:
     return round(100 * sum(values) / len(values), 1)
 
 
+MARKS = ("<!-- latents table: python -m notebooks.training.measure --readme -->", "<!-- end of the latents table -->")
+SHOWN = ("start", "displaced, no reward", "another question's latents", "DMLR, 8 samples")
+
+
+def readme_table(models: Path = Path("data/models")) -> str:
+    """What measured.json of the three models says, as Markdown."""
+    lines = [
+        "| model | start | displaced | swapped | **DMLR** | gained, lost | p | reward, start → DMLR |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in ("shapes-seek", "shapes-seek-overconfident", "shapes-vl"):
+        rows = json.loads((models / name / "measured.json").read_text(encoding="utf-8"))["rows"]
+        start, displaced, swapped, found = (rows[row] for row in SHOWN)
+        pair = found["against start"]
+        cells = [
+            f"[{name}](data/models/{name}/README.md)",
+            *(f"{row['right']:.1f}" for row in (start, displaced, swapped)),
+        ]
+        cells += [f"**{found['right']:.1f}**", f"+{pair['gained']} −{pair['lost']}", f"{pair['p']:.1g}"]
+        cells += [f"{start['reward']:.2f} → {found['reward']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_readme_table(readme: Path = Path("README.md")) -> None:
+    before, _, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    readme.write_text(f"{before}{MARKS[0]}\n{readme_table()}\n{MARKS[1]}{after}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="checkpoint folder")
+    parser.add_argument("model", nargs="?", help="checkpoint folder")
+    parser.add_argument("--readme", action="store_true", help="only write the README's table from measured.json")
     parser.add_argument("--suite", default="seek", help="seek, or seek_validation")
     parser.add_argument("--examples", type=int, default=None, help="the first so many questions")
     parser.add_argument("--rows", default="", help="comma-separated parts of rows' names; none: all")
     parser.add_argument("--batch", type=int, default=64)
     given = parser.parse_args()
+    if given.readme:
+        write_readme_table()
+    elif given.model:
+        measure(given)
+    else:
+        parser.error("which model?")
+
+
+def measure(given: argparse.Namespace) -> None:
+    """Runs the wanted rows and writes measured.json."""
     examples = load_dataset(f"data/shapes/{given.suite}.json")[0][: given.examples]
     batch = prepare(examples, partners(examples))
     vlm = VLM.load(base := Config(model_name_or_path=given.model, **BASE))
