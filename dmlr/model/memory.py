@@ -140,7 +140,8 @@ def stages(shape: Shape, itemsize: int, work: Work) -> dict[str, int]:
     while capacity < work.prompt + work.slots + work.new_tokens:
         capacity += max(1, capacity // 2)
     positions = work.prompt + work.slots
-    maps = (8 * shape.heads + 4 * shape.heads // shape.kv_heads) * work.slots * positions
+    # a probe's scores and weights of the think tokens' rows, and the mask of all slots, stacked by key head
+    maps = (8 * shape.heads * work.reads + 4 * shape.heads // shape.kv_heads * work.slots) * positions
     rows = 16 * shape.vocabulary
     loop = work.slots * activations * (shape.layers if work.graph else 1) + maps + work.reads * rows
     held = work.buffers * (work.prompt + max(work.slots, work.new_tokens)) * cache
