@@ -178,16 +178,19 @@ def data(args: argparse.Namespace) -> int:
 
 
 @_command(
-    _argument("model", help="parameter file of the model, or its name in notebooks/params/models"),
+    _argument("model", nargs="+", help="parameter file of a model, or its name in notebooks/params/models"),
+    _argument("--seeds", default="", metavar="S,S", help="a run for each seed (default: the parameter files' one)"),
     _argument("--benchmarks", default="", help="names in notebooks/params/benchmarks, or files (default: Table 1's)"),
     *PARAMETERS,
-    _argument("--output", type=Path, help="folder of all runs (default: reports/runs/table1/<model>)"),
+    _argument(
+        "--output", type=Path, help="folder of all runs (default: reports/runs/table1, of one model its folder there)"
+    ),
 )
 def table1(args: argparse.Namespace) -> int:
-    """every benchmark of Table 1 for one model, then one table; what is finished is skipped"""
+    """model × benchmark × seed (Table 1's benchmarks), then one table; what is finished is skipped"""
     from dmlr import table1
 
-    cells = table1.cells(args.model, args.benchmarks, args.file, dict(args.parameter), args.output)
+    cells = table1.cells(args.model, args.benchmarks, args.file, dict(args.parameter), args.output, args.seeds)
     failures = (table1.dry_run if args.dry_run else table1.run_all)(cells)
     if failures:
         print(f"\n{len(failures)} failed, for the reasons above: {', '.join(failures)}", file=sys.stderr)

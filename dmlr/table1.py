@@ -1,6 +1,6 @@
-"""`python -m dmlr table1 MODEL`: every benchmark of Table 1 for one model, then all of them in one table.
+"""`python -m dmlr table1 MODEL...`: a grid of model × benchmark × seed, then all of it in one table.
 
-Each benchmark is one run of 03_benchmark in a folder of its own, with `resume`: what is finished is skipped, what died
+Each cell is one run of 03_benchmark in a folder of its own, with `resume`: what is finished is skipped, what died
 goes on, and what fails does not stop the others. Knows nothing about models or methods: parameters come from files.
 """
 
@@ -9,8 +9,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from dmlr import notebooks
 from dmlr.config import ConfigError, check_names, root
@@ -32,16 +35,17 @@ FAILURES = (ConfigError, DatasetError, JudgeError, ModelError, ResultsError, not
 
 @dataclass(frozen=True)
 class Cell:
-    """One benchmark of the table: its parameters, and where its run goes."""
+    """One run of the grid: its parameters, and where it goes."""
 
     name: str
     given: Mapping[str, Any]
-    folder: Path
+    everything: Path  # the folder of the whole grid
+    benchmark: str
 
     @property
     def executed(self) -> Path:
         """The executed copy of 03_benchmark; its report lies beside it."""
-        return self.folder / f"{self.name}.ipynb"
+        return Path(self.given["output_dir"]) / f"{self.benchmark}.ipynb"
 
     def plan(self) -> Plan:
         """Raises what the run would raise at once (FAILURES)."""
@@ -49,34 +53,43 @@ class Cell:
         try:
             return plan(config_of(BENCHMARK, values))
         except DatasetError as error:
-            raise DatasetError(f"{error}{_how_to_make(self.name)}") from None
+            raise DatasetError(f"{error}{_how_to_make(self.benchmark)}") from None
 
 
 def cells(
-    model: str, benchmarks: str, files: Sequence[str], given: Mapping[str, Any], output: Path | None
+    models: Sequence[str],
+    benchmarks: str,
+    files: Sequence[str],
+    given: Mapping[str, Any],
+    output: Path | None = None,
+    seeds: str = "",
 ) -> list[Cell]:
-    """One cell for each of the benchmarks (separated by commas; none: Table 1's).
+    """One cell for each model, benchmark and seed (the last two separated by commas; none: Table 1's, the files').
 
-    Its parameters are those of the model, of `files`, of the benchmark, then `given`; later ones win.
+    Its parameters are those of the model, of `files`, of the benchmark, then `given`; later ones win. Its folder is
+    <output>/<model>/<benchmark>/seed<n>, without the parts that the whole grid shares.
 
     ConfigError for a file that is not there or not readable, and for a parameter that this command decides itself.
     """
     names = [name.strip() for name in (benchmarks or ",".join(BENCHMARKS)).split(",") if name.strip()]
     if not names:
         raise ConfigError("--benchmarks names none")
-    path = parameter_file("models", model)
-    shared = read_parameters(path)
-    for file in files:
-        shared |= read_parameters(file)
-    base = output or root() / "reports" / "runs" / "table1" / path.stem
+    chosen = [seed.strip() for seed in seeds.split(",") if seed.strip()] or [None]
+    own = OWN if chosen == [None] else (*OWN, "seed")
+    paths = [parameter_file("models", model) for model in models]
+    base = (output or root() / "reports" / "runs" / "table1" / (paths[0].stem if len(paths) == 1 else "")).resolve()
     made = []
-    for benchmark in names:
+    for path, benchmark, seed in product(paths, names, chosen):
         file = parameter_file("benchmarks", benchmark)
-        parameters = {**shared, **read_parameters(file), **given}
-        if taken := [name for name in OWN if name in parameters]:
+        parameters = read_parameters(path)
+        for more in files:
+            parameters |= read_parameters(more)
+        parameters |= {**read_parameters(file), **given}
+        if taken := [name for name in own if name in parameters]:
             raise ConfigError(f"{taken[0]} is what table1 sets itself; --output names the folder of all its runs")
-        folder = base.resolve() / file.stem
-        made.append(Cell(file.stem, {**parameters, "output_dir": str(folder), "resume": True}, folder))
+        parts = [path.stem] * (len(paths) > 1) + [file.stem] + [f"seed{seed}"] * (seed is not None)
+        parameters |= {"output_dir": str(base.joinpath(*parts)), "resume": True}
+        made.append(Cell("/".join(parts), parameters | ({} if seed is None else {"seed": seed}), base, file.stem))
     return made
 
 
@@ -90,33 +103,45 @@ def parameter_file(kind: str, name: str) -> Path:
 
 
 def run_all(table: Sequence[Cell]) -> dict[str, str]:
-    """Runs what is not finished, then 04_compare over all; prints as it goes. Returns why cells failed, by name."""
+    """Runs what is not finished, then 04_compare over all; prints as it goes. Returns why cells failed, by name.
+
+    However it ends, it says last what is done, failed and left.
+    """
     failures: dict[str, str] = {}
-    for number, cell in enumerate(table, 1):
-        print(f"\n[{number}/{len(table)}] {cell.name}", flush=True)
-        try:
-            made = cell.plan()
-            if made.complete and cell.executed.with_suffix(".html").is_file():
-                print(f"finished already: {shown(cell.executed.with_suffix('.html'))}", flush=True)
-                continue
-            if made.errors:
-                raise ConfigError("; ".join(made.errors))
-            report = notebooks.run(BENCHMARK, cell.given, cell.executed)
-            print(f"report: {shown(report)}", flush=True)
-        except FAILURES as error:
-            failures[cell.name] = str(error)
-            print(f"error: {error}", file=sys.stderr, flush=True)
-    everything = table[0].folder.parent
-    if find_runs(everything):
-        print("\n04_compare: all of them in one table", flush=True)
-        try:
-            compared = {"runs_folder": str(everything)}
-            print(f"report: {shown(notebooks.run(COMPARE, compared, everything / '04_compare.ipynb'))}", flush=True)
-        except FAILURES as error:
-            failures["04_compare"] = str(error)
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        report_index.write_index()
+    states = {cell.name: "left" for cell in table}
+    try:
+        for number, cell in enumerate(table, 1):
+            print(f"\n[{number}/{len(table)}] {cell.name}", flush=True)
+            try:
+                states[cell.name] = _run(cell)
+            except FAILURES as error:
+                failures[cell.name], states[cell.name] = str(error), "failed"
+                print(f"error: {error}", file=sys.stderr, flush=True)
+        everything = table[0].everything
+        if find_runs(everything):
+            print("\n04_compare: all of them in one table", flush=True)
+            try:
+                compared = {"runs_folder": str(everything)}
+                print(f"report: {shown(notebooks.run(COMPARE, compared, everything / '04_compare.ipynb'))}", flush=True)
+            except FAILURES as error:
+                failures["04_compare"] = str(error)
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            report_index.write_index()
+    finally:
+        print(f"\n{pd.Series(states).to_string()}", flush=True)
     return failures
+
+
+def _run(cell: Cell) -> str:
+    """The cell's state after it: done, or done before. Raises one of FAILURES."""
+    made, report = cell.plan(), cell.executed.with_suffix(".html")
+    if made.complete and report.is_file():
+        print(f"finished already: {shown(report)}", flush=True)
+        return "done before"
+    if made.errors:
+        raise ConfigError("; ".join(made.errors))
+    print(f"report: {shown(notebooks.run(BENCHMARK, cell.given, cell.executed))}", flush=True)
+    return "done"
 
 
 def dry_run(table: Sequence[Cell]) -> dict[str, str]:

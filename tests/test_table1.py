@@ -192,7 +192,7 @@ def test_table_1_of_the_embedded_model_is_made_resumed_and_skipped(tmp_path, cap
 
 
 def test_a_run_under_other_parameters_is_refused_before_a_kernel_starts(tmp_path, capsys, monkeypatch):
-    table = table1.cells("shapes-vl", "shapes-visual", [], {"end_data_idx": 2, "methods": "vanilla"}, tmp_path)
+    table = table1.cells(["shapes-vl"], "shapes-visual", [], {"end_data_idx": 2, "methods": "vanilla"}, tmp_path)
     run(Config.make("demo", **{**table[0].given, "verbose": 0, "max_new_tokens": 8}))
     monkeypatch.setattr("dmlr.notebooks.run", lambda notebook, *rest: _compare_only(notebook))
     assert "max_new_tokens was 8 and is now 128" in table1.run_all(table)["shapes-visual"]
@@ -205,20 +205,41 @@ def _compare_only(notebook):
 
 def test_parameters_compose_and_the_last_one_wins(tmp_path):
     (tmp_path / "mine.yaml").write_text("sigma: 0.2\nlr: 0.5\nend_data_idx: 3\n")
-    (cell,) = table1.cells("qwen2.5-vl-7b", "mmvp", [str(tmp_path / "mine.yaml")], {"lr": "0.7"}, None)
+    (cell,) = table1.cells(["qwen2.5-vl-7b"], "mmvp", [str(tmp_path / "mine.yaml")], {"lr": "0.7"}, None)
     assert cell.given["model_name_or_path"] == "Qwen/Qwen2.5-VL-7B-Instruct"
     assert (cell.given["sigma"], cell.given["lr"], cell.given["end_data_idx"]) == (0.2, "0.7", None)
     assert cell.given["resume"] is True and cell.given["output_dir"].endswith("runs/table1/qwen2.5-vl-7b/mmvp")
 
 
+def test_a_grid_has_a_folder_for_each_model_benchmark_and_seed(tmp_path, monkeypatch, capsys):
+    table = table1.cells(["shapes-vl", "qwen2.5-vl-3b"], "shapes-visual,mmvp", [], {}, tmp_path, "0,1")
+    names = [
+        f"{m}/{b}/seed{s}" for m in ("shapes-vl", "qwen2.5-vl-3b") for b in ("shapes-visual", "mmvp") for s in "01"
+    ]
+    assert [cell.name for cell in table] == names
+    assert [cell.given["output_dir"] for cell in table] == [str(tmp_path / name) for name in names]
+    assert [cell.given["seed"] for cell in table] == ["0", "1"] * 4
+    with pytest.raises(ConfigError, match="seed is what table1 sets itself"):
+        table1.cells(["shapes-vl"], "mmvp", [], {"seed": 3}, tmp_path, "0,1")
+
+    def stop(notebook, given, executed):
+        raise table1.notebooks.RunError("no kernel") if given["seed"] == "0" else KeyboardInterrupt
+
+    monkeypatch.setattr(table1.notebooks, "run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        table1.run_all(table[:2] + table[4:5])
+    said = capsys.readouterr().out
+    assert re.findall(r" +(failed|left)\n?", said) == ["failed", "left", "left"]
+
+
 def test_bad_names_and_parameters_are_named(tmp_path):
     with pytest.raises(ConfigError, match="unknown file of models 'qwen2.5-vl-8b' .did you mean 'qwen2.5-vl-7b'"):
-        table1.cells("qwen2.5-vl-8b", "mmvp", [], {}, None)
+        table1.cells(["qwen2.5-vl-8b"], "mmvp", [], {}, None)
     with pytest.raises(ConfigError, match="unknown file of benchmarks 'mmpv' .did you mean 'mmvp'"):
-        table1.cells("qwen2.5-vl-7b", "mmpv", [], {}, None)
+        table1.cells(["qwen2.5-vl-7b"], "mmpv", [], {}, None)
     with pytest.raises(ConfigError, match="output_dir is what table1 sets itself; --output"):
-        table1.cells("qwen2.5-vl-7b", "mmvp", [], {"output_dir": "x"}, None)
+        table1.cells(["qwen2.5-vl-7b"], "mmvp", [], {"output_dir": "x"}, None)
     assert main(["table1", "shapes-vl", "--benchmarks", " , "]) == 1
-    (cell,) = table1.cells("qwen2.5-vl-7b", "mmstar", [], {}, tmp_path)
+    (cell,) = table1.cells(["qwen2.5-vl-7b"], "mmstar", [], {}, tmp_path)
     with pytest.raises(ValueError, match=r"\(python -m dmlr data mmstar --sample 1000 makes it\)"):
         cell.plan()
