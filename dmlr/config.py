@@ -28,6 +28,9 @@ class ConfigError(ValueError):
     """A parameter that does not exist, has the wrong type or is out of range; the message names the mend."""
 
 
+NONE = ("none", "null", "")  # what a command line may write for None
+
+
 class Config(BaseModel):
     """All parameters of a run, in the order in which people look for them.
 
@@ -167,7 +170,7 @@ class Config(BaseModel):
         kind, optional, choices = _kind(cls.model_fields[info.field_name])
         if kind is not str and isinstance(value, str):
             value = value.strip().lower()
-            if optional and value in ("none", "null", ""):
+            if optional and value in NONE:
                 return None
             if kind is int and not value.lstrip("+-").isdigit():
                 value = float(value)  # "1e3" is an integer; what is none is refused as such
@@ -208,6 +211,17 @@ class Config(BaseModel):
         if preset is not None and preset not in PRESETS:
             raise ConfigError(f"unknown preset {preset!r}{_nearest(preset, PRESETS)}; presets are {', '.join(PRESETS)}")
         return cls(**{**(PRESETS[preset] if preset else {}), **overrides})
+
+    @classmethod
+    def of_cell(cls, cell: Mapping[str, Any]) -> Config:
+        """That of a notebook's parameters cell, names that are not Config's aside.
+
+        Where the cell has a `preset`, none stands for the preset's value wherever a preset sets one.
+        """
+        given = {name: cell[name] for name in cls.model_fields if name in cell}
+        if "preset" in cell:
+            given = {n: value for n, value in given.items() if str(value).lower() not in NONE or n not in LOOP}
+        return cls.make(cell.get("preset"), **given)
 
     def replace(self, **overrides: Any) -> Config:
         """A copy with some values changed, checked the same way."""
@@ -385,3 +399,4 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_new_tokens": 128,
     },
 }
+LOOP = frozenset().union(*PRESETS.values())  # the names that presets set

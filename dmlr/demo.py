@@ -12,7 +12,6 @@ from bs4 import BeautifulSoup
 
 from dmlr.config import root
 from dmlr.notebooks import RunError, run
-from dmlr.parameters import read_parameters
 from dmlr.run.records import find_runs, read_results
 from dmlr.show.index import write_index
 from dmlr.stats.metrics import paired, summary
@@ -25,6 +24,11 @@ EXAMPLES = {
     "benchmark": (BENCHMARK_RUN, "make demo"),
     "table1": (RUNS / "table1" / "shapes-vl", "make table1"),
 }
+SUITES = {
+    "dataset": ",".join(f"data/shapes/{suite}.json" for suite in ("mathematics", "visual", "composition")),
+    "end_data_idx": None,
+    "batch_size": 32,
+}
 README_MARKS = ("<!-- demo table: python -m dmlr readme -->", "<!-- end of the demo table -->")
 
 
@@ -35,7 +39,7 @@ def demo(model: str = "") -> None:
     began, notebooks = time.perf_counter(), root() / "notebooks"
     chosen = {"model_name_or_path": model} if model else {}
     print("[1/3] 03_benchmark: three suites, vanilla and dmlr; the bar shows the time that is left", flush=True)
-    benchmark = run(notebooks / "03_benchmark.ipynb", read_parameters(notebooks / "params" / "demo.yaml") | chosen)
+    benchmark = run(notebooks / "03_benchmark.ipynb", SUITES | chosen)
     print("\n[2/3] 04_compare: all runs in one table", flush=True)
     run(notebooks / "04_compare.ipynb")
     print("\n[3/3] 01_walkthrough: one question, seen from inside", flush=True)

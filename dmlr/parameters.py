@@ -40,11 +40,8 @@ def check_parameters(notebook: str | Path, given: Mapping[str, Any]) -> dict[str
         raise ConfigError(f"no notebook {str(notebook)!r}")
     cell = papermill.inspect_notebook(str(notebook))
     check_names(given, cell)
-    settings = {name: literal(p["default"]) for name, p in cell.items() if name in CONFIG_NAMES}
-    if "preset" in cell:  # what the cell leaves at none is the preset's
-        settings = {name: value for name, value in settings.items() if value is not None}
-    preset = given.get("preset", literal(cell["preset"]["default"])) if "preset" in cell else None
-    config = Config.make(preset, **{**settings, **{n: v for n, v in given.items() if n in CONFIG_NAMES}})
+    own = {name: literal(parameter["default"]) for name, parameter in cell.items()}
+    config = Config.of_cell({**own, **given})
     return {
         name: getattr(config, name)
         if name in CONFIG_NAMES
@@ -99,8 +96,7 @@ def _typed(name: str, value: Any, kind: str, default: Any) -> Any:
 def config_of(notebook: str | Path, values: Mapping[str, Any]) -> Config | None:
     """The whole configuration of a notebook's run; None where its cell lacks some of Config's parameters."""
     cell = {name: literal(p["default"]) for name, p in papermill.inspect_notebook(str(notebook)).items()}
-    told = {**cell, **values}
-    return Config.make(None, **{key: told[key] for key in CONFIG_NAMES}) if set(CONFIG_NAMES) <= set(told) else None
+    return Config.of_cell({**cell, **values}) if set(CONFIG_NAMES) <= set(cell) else None
 
 
 def default_output(notebook: Path, values: Mapping[str, Any]) -> Path:

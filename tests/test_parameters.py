@@ -8,7 +8,7 @@ from notebook_files import cell_parameters, notebook
 
 from dmlr import notebooks, parameters
 from dmlr.cli import main
-from dmlr.config import PRESETS, Config, ConfigError
+from dmlr.config import LOOP, PRESETS, Config, ConfigError
 from dmlr.show import index as report_index
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
@@ -111,9 +111,10 @@ def test_relative_scales_are_multiples_of_rms_and_sigma_squared():
 
 def test_the_benchmarks_parameters_are_configs():
     cell = cell_parameters(BENCHMARK)
-    assert list(cell) == list(Config.model_fields)
+    assert [name for name in cell if name != "preset"] == list(Config.model_fields)
     values = {name: parameters.literal(parameter["default"]) for name, parameter in cell.items()}
-    assert Config.make(None, **values) == Config.make("demo")
+    assert Config.of_cell(values) == Config.make("demo")
+    assert {name for name in LOOP if values[name] is not None} == set(), "the loop's values stand in presets only"
 
 
 def kind_of(name):
@@ -136,10 +137,15 @@ def test_help_and_types_of_parameters_are_configs(path):
         assert full.startswith(said), name
 
 
-@pytest.mark.parametrize("preset", ["paper", "released", "demo"])
-def test_parameter_files_are_the_presets(preset):
-    given = parameters.read_parameters(FOLDER / "params" / f"{preset}.yaml")
-    assert PRESETS[preset].items() <= given.items()
-    values = {name: parameters.literal(p["default"]) for name, p in cell_parameters(BENCHMARK).items()}
-    about_the_run = {name: given[name] for name in ("dataset", "end_data_idx", "batch_size") if name in given}
-    assert Config.make(None, **{**values, **given}) == Config.make(preset, **about_the_run)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_fills_what_is_left_at_none_and_nothing_else(preset):
+    values = parameters.check_parameters(BENCHMARK, {"preset": preset, "sigma": "0.3", "max_pixels": "none"})
+    assert parameters.config_of(BENCHMARK, values) == Config.make(preset, sigma=0.3)
+    with pytest.raises(ConfigError, match="unknown preset 'papr' .did you mean 'paper'"):
+        parameters.check_parameters(BENCHMARK, {"preset": "papr"})
+
+
+@pytest.mark.parametrize("path", [*(FOLDER / "params").glob("[bm]*/*.yaml")], ids=lambda path: path.stem)
+def test_no_parameter_file_repeats_what_a_preset_says(path):
+    given = parameters.read_parameters(path)
+    assert {n for n, value in given.items() if PRESETS.get(given.get("preset"), {}).get(n, given) == value} == set()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dmlr.cli import main
-from dmlr.config import PRESETS, Config
+from dmlr.config import LOOP, Config
 from dmlr.data.benchmarks import BENCHMARKS
 from dmlr.judge import judge
 from dmlr.methods.prompting import prompts_of
@@ -21,14 +21,13 @@ PARAMS = NOTEBOOK.parent / "params"
 MODELS = {path.stem: path for path in sorted((PARAMS / "models").glob("*.yaml"))}
 DATA = {path.stem: path for path in sorted((PARAMS / "benchmarks").glob("*.yaml"))}
 SUITES = [name for name in DATA if name.startswith("shapes-")]
-ITS_OWN = {"model_name_or_path", "methods", "banned_strings", "prompts_file"}
 # A file's name, and how the model is called in the paper's table; VLAA-Thinker's size is not told there.
 ROWS = {name: name for name in ("qwen2.5-vl-3b", "qwen2.5-vl-7b", "qwen3-vl-4b", "qwen3-vl-8b")}
 ROWS |= {"r1-onevision-7b": "r1-onevision", "vlaa-thinker-3b": "vlaa-thinking", "vlaa-thinker-7b": "vlaa-thinking"}
 
 
 def test_there_is_a_file_for_every_model_and_every_benchmark_of_the_paper():
-    assert MODELS.keys() == {*ROWS, "shapes-vl"}
+    assert MODELS.keys() == {*ROWS, "shapes-vl", "shapes-seek"}
     assert DATA.keys() == {*published.BENCHMARKS, *SUITES}
     assert {read_parameters(MODELS[name])["model_name_or_path"] for name in ROWS} == set(PAPER_MODELS)
 
@@ -37,18 +36,18 @@ def test_there_is_a_file_for_every_model_and_every_benchmark_of_the_paper():
 def test_every_combination_is_a_configuration(model):
     for data in DATA.values():
         values = read_parameters(MODELS[model]) | read_parameters(data)
-        config = Config.make(None, **values)
+        config = Config.of_cell(values)
+        values.pop("preset")
         assert {name: getattr(config, name) for name in values} == values, "written in the type it has"
-    assert config_of(NOTEBOOK, check_parameters(NOTEBOOK, values)) == config.replace(
-        end_data_idx=None, batch_size=values.get("batch_size")
-    )
+    values = read_parameters(MODELS[model]) | values
+    assert config_of(NOTEBOOK, check_parameters(NOTEBOOK, values)) == config
 
 
 @pytest.mark.parametrize("model", ROWS)
 def test_a_model_of_the_paper_has_the_papers_loop_and_its_rows_methods(model):
     values = read_parameters(MODELS[model])
-    loop = {name: value for name, value in values.items() if name not in ITS_OWN}
-    assert loop == PRESETS["paper"] | {"max_new_tokens": 2048}
+    assert values["preset"] == "paper" and not LOOP & values.keys()
+    assert Config.of_cell(values).max_new_tokens == 2048
     rows = {method for row, method, _ in published.TABLE_1 if row == ROWS[model]}
     assert set(values["methods"].split(",")) == rows
     assert values["methods"].startswith("vanilla,"), "the baseline comes first"
@@ -56,19 +55,12 @@ def test_a_model_of_the_paper_has_the_papers_loop_and_its_rows_methods(model):
 
 @pytest.mark.parametrize("name", ["r1-onevision-7b", "vlaa-thinker-3b", "vlaa-thinker-7b"])
 def test_models_tuned_to_answer_in_tags_are_asked_for_tags(name):
-    config = Config.make(None, **read_parameters(MODELS[name]))
+    config = Config.of_cell(read_parameters(MODELS[name]))
     prompts = prompts_of(config)
     assert all(tag in prompts.system for tag in ("<think>", "</think>", "<answer>", "</answer>"))
     for way in range(3):
         assert "boxed" not in prompts.task("Which?", way) and prompts.task("Which?", way).startswith("Which?")
     assert judge("<think> B looks right, but no. </think> <answer> C </answer>", "C").status == "correct"
-
-
-def test_the_embedded_model_has_the_demos_values():
-    demo = read_parameters(PARAMS / "demo.yaml")
-    ours = read_parameters(MODELS["shapes-vl"])
-    about_data = {"dataset", "end_data_idx"}
-    assert {k: v for k, v in ours.items() if k not in ITS_OWN} == {k: v for k, v in demo.items() if k not in about_data}
 
 
 @pytest.mark.parametrize("name", published.BENCHMARKS)
@@ -95,7 +87,7 @@ def test_of_hallusionbench_the_rows_with_an_image_are_asked():
 
 
 def test_the_embedded_suites_are_there():
-    assert len(SUITES) == 3
+    assert len(SUITES) == 4
     for name in SUITES:
         config = Config.make(None, **read_parameters(DATA[name]))
         (job, _) = plan(config)
