@@ -73,9 +73,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-@_command(_argument("--model", default="", help="hub id or folder; the embedded model if none is given"))
+@_command(_argument("--model", default="", help="hub id or folder; the embedded models if none is given"))
 def demo(args: argparse.Namespace) -> int:
-    """vanilla and DMLR on the embedded benchmark, with tables and reports"""
+    """do latents matter, the benchmark and the walkthrough on the embedded models, with tables and reports"""
     from dmlr.demo import demo
 
     demo(args.model)
@@ -217,15 +217,6 @@ def report(args: argparse.Namespace) -> int:
     from dmlr.show.index import write_index
 
     print(f"index: {write_index()}")
-    return 0
-
-
-@_command()
-def readme(args: argparse.Namespace) -> int:
-    """put the demo's table, figure and reports where git keeps them"""
-    from dmlr.demo import publish
-
-    publish()
     return 0
 
 

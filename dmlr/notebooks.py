@@ -5,6 +5,7 @@ Knows how to run and render a notebook; knows nothing about models, methods or w
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -131,7 +132,8 @@ def keep(executed: str | Path, notebook: str | Path) -> None:
     """Puts the outputs of an executed copy into the notebook itself, as git keeps them and a code host shows them.
 
     Without logs, widgets, what only a report can show (cells tagged `report`) and where the project lies on this
-    machine; with a hash of the code that made them. What is said last in the cell tagged `result` opens the notebook.
+    machine; with a hash of the code that made them. What is said last in the cell tagged `result` opens the
+    notebook; the figure of the cell tagged `front-page` becomes reports/figures/<notebook>.png, which README shows.
     """
     stored, ran = (nbformat.read(path, as_version=4) for path in (notebook, executed))
     ran.cells = [cell for cell in ran.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
@@ -143,6 +145,9 @@ def keep(executed: str | Path, notebook: str | Path) -> None:
         tags = cell.metadata.get("tags", [])
         cell.outputs = [_kept(output) for output in made.outputs if _is_kept(output) and "report" not in tags]
         cell.execution_count = made.execution_count
+        if "front-page" in tags:
+            picture = next(output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {}))
+            (root() / "reports" / "figures" / f"{Path(notebook).stem}.png").write_bytes(base64.b64decode(picture))
         if "result" in tags:
             told = " ".join(cell.outputs[-1].data["text/plain"].split())
             head = stored.cells[0].source.partition(RESULT)[0].rstrip()

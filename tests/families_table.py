@@ -1,4 +1,4 @@
-"""Runs the families' proofs and writes the README's table from what passed: `python tests/families_table.py`."""
+"""Runs the families' proofs; what passed becomes the table of notebooks/README: `python tests/families_table.py`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def main() -> int:
         report = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-q", "tests/test_families.py", f"--junitxml={report}"]
         status = subprocess.run(command, cwd=ROOT, check=False).returncode
-        readme = ROOT / "README.md"
+        readme = ROOT / "notebooks" / "README.md"
         text = readme.read_text(encoding="utf-8")
         before, _, rest = text.partition(START)
         _, _, after = rest.partition(END)

@@ -8,7 +8,7 @@ import pytest
 
 from dmlr import cli
 
-COMMANDS = "run demo bench check judge data table1 doctor report readme".split()
+COMMANDS = "run demo bench check judge data table1 doctor report".split()
 
 
 def test_help_lists_every_command(capsys):
@@ -35,9 +35,9 @@ def test_an_error_of_ours_is_one_line_and_a_fault_keeps_its_traceback(monkeypatc
     assert capsys.readouterr().err == f"error: no notebook {str(tmp_path / 'none.ipynb')!r}\n"
     assert cli.main(["bench", "9000B"]) == 1
     assert "unknown shape '9000B'" in capsys.readouterr().err
-    monkeypatch.setattr("dmlr.demo.publish", lambda: 1 / 0)
+    monkeypatch.setattr("dmlr.show.index.write_index", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        cli.main(["readme"])
+        cli.main(["report"])
 
 
 def test_help_imports_neither_torch_nor_notebooks():

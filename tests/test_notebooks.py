@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +11,12 @@ import nbformat
 import pytest
 from bs4 import BeautifulSoup
 from notebook_files import external_requests, filled, nbval, notebook
-from PIL import Image
 
 from dmlr import demo, notebooks
 from dmlr.cli import main
 from dmlr.judge import judge
 from dmlr.run.records import find_runs, read_results
 from dmlr.show import index as report_index
-from dmlr.show import page
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"
@@ -295,7 +294,7 @@ def test_nbval_compares(path, tmp_path):
     assert "p = 0.755" in result.stdout
 
 
-# index and README table
+# index and tables
 
 
 def test_the_index_lists_runs_with_their_table(benchmark):
@@ -315,42 +314,17 @@ def test_an_index_without_runs_is_a_page(tmp_path):
     assert "No run yet" in report_index.write_index(tmp_path).read_text(encoding="utf-8")
 
 
-def test_the_readmes_table_comes_from_results(benchmark, tmp_path):
+def test_the_demos_tables_are_those_of_its_results(benchmark, tmp_path):
     folder, _ = benchmark
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n" + "\n".join([demo.README_MARKS[0], "old", demo.README_MARKS[1]]) + "\nafter\n")
-    demo.write_readme_table(readme, folder)
-    text = readme.read_text(encoding="utf-8")
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "old" not in text
-    accuracies = [f"{read_results(path)['accuracy']:.1%}" for path in find_runs(folder)]
-    assert all(f"| {accuracy} |" in text for accuracy in accuracies)
-    assert "gained" in text
-    demo.write_readme_table(readme, folder)
-    assert readme.read_text(encoding="utf-8") == text
-
-
-def test_the_readmes_figure_is_cut_from_a_report(tmp_path):
-    picture = tmp_path / "figures" / "walkthrough.png"
-    pixel = page.data_uri(Image.new("RGB", (3, 2), "red"))
-    pages = [f'<img class="plain" src="{pixel}" alt="a">' for pixel in (page.data_uri(Image.new("L", (9, 9))), pixel)]
-    (tmp_path / "walk.html").write_text("".join(pages))
-    demo.write_readme_figure(picture, tmp_path / "walk.html")
-    assert Image.open(picture).size == (3, 2)
-
-
-def test_nothing_of_an_unfinished_demo_is_published(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "BENCHMARK_RUN", tmp_path)
-    before = (ROOT / "README.md").read_bytes()
-    assert main(["readme"]) == 1
-    assert "has not run to its end" in capsys.readouterr().err
-    assert (ROOT / "README.md").read_bytes() == before
-
-
-def test_the_committed_readme_has_a_place_for_the_table():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert all(text.count(mark) == 1 for mark in demo.README_MARKS)
+    table = demo.result_table(folder)
+    assert list(table["method"]) == ["vanilla", "dmlr"]
+    assert list(table["accuracy"]) == [
+        f"{read_results(folder / 'mathematics' / m)['accuracy']:.1%}" for m in table["method"]
+    ]
+    assert "gained" in table["difference"][1] and table["difference"][0] == ""
+    shutil.copytree(folder, tmp_path / "shapes-vl" / "battery")
+    told = demo.latents_table(tmp_path)
+    assert told.to_dict("records") == [{"model": "shapes-vl", **dict(zip(table["method"], table["accuracy"]))}]
 
 
 def test_a_report_does_not_say_where_the_project_lies(tmp_path):
