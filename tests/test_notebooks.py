@@ -324,7 +324,9 @@ def test_the_demos_tables_are_those_of_its_results(benchmark, tmp_path):
     assert "gained" in table["difference"][1] and table["difference"][0] == ""
     shutil.copytree(folder, tmp_path / "shapes-vl" / "battery")
     told = demo.latents_table(tmp_path)
-    assert told.to_dict("records") == [{"model": "shapes-vl", **dict(zip(table["method"], table["accuracy"]))}]
+    assert told.to_dict("records") == [
+        {"model": "shapes-vl", **dict(zip(table["method"], table["accuracy"], strict=True))}
+    ]
 
 
 def test_a_report_does_not_say_where_the_project_lies(tmp_path):
