@@ -29,9 +29,8 @@ from traitlets import default
 
 from dmlr.config import root
 from dmlr.parameters import check_parameters, default_output, from_here, literal
-from dmlr.show.policy import policy
 from dmlr.show.provenance import provenance
-from dmlr.show.style import css
+from dmlr.show.style import css, policy
 
 RESULT = "**In the stored run:**"  # what follows in a notebook's first cell comes from the run
 

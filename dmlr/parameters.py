@@ -9,6 +9,7 @@ from typing import Any
 
 import papermill
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from dmlr.config import Config, ConfigError, check_names, root
 
@@ -76,21 +77,15 @@ def literal(source: str) -> Any:
 
 def _typed(name: str, value: Any, kind: str, default: Any) -> Any:
     """A parameter that is the notebook's own, in the type its cell declares."""
-    types = {"int": int, "float": float, "bool": bool, "str": str}
-    wanted = types.get(kind) or type(default)
+    wanted = {"int": int, "float": float, "bool": bool, "str": str}.get(kind) or type(default)
     if wanted is str:
-        return value if isinstance(value, str) else str(value)
-    parsed = yaml.safe_load(value) if isinstance(value, str) else value
-    if parsed is None and default is None:
+        return str(value)
+    if default is None and (value is None or value == "none"):
         return None
     try:
-        if wanted is float and not isinstance(parsed, bool):
-            return float(parsed)
-    except (TypeError, ValueError):
-        parsed = None
-    if not isinstance(parsed, wanted) or (wanted is int and isinstance(parsed, bool)):
-        raise ConfigError(f"{name} = {value!r}: expected {wanted.__name__}")
-    return parsed
+        return TypeAdapter(wanted).validate_python(value)
+    except ValidationError:
+        raise ConfigError(f"{name} = {value!r}: expected {wanted.__name__}") from None
 
 
 def config_of(notebook: str | Path, values: Mapping[str, Any]) -> Config | None:

@@ -6,8 +6,9 @@ goes on, and what fails does not stop the others. Knows nothing about models or 
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -102,32 +103,36 @@ def parameter_file(kind: str, name: str) -> Path:
     return known[Path(name).stem if name.endswith(".yaml") else name]
 
 
+@contextlib.contextmanager
+def _attempt(name: str, heading: str, failures: dict[str, str]) -> Iterator[None]:
+    """What fails in it is said, and kept by its name."""
+    print(f"\n{heading}", flush=True)
+    try:
+        yield
+    except FAILURES as error:
+        failures[name] = str(error)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
+
 def run_all(table: Sequence[Cell]) -> dict[str, str]:
     """Runs what is not finished, then 04_compare over all; prints as it goes. Returns why cells failed, by name.
 
     However it ends, it says last what is done, failed and left.
     """
     failures: dict[str, str] = {}
-    states = {cell.name: "left" for cell in table}
+    done: dict[str, str] = {}
     try:
         for number, cell in enumerate(table, 1):
-            print(f"\n[{number}/{len(table)}] {cell.name}", flush=True)
-            try:
-                states[cell.name] = _run(cell)
-            except FAILURES as error:
-                failures[cell.name], states[cell.name] = str(error), "failed"
-                print(f"error: {error}", file=sys.stderr, flush=True)
+            with _attempt(cell.name, f"[{number}/{len(table)}] {cell.name}", failures):
+                done[cell.name] = _run(cell)
         everything = table[0].everything
         if find_runs(everything):
-            print("\n04_compare: all of them in one table", flush=True)
-            try:
+            with _attempt("04_compare", "04_compare: all of them in one table", failures):
                 compared = {"runs_folder": str(everything)}
                 print(f"report: {shown(notebooks.run(COMPARE, compared, everything / '04_compare.ipynb'))}", flush=True)
-            except FAILURES as error:
-                failures["04_compare"] = str(error)
-                print(f"error: {error}", file=sys.stderr, flush=True)
             report_index.write_index()
     finally:
+        states = {c.name: "failed" if c.name in failures else done.get(c.name, "left") for c in table}
         print(f"\n{pd.Series(states).to_string()}", flush=True)
     return failures
 
@@ -149,18 +154,11 @@ def dry_run(table: Sequence[Cell]) -> dict[str, str]:
     failures: dict[str, str] = {}
     plans: list[Plan] = []
     for number, cell in enumerate(table, 1):
-        print(f"\n[{number}/{len(table)}] {cell.name}", flush=True)
-        try:
-            made = cell.plan()
-        except FAILURES as error:
-            failures[cell.name] = str(error)
-            print(f"error: {error}", flush=True)
-            continue
-        print(as_text(made), flush=True)
-        plans.append(made)
-        if made.errors:
-            failures[cell.name] = "; ".join(made.errors)
-            print("\n".join(f"error: {error}" for error in made.errors), flush=True)
+        with _attempt(cell.name, f"[{number}/{len(table)}] {cell.name}", failures):
+            plans.append(made := cell.plan())
+            print(as_text(made), flush=True)
+            if made.errors:
+                raise ConfigError("; ".join(made.errors))
     print(f"\ntime of all that is still to do: {time_of(plans) if plans else 'unknown'}")
     return failures
 

@@ -31,9 +31,8 @@ def cluster():
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    from dmlr.run.workers import node_here
-
-    started = Cluster(initialize_head=True, head_node_args=node_here(1, "127.0.0.1"))
-    started.add_node(**node_here(1, "127.0.0.1"))
+    node = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": 2**28}
+    started = Cluster(initialize_head=True, head_node_args=node)
+    started.add_node(**node)
     yield started.address
     started.shutdown()

@@ -11,7 +11,7 @@ import papermill
 from bs4 import BeautifulSoup
 from papermill.parameterize import parameterize_notebook
 
-from dmlr.show.policy import gallery_script
+from dmlr.show.style import gallery_script
 
 
 def notebook(path, *cells, parameters='rounds: int = 1  # how often\nlabel: str = "a"  # any text'):

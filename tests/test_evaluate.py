@@ -6,14 +6,12 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-import torch
 from judge_server import JudgeServer, refuses, says
 from PIL import Image
 from tiny import noise_image, tiny_vlm
 
-from dmlr.cli import main
 from dmlr.config import Config, ConfigError
-from dmlr.data.examples import DatasetError, ImageError
+from dmlr.data.examples import ImageError
 from dmlr.judge import llm_judge
 from dmlr.judge.llm_judge import JudgeError
 from dmlr.methods import METHODS
@@ -90,7 +88,7 @@ def test_questions_with_several_images_and_with_none(vlm, dataset, tmp_path):
 
 def test_the_progress_bar_tells_speeds_and_memory(vlm, dataset, tmp_path, capsys):
     run(vlm, dataset, tmp_path / "out", verbose=1, methods="dmlr")
-    assert re.search(r"6/6 .* correct, [\d.e+]+ it/s, [\d.e+]+ tok/s, [\d.]+ GiB", capsys.readouterr().err)
+    assert re.search(r"6/6 .*lately correct=\d/6, it/s=[\d.e+]+, tok/s=[\d.e+]+, GiB=[\d.]+", capsys.readouterr().err)
 
 
 def test_batch_size_and_range_change_no_record(vlm, dataset, tmp_path):
@@ -167,18 +165,6 @@ def test_bad_rows_cost_one_record_each(vlm, tmp_path):
         assert content["total"] == len(rows) - len(errors) - 1
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [('{"prompt": 1}', "list"), ("[1, 2", "not valid JSON"), ("", "not valid JSON"), ("[]", "empty")],
-)
-def test_unusable_dataset_is_one_message(vlm, tmp_path, content, message):
-    (tmp_path / "data.json").write_text(content)
-    with pytest.raises(DatasetError, match=message):
-        run(vlm, tmp_path / "data.json", tmp_path / "out")
-    with pytest.raises(DatasetError, match=r"nowhere\.json"):
-        run(vlm, tmp_path / "nowhere.json", tmp_path / "out")
-
-
 def test_a_run_without_any_answer_is_an_error_and_leaves_its_records(vlm, tmp_path, capsys):
     rows = [{"prompt": f"How many? {i}", "solution": "3", "image_path": f"{i}.png", "idx": i} for i in range(3)]
     data, out = write(tmp_path, rows), tmp_path / "out"
@@ -190,15 +176,6 @@ def test_a_run_without_any_answer_is_an_error_and_leaves_its_records(vlm, tmp_pa
     assert "no answer" not in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_a_notebooks_run_without_any_answer_is_an_error_of_the_command(tmp_path, capsys):
-    data = write(tmp_path, [{"prompt": "How many?", "solution": "3", "image_path": "none.png", "idx": 0}])
-    given = ["-p", "dataset", str(data), "-p", "output_dir", str(tmp_path / "cli"), "-p", "methods", "vanilla"]
-    assert main(["run", str(Path(__file__).parents[1] / "notebooks" / "03_benchmark.ipynb"), *given]) == 1
-    assert "NoAnswers: every record is an error" in capsys.readouterr().err
-    assert read_results(tmp_path / "cli/data/vanilla")["errors"] == 1
-
-
 def test_a_method_without_any_answer_is_named(vlm, dataset, tmp_path, capsys, monkeypatch):
     def breaks(*_):
         raise ValueError("this method is broken")
@@ -207,32 +184,6 @@ def test_a_method_without_any_answer_is_named(vlm, dataset, tmp_path, capsys, mo
     assert run(vlm, dataset, tmp_path / "out")["vanilla"]["errors"] == 0
     said = capsys.readouterr().err
     assert "data, dmlr: 6 errors and no answer; the first: ValueError: this method is broken" in said
-
-
-def test_unknown_method_names_the_nearest(vlm, dataset, tmp_path):
-    with pytest.raises(ConfigError, match=r"unknown method 'vanila' .*'vanilla'"):
-        run(vlm, dataset, tmp_path / "out", methods="vanila")
-
-
-def test_out_of_memory_halves_the_batch_and_gives_the_same_records(vlm, dataset, tmp_path):
-    fine = run(vlm, dataset, tmp_path / "a")
-    prefill = vlm.prefill
-
-    def small(batch):
-        if len(batch) > 1:
-            raise torch.OutOfMemoryError("out of memory")
-        return prefill(batch)
-
-    vlm.prefill = small
-    try:
-        halved = run(vlm, dataset, tmp_path / "b")
-    finally:
-        del vlm.prefill
-    for method in fine:
-        assert [e["model_output"] for e in halved[method]["entries"]] == [
-            e["model_output"] for e in fine[method]["entries"]
-        ]
-        assert halved[method]["errors"] == 0
 
 
 def test_interrupted_run_resumes_without_loss_or_repetition(vlm, dataset, tmp_path):
@@ -260,20 +211,6 @@ def test_interrupted_run_resumes_without_loss_or_repetition(vlm, dataset, tmp_pa
         assert comparable(resumed[method]) == comparable(fine[method])
     with pytest.raises(ResultsError, match="max_new_tokens was 4 and is now 5"):
         run(vlm, dataset, tmp_path / "b", resume=True, max_new_tokens=5)
-
-
-def test_verify_only_judges_again_without_a_model(vlm, dataset, tmp_path):
-    first = run(vlm, dataset, tmp_path / "out")
-    rows = json.loads(dataset.read_text())
-    rows[2]["solution"] = first["dmlr"]["entries"][2]["model_output"] or "?"
-    dataset.write_text(json.dumps(rows))
-    config = Config(
-        **{**FAST, "dataset": str(dataset), "output_dir": str(tmp_path / "out"), "methods": "dmlr", "verify_only": True}
-    )
-    ((_, again),) = evaluate.run(config).items()
-    assert again["entries"][2]["is_correct"] is True
-    assert [e["model_output"] for e in again["entries"]] == [e["model_output"] for e in first["dmlr"]["entries"]]
-    assert again["environment"] == first["dmlr"]["environment"] and again["total"] == 6
 
 
 def test_an_llm_judge_that_fails_counts_neither_way_and_verify_only_mends_it(vlm, dataset, tmp_path, monkeypatch):
@@ -362,9 +299,12 @@ def test_verify_only_takes_the_datasets_ground_truth_and_refuses_other_questions
     first = run(vlm, dataset, tmp_path / "out", methods="vanilla")["vanilla"]
     again = {"methods": "vanilla", "verify_only": True}
     rows = json.loads(dataset.read_text())
-    rows[2]["solution"] = "\\boxed{4}"
+    rows[2]["solution"] = first["entries"][2]["model_output"] or "?"
     dataset.write_text(json.dumps(rows))
-    assert run(None, dataset, tmp_path / "out", **again)["vanilla"]["entries"][2]["ground_truth"] == "\\boxed{4}"
+    judged = run(None, dataset, tmp_path / "out", **again)["vanilla"]
+    assert judged["entries"][2]["ground_truth"] == rows[2]["solution"] and judged["entries"][2]["is_correct"] is True
+    assert [e["model_output"] for e in judged["entries"]] == [e["model_output"] for e in first["entries"]]
+    assert judged["environment"] == first["environment"] and judged["total"] == 6
     log = (tmp_path / "out/data/vanilla/log.jsonl").read_bytes()
     dataset.write_text(json.dumps(rows[1:]))  # every row has moved up: each answer would meet another's truth
     with pytest.raises(ResultsError, match="row 0 .* another question"):

@@ -44,7 +44,7 @@ def test_wilson_contains_its_value_and_mirrors(a, b):
 
 def test_wilson_without_examples_and_with_nonsense():
     assert math.isnan(metrics.wilson(0, 0).low)
-    with pytest.raises(ValueError, match="5 correct of 3"):
+    with pytest.raises(ValueError):
         metrics.wilson(5, 3)
 
 
@@ -109,12 +109,6 @@ def test_categories():
     assert table.loc["sum", "value"] == 0.5 and table.loc["colour", "total"] == 1 and table.loc["(none)", "total"] == 0
     assert metrics.category_mean(run) == 0.75
     assert math.isnan(metrics.category_mean([]))
-
-
-def test_above_chance():
-    assert metrics.above_chance(0.25, 0.25) == 0 and metrics.above_chance(1, 0.5) == 1
-    with pytest.raises(ValueError, match="chance"):
-        metrics.above_chance(0.5, 1)
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=40))

@@ -32,6 +32,7 @@ from dmlr.run.batches import InProcess, cut, partners
 from dmlr.run.records import ResultsError, RunLog, held, read_results, read_run, write_results, write_reward_csv
 from dmlr.run.verdicts import ask_llm, judged_again, llm_settings, verdict_of
 from dmlr.stats.metrics import efficiency
+from dmlr.stats.outcomes import tally
 
 if TYPE_CHECKING:
     from dmlr.judge.llm_settings import JudgeSettings
@@ -96,11 +97,12 @@ def executor_of(config: Config, vlm: VLM | None) -> InProcess | Workers:
 
 def report_failures(results: dict[tuple[str, str], dict[str, Any]], folder: Path) -> None:
     """Says on stderr which jobs have no answer at all, only errors; raises NoAnswers when none of the run has any."""
-    failures = []
-    for (dataset, method), result in results.items():
-        if result["errors"] and not result["total"] + result["judge_failed"]:
-            first = next(entry["error"] for entry in result["entries"] if entry["stop_reason"] == "error")
-            failures.append(f"{dataset}, {method}: {result['errors']} errors and no answer; the first: {first}")
+    failures = [
+        f"{dataset}, {method}: {result['errors']} errors and no answer; the first: "
+        + next(entry["error"] for entry in result["entries"] if entry["stop_reason"] == "error")
+        for (dataset, method), result in results.items()
+        if result["errors"] and not result["total"] + result["judge_failed"]
+    ]
     if failures and len(failures) == len(results):
         raise NoAnswers(f"every record is an error ({'; '.join(failures)}); they are in {folder}")
     for failure in failures:
@@ -166,43 +168,43 @@ def run_job(
     size = max(1, executor.facts.fitting_batch)
     if config.num_workers > 1:  # of few examples, each worker still gets some
         size = min(size, math.ceil(len(job.examples) / config.num_workers) or 1)
-    correct = judged = 0
-    recent = deque(maxlen=64)
     with RunLog(job.folder, config, resume=config.resume, facts=facts | checksums(job, config), batch_size=size) as log:
         if log.aside and config.verbose:
             progress.write(f"{name(job.dataset)} {job.method}: what an earlier run left is kept as {log.aside.name}")
-        finished, begun = log.finished(), {record["row"] for record in log.records()}
         save = partial(save_results, job, log, config, executor.facts.environment)
         llm_cost = None
         with contextlib.suppress(ResultsError):  # there are none, unless this run goes on with another
             llm_cost = read_results(job.folder).get("llm_judge")
-        progress.update(sum(example.row in finished for example in job.examples))
         try:
-            for problem in job.problems:
-                record = error_record(problem.row, problem.idx, f"{problem.kind}: {problem.message}")
-                if record["row"] not in begun:
-                    log.append(record)
-            batches = cut(job.examples, log.batch_size, finished, begun)
-            answers = executor.answers(job.method, batches, partners(job.examples))
-            for example, answer in chain.from_iterable(answers):
-                if example.row in finished:
-                    continue
-                record = record_of(example, answer)
-                save_extras(job, example, answer, config)  # first: a row in the log is not done again
-                log.append(record)
-                correct, judged = correct + bool(record["is_correct"]), judged + (record["is_correct"] is not None)
-                recent.append(record)
-                rates = pace(recent, executor.peak_memory)
-                progress.set_postfix_str(f"{correct}/{judged} correct{rates}", refresh=False)
-                progress.update()
-                if config.verbose == 2:  # repr: an answer may hold what a terminal would obey
-                    progress.write(f"{example.idx!r}: {answer.text!r} ({example.solution!r})")
+            record_answers(job, config, log, executor, progress)
             llm_cost = ask_llm(log, job.examples, llm, every=config.llm_verify_all)
         except BaseException:
             with contextlib.suppress(ResultsError):  # what went wrong first is what must be heard
                 save(executor.peak_memory, llm_judge=llm_cost)
             raise
         return save(executor.peak_memory, llm_judge=llm_cost)
+
+
+def record_answers(job: Job, config: Config, log: RunLog, executor: InProcess | Workers, progress: tqdm) -> None:
+    """Logs a record for every row that has none yet, or an error's: the rows that are no examples first."""
+    finished, begun = log.finished(), {record["row"] for record in log.records()}
+    progress.update(sum(example.row in finished for example in job.examples))
+    for problem in job.problems:
+        never = Example(-1 if problem.row is None else problem.row, problem.idx, "", "")  # it did not become one
+        if never.row not in begun:
+            log.append(record_of(never, Answer("", "", "error", error=f"{problem.kind}: {problem.message}")))
+    recent: deque[dict[str, Any]] = deque(maxlen=64)
+    batches = cut(job.examples, log.batch_size, finished, begun)
+    for example, answer in chain.from_iterable(executor.answers(job.method, batches, partners(job.examples))):
+        if example.row in finished:
+            continue
+        save_extras(job, example, answer, config)  # first: a row in the log is not done again
+        recent.append(record_of(example, answer))
+        log.append(recent[-1])
+        progress.set_postfix(pace(recent, executor.peak_memory), refresh=False)
+        progress.update()
+        if config.verbose == 2:  # repr: an answer may hold what a terminal would obey
+            progress.write(f"{example.idx!r}: {answer.text!r} ({example.solution!r})")
 
 
 def verify(job: Job, config: Config, progress: tqdm, llm: JudgeSettings | None = None) -> dict[str, Any]:
@@ -232,12 +234,12 @@ def verify(job: Job, config: Config, progress: tqdm, llm: JudgeSettings | None =
         return save_results(job, log, Config.make(None, **saved), before["environment"], memory, llm_judge=llm_cost)
 
 
-def pace(records: Iterable[dict[str, Any]], memory: int | None) -> str:
-    """What a progress bar shows of recent records beside their number per second."""
-    rates = efficiency(list(records))
-    speeds = [(rates["iterations_per_second"], "it/s"), (rates["tokens_per_second"], "tok/s")]
-    text = "".join(f", {value:.3g} {unit}" for value, unit in speeds if value)
-    return f"{text}, {memory / 2**30:.1f} GiB" if memory else text
+def pace(recent: Iterable[dict[str, Any]], memory: int) -> dict[str, str]:
+    """What a progress bar shows beside the number of records: of the recent ones, how many are right and how fast."""
+    counts, rates = tally(recent), efficiency(recent)
+    shown = {"lately correct": f"{counts['correct']}/{counts['total']}", "it/s": rates["iterations_per_second"]}
+    shown |= {"tok/s": rates["tokens_per_second"], "GiB": memory / 2**30}
+    return {name: value if isinstance(value, str) else f"{value:.3g}" for name, value in shown.items() if value}
 
 
 def record_of(example: Example, answer: Answer) -> dict[str, Any]:
@@ -275,12 +277,6 @@ def record_of(example: Example, answer: Answer) -> dict[str, Any]:
     return record | ({"boxes": example.meta["boxes"]} if "boxes" in example.meta else {})
 
 
-def error_record(row: int | None, idx: int | str | None, message: str) -> dict[str, Any]:
-    """A row of the dataset that never became an example."""
-    example = Example(-1 if row is None else row, idx, "", "")
-    return record_of(example, Answer("", "", "error", error=message))
-
-
 def shown_path(images: tuple[str, ...]) -> str | list[str] | None:
     """As in the dataset file: one path, or several; images that lie in the file itself are not copied."""
     paths = [without_password(path) for path in images if not path.startswith("data:")]
@@ -304,8 +300,6 @@ def save_extras(job: Job, example: Example, answer: Answer, config: Config) -> N
             save_kept_patches(path, open_image(example.image), answer.reasoning.patches, answer.reasoning.patch_grid)
         except ImageError as error:
             print(f"not drawn: {error}", file=sys.stderr, flush=True)
-        except OSError as error:
-            raise ResultsError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def save_results(

@@ -13,6 +13,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +40,28 @@ class ResultsError(RuntimeError):
 
 
 @contextlib.contextmanager
+def _writing(path: Path, kept: str = "") -> Iterator[None]:
+    """What a disk refuses is a ResultsError that names the path, and what is `kept`."""
+    try:
+        yield
+    except OSError as error:
+        raise ResultsError(f"{path}: cannot be written: {error.strerror or error}{kept}") from None
+
+
+@contextlib.contextmanager
 def held(folder: str | Path) -> Iterator[None]:
     """Keeps other processes out of a run's folder, with all its datasets and methods, for the whole run.
 
     Raises ResultsError at once when another process holds it or when it cannot be written.
     """
     path = Path(folder)
-    try:
+    lock = FileLock(path / LOCK, timeout=0)
+    with _writing(path):
         path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path / LOCK, timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise ResultsError(f"{path}: another process is writing this run; wait for it or stop it") from None
-    except OSError as error:
-        raise ResultsError(f"{path}: cannot be used as output folder: {_why(error)}") from None
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ResultsError(f"{path}: another process is writing this run; wait for it or stop it") from None
     try:
         yield
     finally:
@@ -66,7 +75,7 @@ class RunLog:
     its records (method, checksum of the dataset; None: not compared, as for judging again). With `resume` an
     existing log is continued if both are as they were, FREE_PARAMETERS aside, and aside parameters for which a
     fact of the same name stands; without it the files of an earlier run become log.1.jsonl, run.1.json and
-    results.1.json (2, 3, ...; `aside` is that log), and a new log begins. Use as a context manager, or call `close`.
+    results.1.json (2, 3, ...; `aside` is that log), and a new log begins. Use as a context manager.
 
     `batch_size`, in examples, is that of a log which is continued, unless the configuration names one: company
     decides the last bits of an answer's reward.
@@ -84,38 +93,42 @@ class RunLog:
         facts: Mapping[str, Any] | None = None,
         batch_size: int | None = None,
     ) -> None:
-        self.folder = Path(folder)
-        self.config, self.facts = as_plain(config or {}), None if facts is None else as_plain(dict(facts))
+        self.folder, self.aside = Path(folder), None
+        self.config, self.facts = as_plain(config or {}), as_plain(facts)
         self.batch_size = self.config.get("batch_size") or batch_size
-        self._file, self.aside = None, None
-        try:
+        self._records: dict[int, dict] = {}
+        with _writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._records = self._open(resume)
-        except OSError as error:
-            raise ResultsError(f"{self.folder}: cannot be written: {_why(error)}") from None
+            for half_written in self.folder.glob(".*.json.*"):  # by a process that was killed, see `write_json`
+                half_written.unlink()
+            path = self.folder / LOG
+            if path.is_file() and path.stat().st_size:
+                self._go_on(path) if resume else self._put_aside(path)
+            about = {"config": self.config, "facts": self.facts or {}, "batch_size": self.batch_size}
+            write_json(self.folder / SIDECAR, about)
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
 
-    def _open(self, resume: bool) -> dict[int, dict]:
-        path, records = self.folder / LOG, {}
-        for half_written in self.folder.glob(".*.json.*"):  # by a process that was killed, see `write_json`
-            half_written.unlink()
-        if path.exists() and path.is_file() and path.stat().st_size:
-            if resume:
-                saved = _read_sidecar(self.folder)
-                _check_same(self.folder, saved, self.config, self.facts)
-                self.facts = saved.get("facts", {}) if self.facts is None else self.facts
-                self.batch_size = self.config.get("batch_size") or saved.get("batch_size") or self.batch_size
-                records, size = _parse(path)
-                os.truncate(path, size)  # a torn last line: its example runs again
-            else:
-                number = next(n for n in range(1, 10**9) if not (self.folder / f"log.{n}.jsonl").exists())
-                # The log first: whoever is killed in between leaves nothing that resume could take for a run.
-                self.aside = path.rename(self.folder / f"log.{number}.jsonl")
-                for old in filter(Path.exists, (self.folder / SIDECAR, self.folder / RESULTS)):
-                    old.rename(old.with_suffix(f".{number}.json"))
-        about = {"config": self.config, "facts": self.facts or {}, "batch_size": self.batch_size}
-        write_json(self.folder / SIDECAR, about)
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
-        return records
+    def _go_on(self, path: Path) -> None:
+        saved = read_run(self.folder)
+        old_facts = saved.get("facts") or {}
+        self.facts = old_facts if self.facts is None else self.facts
+        before, now = with_defaults(saved.get("config")), with_defaults(self.config)
+        changes = differences(before, now, FREE_PARAMETERS | self.facts.keys()) + differences(old_facts, self.facts)
+        if changes:
+            raise ResultsError(
+                f"{self.folder}: cannot resume under another configuration: {'; '.join(changes)}; "
+                "take the old value, or another output_dir"
+            )
+        self.batch_size = self.config.get("batch_size") or saved.get("batch_size") or self.batch_size
+        self._records, size = _parse(path)
+        os.truncate(path, size)  # a torn last line: its example runs again
+
+    def _put_aside(self, path: Path) -> None:
+        number = next(n for n in count(1) if not (self.folder / f"log.{n}.jsonl").exists())
+        # The log first: whoever is killed in between leaves nothing that resume could take for a run.
+        self.aside = path.rename(self.folder / f"log.{number}.jsonl")
+        for old in filter(Path.exists, (self.folder / SIDECAR, self.folder / RESULTS)):
+            old.rename(old.with_suffix(f".{number}.json"))
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a record (keys: see interface; `row` is required), on disk when this returns.
@@ -123,23 +136,20 @@ class RunLog:
         NaN and infinities become null. Raises ResultsError when the disk is full or the folder lost; what was
         finished before stays readable.
         """
-        if self._file is None:
-            raise ResultsError(f"{self.folder}: the log is closed")
         record = as_plain(dict(record))
         line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
-        start = os.fstat(self._file.fileno()).st_size
-        try:
-            view = memoryview(line)
-            while view:
-                view = view[self._file.write(view) :]
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file.fileno(), start)  # no half line for the next writer to run into
-            raise ResultsError(
-                f"{self.folder / LOG}: cannot be written: {_why(error)}; "
-                f"{len(self._records)} finished records are kept, mend it and start again with resume"
-            ) from None
+        kept = f"; {len(self._records)} finished records are kept, mend it and start again with resume"
+        with _writing(self.folder / LOG, kept):
+            start = os.fstat(self._file.fileno()).st_size
+            try:
+                view = memoryview(line)
+                while view:
+                    view = view[self._file.write(view) :]
+                os.fsync(self._file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._file.fileno(), start)  # no half line for the next writer to run into
+                raise
         self._records[int(record["row"])] = record
 
     def records(self) -> list[dict]:
@@ -150,24 +160,11 @@ class RunLog:
         """Rows that need no inference any more; those that ended in an error are tried again."""
         return {row for row, record in self._records.items() if record.get("stop_reason") != "error"}
 
-    def close(self) -> None:
-        """Closing twice is harmless."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.close()
-
-
-def _read_sidecar(folder: Path) -> dict[str, dict]:
-    try:
-        return dict(json.loads((folder / SIDECAR).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ResultsError(f"{folder / SIDECAR}: cannot tell which configuration made the log ({error})") from None
+        self._file.close()
 
 
 def with_defaults(config: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -185,18 +182,6 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Iterabl
     ]
 
 
-def _check_same(folder: Path, saved: dict[str, dict], config: dict, facts: dict | None) -> None:
-    old_facts = saved.get("facts") or {}
-    facts = old_facts if facts is None else facts
-    before, now = with_defaults(saved.get("config")), with_defaults(config)
-    changes = differences(before, now, FREE_PARAMETERS | facts.keys()) + differences(old_facts, facts)
-    if changes:
-        raise ResultsError(
-            f"{folder}: cannot resume under another configuration: {'; '.join(changes)}; "
-            "take the old value, or another output_dir"
-        )
-
-
 def _parse(path: Path) -> tuple[dict[int, dict], int]:
     """Latest record by row, and the size of the log without a torn last line."""
     content = path.read_bytes()
@@ -211,64 +196,57 @@ def _parse(path: Path) -> tuple[dict[int, dict], int]:
     return records, end
 
 
-def read_run(folder: str | Path) -> dict[str, Any]:
-    """`config` and `facts` under which a folder's log was made. ResultsError when there is no run."""
-    path = Path(folder) / SIDECAR
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ResultsError(f"{folder}: no finished run to work on ({error})") from None
-
-
 def read_log(folder: str | Path) -> list[dict]:
     """Finished records of a run, latest of each row, in the order of rows; also while it is being written."""
     try:
         records, _ = _parse(Path(folder) / LOG)
     except OSError as error:
-        raise ResultsError(f"{Path(folder) / LOG}: {_why(error)}") from None
+        raise ResultsError(f"{Path(folder) / LOG}: {error.strerror or error}") from None
     return [records[row] for row in sorted(records)]
 
 
-def write_results(
-    folder: str | Path,
-    records: Iterable[Mapping[str, Any]] | None = None,
-    *,
-    model: str,
-    dataset: str,
-    config: Any = None,
-    args: Mapping[str, Any] | None = None,
-    **more: Any,
-) -> dict[str, Any]:
-    """Derive results.json from records (default: the folder's log), atomically, and return its content.
-
-    Only rows in [start_data_idx, end_data_idx) of `config` enter. `more` are further top-level keys (method, seconds,
-    git revision, ...). Raises ResultsError when it cannot be written.
-    """
-    records = read_log(folder) if records is None else sorted(map(dict, records), key=lambda r: r.get("row", 0))
-    config = as_plain(config or {})
-    start, end = config.get("start_data_idx") or 0, config.get("end_data_idx")
-    entries = [r for r in records if start <= r.get("row", start) < (math.inf if end is None else end)]
-    content = {"model": model, "dataset": dataset, **tally(entries)}
-    content |= {**more, "config": config, "args": dict(args or {}), "entries": entries}
-    try:
-        write_json(Path(folder) / RESULTS, content)
-    except OSError as error:
-        raise ResultsError(f"{Path(folder) / RESULTS}: cannot be written: {_why(error)}") from None
-    return as_plain(content)
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """`config` and `facts` under which a folder's log was made. ResultsError when there is no run."""
+    return _read_object(Path(folder) / SIDECAR)
 
 
 def read_results(folder: str | Path) -> dict[str, Any]:
     """Content of a folder's results.json (or of the file itself). ResultsError when absent, broken or another shape."""
     path = Path(folder)
     path = path / RESULTS if path.is_dir() else path
+    content = _read_object(path)
+    if not isinstance(content.get("entries"), list):
+        raise ResultsError(f"{path}: expected an object with a list of entries")
+    return content
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ResultsError(f"{path}: {_why(error)}") from None
+        raise ResultsError(f"{path}: {error.strerror or error}") from None
     except ValueError as error:
         raise ResultsError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict) or not isinstance(content.get("entries"), list):
-        raise ResultsError(f"{path}: expected an object with a list of entries")
+    if not isinstance(content, dict):
+        raise ResultsError(f"{path}: expected an object")
+    return content
+
+
+def write_results(
+    folder: str | Path, records: Iterable[Mapping[str, Any]], *, model: str, dataset: str, config: Any, **more: Any
+) -> dict[str, Any]:
+    """Derive results.json from records, atomically, and return its content.
+
+    Only rows in [start_data_idx, end_data_idx) of `config` enter. `more` are further top-level keys (method, seconds,
+    git revision, ...). Raises ResultsError when it cannot be written.
+    """
+    config = as_plain(config)
+    start, end = config.get("start_data_idx") or 0, config.get("end_data_idx")
+    entries = [dict(r) for r in records if start <= r["row"] < (math.inf if end is None else end)]
+    content = {"model": model, "dataset": dataset, **tally(entries)}
+    content = as_plain(content | {**more, "config": config, "args": {}, "entries": entries})
+    with _writing(Path(folder) / RESULTS):
+        write_json(Path(folder) / RESULTS, content)
     return content
 
 
@@ -277,19 +255,13 @@ def find_runs(root: str | Path) -> list[Path]:
     return sorted(path.parent for path in Path(root).rglob(RESULTS))
 
 
-def write_reward_csv(path: str | Path, trace_rows: Iterable[Mapping[str, Any]]) -> None:
+def write_reward_csv(path: str | Path, steps: Iterable[Mapping[str, Any]]) -> None:
     """One line per iteration with REWARD_COLUMNS first and the trace's other keys after them."""
-    rows = [as_plain(dict(row)) for row in trace_rows]
-    others = dict.fromkeys(key for row in rows for key in row if key not in REWARD_COLUMNS)
-    try:
+    rows = [as_plain(dict(row)) for row in steps]
+    columns = dict.fromkeys([*REWARD_COLUMNS, *(key for row in rows for key in row)])
+    with _writing(Path(path)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*REWARD_COLUMNS, *others], restval="")
+            writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
             writer.writerows(rows)
-    except OSError as error:
-        raise ResultsError(f"{path}: cannot be written: {_why(error)}") from None
-
-
-def _why(error: OSError) -> str:
-    return error.strerror or str(error)

@@ -8,7 +8,6 @@ The machines need this package in the same version and the model under the same 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
@@ -79,7 +78,12 @@ class Workers:
             actor = self._ray.remote(ModelWorker).options(**options, **needs)
             config = for_workers(self.config, device)
             self.workers = [actor.remote(config, threads) for _ in range(self.config.num_workers)]
-            self.facts = shared_facts(self._loaded([worker.load.remote() for worker in self.workers]))
+            loading = [worker.load.remote() for worker in self.workers]
+            while waiting := self._ray.wait(loading, num_returns=len(loading), timeout=PATIENCE)[1]:
+                text = f"waiting for {len(waiting)} of {len(loading)} workers: a model that loads, or a busy cluster"
+                print(text, file=sys.stderr, flush=True)
+            facts = [self._result(ref) for ref in loading]
+            self.facts = replace(facts[0], fitting_batch=min(one.fitting_batch for one in facts))
         except BaseException:
             self.__exit__()
             raise
@@ -95,59 +99,33 @@ class Workers:
     ) -> Iterator[list[tuple[Example, Answer]]]:
         """Each batch's examples with their answers, in the order in which they are finished."""
         partners = partners if method == "swapped" else {}  # the only one that asks for them, and they have images too
-        idle, busy = list(self.workers), {}
-        for examples in batches:
-            if not idle:
-                yield self._finished(idle, busy)
-            worker = idle.pop()
-            theirs = {e.row: with_image_files(partners[e.row]) for e in examples if e.row in partners}
-            busy[worker.answer.remote(method, list(map(with_image_files, examples)), theirs)] = worker, examples
-        while busy:
-            yield self._finished(idle, busy)
+        idle, busy, left = list(self.workers), {}, iter(batches)
+        while True:
+            while idle and (examples := next(left, None)):
+                theirs = {e.row: with_image_files(partners[e.row]) for e in examples if e.row in partners}
+                worker = idle.pop()
+                busy[worker.answer.remote(method, list(map(with_image_files, examples)), theirs)] = worker, examples
+            if not busy:
+                return
+            (ref,), _ = self._ray.wait(list(busy), num_returns=1)
+            worker, examples = busy.pop(ref)
+            idle.append(worker)
+            try:
+                answers, memory = self._result(ref)
+            except WorkerError as lost:
+                answers, memory = [failed(lost) for _ in examples], 0
+            self.peak_memory = max(self.peak_memory, memory)
+            yield list(zip(examples, answers, strict=True))
 
-    def _finished(self, idle: list[Any], busy: dict[Any, tuple[Any, list[Example]]]) -> list[tuple[Example, Answer]]:
-        """Waits for any worker, which is idle then; its batch and answers, or why it has none."""
-        (ref,), _ = self._ray.wait(list(busy), num_returns=1)
-        worker, examples = busy.pop(ref)
-        idle.append(worker)
+    def _result(self, ref: Any) -> Any:
+        """What a worker returns, or raises; WorkerError when it died, and died again in the second attempt."""
         try:
-            answers, memory = self._ray.get(ref)
+            return self._ray.get(ref)
         except self._ray.exceptions.RayTaskError as error:  # what the worker itself raised
             raise error.cause from None
         except self._ray.exceptions.RayError as error:
-            lost = WorkerError(f"a worker died with this batch, and another before it: {_one_line(error)}")
-            return [(example, failed(lost)) for example in examples]
-        self.peak_memory = max(self.peak_memory, memory)
-        return list(zip(examples, answers, strict=True))
-
-    def _loaded(self, refs: list[Any]) -> list[ModelFacts]:
-        """Facts of each worker's model, when all are there; says what it waits for."""
-        waiting = refs
-        while waiting:
-            ready, waiting = self._ray.wait(waiting, num_returns=1, timeout=PATIENCE)
-            if not ready:
-                text = f"waiting for {len(waiting)} of {len(refs)} workers: a model that loads, or a busy cluster"
-                print(text, file=sys.stderr, flush=True)
-            try:
-                self._ray.get(ready)
-            except self._ray.exceptions.RayTaskError as error:
-                raise error.cause from None
-            except self._ray.exceptions.RayError as error:
-                why = "workers die before they have loaded the model; is there memory for it?"
-                raise WorkerError(f"{why} {_one_line(error)}") from None
-        return self._ray.get(refs)
-
-
-def shared_facts(facts: list[ModelFacts]) -> ModelFacts:
-    """What holds for all workers; the batch fits the one with the least memory. WorkerError where they differ."""
-    first = facts[0]
-    for other in facts:
-        if (other.dtype, other.device) != (first.dtype, first.device):
-            raise WorkerError(
-                f"one worker computes in {first.dtype} on {first.device}, another in {other.dtype} on "
-                f"{other.device}: set dtype and device"
-            )
-    return replace(first, fitting_batch=min(one.fitting_batch for one in facts))
+            why = f"a worker died, and another in its place; is there memory for the model? {_one_line(error)}"
+            raise WorkerError(why) from None
 
 
 def with_image_files(example: Example) -> Example:
@@ -185,40 +163,17 @@ def connect(config: Config) -> tuple[Any, Callable[[], None]]:
         ) from None
     if ray.is_initialized():
         return ray, lambda: None
-    undo, this_machine = contextlib.ExitStack(), ray.util.get_node_ip_address()
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    here = {"num_cpus": config.num_workers, "include_dashboard": False, "object_store_memory": 2**31}  # bytes
     try:
-        if not config.ray_address:
-            from ray.cluster_utils import Cluster
-
-            here = Cluster(initialize_head=True, head_node_args=node_here(config.num_workers, this_machine))
-            undo.callback(here.shutdown)
-        elif port.isdigit() and "/" not in host:
-            host = this_machine if host in LOOPBACK else host  # as Ray reads it
+        if port.isdigit() and "/" not in host:
+            host = ray.util.get_node_ip_address() if host in LOOPBACK else host  # as Ray reads it
             socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would try for minutes
-        undo.callback(ray.shutdown)
-        ray.init(config.ray_address or here.address, **quiet)
+        started = {} if config.ray_address else here
+        ray.init(config.ray_address or "local", log_to_driver=False, logging_level=logging.ERROR, **started)
     except Exception as error:  # Ray raises bare exceptions, too
-        undo.close()
         where = f"no Ray cluster at {config.ray_address!r}" if config.ray_address else "Ray does not start"
-        token = "; it asks for a token: set RAY_AUTH_MODE=token" if "InvalidAuthToken" in str(error.__cause__) else ""
-        raise WorkerError(f"{where}: {_one_line(error)}{token}") from error
-    return ray, undo.close
-
-
-def node_here(workers: int, ip: str) -> dict[str, Any]:
-    """What Ray is told about this machine, known by `ip`, when it starts here for so many workers.
-
-    Ports are named (`ray.init` cannot) because Ray gives its helpers only seconds to choose their own, and dies where
-    a busy machine takes longer. Closed again at once, they are free when Ray takes them.
-    """
-    names = ("metrics_agent_port", "metrics_export_port", "runtime_env_agent_port", "dashboard_agent_listen_port")
-    with contextlib.ExitStack() as stack:
-        listeners = [stack.enter_context(socket.create_server((ip, 0))) for _ in names]
-        ports = {name: listener.getsockname()[1] for name, listener in zip(names, listeners, strict=True)}
-    resources = {"num_cpus": workers, "num_gpus": torch.cuda.device_count(), "object_store_memory": 2**31}  # bytes
-    quiet = {"include_dashboard": False, "include_log_monitor": False}
-    return {"node_ip_address": ip, **resources, **quiet, **ports}
+        raise WorkerError(f"{where}: {_one_line(error)}") from error
+    return ray, ray.shutdown
 
 
 def placement(config: Config, cluster: Mapping[str, float]) -> tuple[str, dict[str, float]]:
@@ -227,27 +182,19 @@ def placement(config: Config, cluster: Mapping[str, float]) -> tuple[str, dict[s
     On GPUs each worker has one of its own, chosen by Ray, and sees only that. More workers than GPUs share them
     evenly if `worker_device_round_robin`; on CPUs Ray spreads them over the machines.
     """
-    workers, gpus = config.num_workers, int(cluster.get("GPU", 0))
     if config.device.startswith("cuda:"):
         raise ConfigError(
             f"device = {config.device!r} names one GPU for all workers; take 'cuda', and CUDA_VISIBLE_DEVICES to choose"
         )
-    device = ("cuda" if gpus else "cpu") if config.device == "auto" else config.device
-    if device != "cuda":
-        if workers > cluster.get("CPU", 0):
-            raise WorkerError(f"num_workers = {workers}, but the cluster has {cluster.get('CPU', 0):g} CPUs")
-        return device, {"num_cpus": 1}
-    if not gpus:
-        raise WorkerError("device = 'cuda', but Ray sees no GPU")
-    if workers <= gpus:
-        return device, {"num_cpus": 0, "num_gpus": 1}
-    if not config.worker_device_round_robin:
-        raise WorkerError(
-            f"num_workers = {workers}, but there are {gpus} GPUs; worker_device_round_robin = true lets workers share"
-        )
-    if workers % gpus:
-        raise WorkerError(f"num_workers = {workers} cannot share {gpus} GPUs evenly; take a multiple of {gpus}")
-    return device, {"num_cpus": 0, "num_gpus": math.floor(10_000 * gpus / workers) / 10_000}  # Ray counts in 1/10,000
+    device = ("cuda" if cluster.get("GPU") else "cpu") if config.device == "auto" else config.device
+    kind, workers = "GPU" if device == "cuda" else "CPU", config.num_workers
+    there, share = int(cluster.get(kind, 0)), 1.0
+    if workers > there:
+        if kind == "CPU" or not there or not config.worker_device_round_robin or workers % there:
+            hint = "; with worker_device_round_robin a multiple of them can share" if kind == "GPU" and there else ""
+            raise WorkerError(f"num_workers = {workers}, but the cluster has {there} {kind}s{hint}")
+        share = math.floor(10_000 * there / workers) / 10_000  # Ray counts in 1/10,000
+    return device, {"num_cpus": 1} if kind == "CPU" else {"num_cpus": 0, "num_gpus": share}
 
 
 def threads_per_worker(threads: int, nodes: int, workers: int) -> int:

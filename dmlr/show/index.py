@@ -14,8 +14,7 @@ from markupsafe import Markup
 
 from dmlr.config import root
 from dmlr.run.records import RESULTS, ResultsError, find_runs, read_results
-from dmlr.show.policy import TEMPLATES, policy
-from dmlr.show.style import css
+from dmlr.show.style import TEMPLATES, css, policy
 from dmlr.stats.metrics import paired, summary
 
 BASELINE = "vanilla"

@@ -23,7 +23,7 @@ from PIL import Image
 from dmlr.data.images import ImageError
 from dmlr.show.gallery import CHANGES
 from dmlr.show.plots import TOKEN_COLOURS
-from dmlr.show.policy import TEMPLATES, gallery_script
+from dmlr.show.style import TEMPLATES, gallery_script
 from dmlr.show.thumbnails import Thumbnail, outlines, thumbnail
 
 

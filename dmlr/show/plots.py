@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from dmlr.show.thumbnails import nested_cells
+
 Grid = tuple[int, int]  # (height, width) in image tokens
 
 METHOD_COLOURS = {"vanilla": "#8a8f98", "dmlr": "#0b6fa4"}
@@ -194,17 +196,7 @@ def draw_image(axis: Any, image: Image.Image) -> None:
 def outline(
     axis: Any, image: Image.Image, patches: Sequence[Sequence[int]], grid: Grid, linestyle: Any = "solid"
 ) -> None:
-    """Cells outlined in their token's colour; a cell kept by several tokens gets nested outlines.
-
-    Image tokens beyond the grid (of a thumbnail, of another image) have no place on this one.
-    """
-    cell_w, cell_h = image.size[0] / grid[1], image.size[1] / grid[0]
-    used: dict[int, int] = {}
-    for token, cells in enumerate(patches):
-        for cell in (cell for cell in cells if cell < grid[0] * grid[1]):
-            inset = 0.05 + 0.1 * used.get(cell, 0)
-            used[cell] = used.get(cell, 0) + 1
-            left, top = (cell % grid[1] + inset) * cell_w, (cell // grid[1] + inset) * cell_h
-            size = ((1 - 2 * inset) * cell_w, (1 - 2 * inset) * cell_h)
-            style = {"fill": False, "linewidth": 2.2, "linestyle": linestyle, "edgecolor": token_colour(token)}
-            axis.add_patch(Rectangle((left, top), *size, **style))
+    """Cells outlined in their token's colour, see `nested_cells`."""
+    for token, left, top, wide, high in nested_cells(patches, grid, image.size):
+        style = {"fill": False, "linewidth": 2.2, "linestyle": linestyle, "edgecolor": token_colour(token)}
+        axis.add_patch(Rectangle((left, top), wide, high, **style))

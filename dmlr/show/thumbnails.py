@@ -9,7 +9,8 @@ import base64
 import hashlib
 import io
 import re
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,22 +50,25 @@ def thumbnail(source: str | Path | Image.Image, largest: int = 224, folder: str 
     return Thumbnail("image-" + hashlib.sha256(content).hexdigest()[:16], uri, *image.size)
 
 
-def outlines(groups: Sequence[Sequence[int]], grid: tuple[int, int], size: tuple[int, int]) -> list[tuple[int, str]]:
-    """Cells of a grid (height, width) over a picture of `size` (width, height) as SVG paths: (group, path) each.
+def nested_cells(
+    groups: Sequence[Sequence[int]], grid: tuple[int, int], size: tuple[int, int]
+) -> Iterator[tuple[int, float, float, float, float]]:
+    """Cells of a grid (height, width) over a picture of `size` (width, height): group, left, top, width, height each.
 
-    A cell in several groups gets nested outlines. Indices beyond the grid (a second image's) are left out.
+    A cell in several groups is smaller in each. Indices beyond the grid (a thumbnail's, another image's) are left out.
     """
-    cell_w, cell_h = size[0] / grid[1], size[1] / grid[0]
-    used: dict[int, int] = {}
-    paths = []
+    wide, high, used = size[0] / grid[1], size[1] / grid[0], Counter()
     for group, cells in enumerate(groups):
-        path = ""
         for cell in (c for c in cells if 0 <= c < grid[0] * grid[1]):
-            inset = min(0.05 + 0.1 * used.get(cell, 0), 0.45)
-            used[cell] = used.get(cell, 0) + 1
-            left, top = (cell % grid[1] + inset) * cell_w, (cell // grid[1] + inset) * cell_h
-            wide, high = (1 - 2 * inset) * cell_w, (1 - 2 * inset) * cell_h
-            path += f"M{left:.4g} {top:.4g}h{wide:.4g}v{high:.4g}h{-wide:.4g}z"
-        if path:
-            paths.append((group, path))
-    return paths
+            inset = min(0.05 + 0.1 * used[cell], 0.45)
+            used[cell] += 1
+            place = (cell % grid[1] + inset) * wide, (cell // grid[1] + inset) * high
+            yield group, *place, (1 - 2 * inset) * wide, (1 - 2 * inset) * high
+
+
+def outlines(groups: Sequence[Sequence[int]], grid: tuple[int, int], size: tuple[int, int]) -> list[tuple[int, str]]:
+    """`nested_cells` as SVG paths: (group, path) each."""
+    paths: dict[int, str] = defaultdict(str)
+    for group, left, top, wide, high in nested_cells(groups, grid, size):
+        paths[group] += f"M{left:.4g} {top:.4g}h{wide:.4g}v{high:.4g}h{-wide:.4g}z"
+    return list(paths.items())

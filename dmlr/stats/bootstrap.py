@@ -41,8 +41,8 @@ class Estimate:
 class Bootstrap:
     """Resamples of the clusters of `table`, the same ones for every mean taken, so that differences are paired."""
 
-    def __init__(self, table: pd.DataFrame, cluster: str, seed: int = 0, samples: int = SAMPLES, level: float = 0.95):
-        self.table, self.seed, self.samples, self.level = table, seed, samples, level
+    def __init__(self, table: pd.DataFrame, cluster: str, seed: int = 0, samples: int = SAMPLES):
+        self.table, self.seed, self.samples = table, seed, samples
         self.cluster, names = pd.factorize(table[cluster])
         self.count = len(names)
 
@@ -85,7 +85,7 @@ class Bootstrap:
         if clusters < MIN_CLUSTERS:
             return Estimate(point, math.nan, math.nan, n, clusters)
         draws = resampled(sums, statistic, self.samples, self.seed, paired=True)
-        low, high = np.nanquantile(draws, [(1 - self.level) / 2, (1 + self.level) / 2])
+        low, high = np.nanquantile(draws, [0.025, 0.975])
         return Estimate(point, float(low), float(high), n, clusters)
 
 

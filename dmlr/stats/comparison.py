@@ -8,8 +8,8 @@ is a setting of its own, named by a letter. Knows nothing of files.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -61,33 +61,12 @@ class Run:
 
 def in_order(runs: Sequence[Run], baseline: str) -> list[Run]:
     """Runs by model, dataset and run; of one run the baseline first, then the paper's methods in its order."""
-    return sorted(
-        runs,
-        key=lambda run: (run.model, order(run), run.label, run.method != baseline, _rank(run.method), run.method),
-    )
 
+    def key(run: Run) -> tuple:
+        rank = _METHODS.index(run.method) if run.method in _METHODS else len(_METHODS)
+        return run.model, order(run), run.label, run.method != baseline, rank, run.method
 
-def _rank(method: str) -> int:
-    """The paper's order of methods, then all others."""
-    return _METHODS.index(method) if method in _METHODS else len(_METHODS)
-
-
-def settings(runs: Sequence[Run]) -> dict[str, str]:
-    """A letter for each distinct setting, by its repr, in order of appearance."""
-    return {text: _letter(i) for i, text in enumerate(dict.fromkeys(repr(run.setting) for run in runs))}
-
-
-def same_but_for_the_seed(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs in groups that differ in nothing but the seed; a seed that comes again begins another group."""
-    groups: dict[tuple, list[list[Run]]] = defaultdict(list)
-    for run in runs:
-        same = groups[run.all_but_the_seed]
-        place = next((group for group in same if run.seed not in [member.seed for member in group]), None)
-        if place is None:
-            same.append([run])
-        else:
-            place.append(run)
-    return [group for same in groups.values() for group in same]
+    return sorted(runs, key=key)
 
 
 def order(run: Run) -> tuple:
@@ -102,22 +81,29 @@ def title(dataset: str) -> str:
     return BENCHMARKS[stem].title if stem in BENCHMARKS else stem
 
 
-def _letter(position: int) -> str:
-    return chr(65 + position) if position < 26 else f"{_letter(position // 26 - 1)}{_letter(position % 26)}"
+def settings(runs: Sequence[Run]) -> dict[str, str]:
+    """A letter for each distinct setting, by its repr, in order of appearance; after Z comes A1."""
+    distinct = dict.fromkeys(repr(run.setting) for run in runs)
+    return {text: chr(65 + i % 26) + (str(i // 26) if i > 25 else "") for i, text in enumerate(distinct)}
 
 
-def settings_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """A row per setting: the parameters that everybody asks for, and all in which the settings differ."""
-    letters = settings(runs)
-    each = {letters[repr(run.setting)]: run.setting for run in runs}
-    names = list(runs[0].setting) if runs else []
-    differing = [name for name in names if len({repr(chosen[name]) for chosen in each.values()}) > 1]
-    columns = {**_ALWAYS, **{name: name for name in differing if name not in _ALWAYS.values()}}
-    rows = [
-        {"setting": letter, **{shown: _plain(chosen[name]) for shown, name in columns.items()}}
-        for letter, chosen in each.items()
-    ]
-    return pd.DataFrame(rows)
+def same_but_for_the_seed(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs in groups that differ in nothing but the seed; a seed that comes again begins another group."""
+    groups: dict[tuple, list[Run]] = defaultdict(list)
+    repeats: Counter = Counter()
+    for run in runs:
+        same = run.all_but_the_seed
+        groups[same, repeats[same, run.seed]].append(run)
+        repeats[same, run.seed] += 1
+    return list(groups.values())
+
+
+def cites_the_paper(runs: Sequence[Run]) -> bool:
+    """Whether the paper has a number for one of these runs."""
+    return any(published.accuracy(run.model, run.method, run.dataset) is not None for run in runs)
+
+
+# Tables
 
 
 def table_1(runs: Sequence[Run]) -> pd.DataFrame:
@@ -134,54 +120,62 @@ def table_1(runs: Sequence[Run]) -> pd.DataFrame:
         cells[row][title(run.dataset)].append(_cell(group))
     columns = list(dict.fromkeys(title(run.dataset) for run in sorted(runs, key=order)))
     rows = [
-        {"model": model, "setting": letter, "method": method} | {c: " / ".join(by.get(c, [])) for c in columns}
-        for (model, letter, method), by in sorted(cells.items(), key=lambda item: item[0][:2])
+        [*row, *(" / ".join(by.get(column, [])) for column in columns)]
+        for row, by in sorted(cells.items(), key=lambda item: item[0][:2])
     ]
     table = pd.DataFrame(rows, columns=["model", "setting", "method", *columns])
     return table if len(letters) > 1 else table.drop(columns="setting")
 
 
-def cites_the_paper(runs: Sequence[Run]) -> bool:
-    """Whether the paper has a number for one of these runs."""
-    return any(published.accuracy(run.model, run.method, run.dataset) is not None for run in runs)
+def _cell(group: Sequence[Run]) -> str:
+    run, values = group[0], [100 * member.summary["accuracy"] for member in group]
+    if len(group) > 1:
+        text = f"{mean(values):.1f} ± {stdev(values):.1f} ({len(group)} seeds)"
+    elif math.isnan(values[0]):
+        text = "–"
+    else:
+        text = f"{values[0]:.1f} [{100 * run.summary['low']:.1f}, {100 * run.summary['high']:.1f}]"
+    paper = published.accuracy(run.model, run.method, run.dataset)
+    return text if paper is None else f"{text}, paper {paper:.1f}"
+
+
+def settings_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """A row per setting: the parameters that everybody asks for, and all in which the settings differ."""
+    letters = settings(runs)
+    table = pd.DataFrame({letters[repr(run.setting)]: {n: _plain(v) for n, v in run.setting.items()} for run in runs}).T
+    differing = [name for name in table if table[name].nunique() > 1 and name not in _ALWAYS.values()]
+    shown = table.reindex(columns=[*_ALWAYS.values(), *differing])
+    return shown.set_axis([*_ALWAYS, *differing], axis=1).rename_axis("setting").reset_index()
 
 
 def runs_table(runs: Sequence[Run]) -> pd.DataFrame:
     """A row per run: its accuracy with the interval; model and setting are columns where there are several."""
     letters = settings(runs)
-    rows = []
-    for run in runs:
-        s = run.summary
-        rows.append(
-            {
-                **run.names,
-                "model": Path(run.model).name,
-                "setting": letters[repr(run.setting)],
-                "seed": _plain(run.seed),
-                "accuracy": _percent(s["accuracy"]),
-                "95 % interval": f"{_percent(s['low'])} – {_percent(s['high'])}",
-                "n": s["total"],
-            }
-        )
+    rows = [
+        {
+            **run.names,
+            "model": Path(run.model).name,
+            "setting": letters[repr(run.setting)],
+            "seed": _plain(run.seed),
+            **_accuracy(*run.summary[["accuracy", "low", "high", "total"]]),
+        }
+        for run in runs
+    ]
     alike = [name for name, values in (("model", {run.model for run in runs}), ("setting", letters)) if len(values) < 2]
     return pd.DataFrame(rows).drop(columns=alike, errors="ignore")
 
 
 def outcomes_table(runs: Sequence[Run]) -> pd.DataFrame:
     """A row per run: what is no plain right or wrong, and seconds per example (the mean over its examples)."""
+    counts = {"judged": "total", "unparsed": "unparsed", "judge failed": "judge_failed", "errors": "errors"}
     rows = [
         {
             **run.names,
             "seed": _plain(run.seed),
-            "judged": s["total"],
-            "unparsed": s["unparsed"],
-            "judge failed": s["judge_failed"],
-            "errors": s["errors"],
-            "skipped": s["skipped"],
-            "s / example": "–" if math.isnan(s["seconds"]) else f"{s['seconds']:.2f}",
+            **{shown: run.summary[name] for shown, name in (counts | {"skipped": "skipped"}).items()},
+            "s / example": _shown(run.summary["seconds"], ".2f"),
         }
         for run in runs
-        for s in [run.summary]
     ]
     return pd.DataFrame(rows)
 
@@ -229,42 +223,31 @@ def seeds_table(runs: Sequence[Run]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def group_metrics(entries: Sequence[Mapping[str, Any]]) -> dict[str, metrics.Accuracy | float]:
-    """The metrics that some benchmarks define on groups of questions, where the records have the groups.
-
-    HallusionBench: aAcc, fAcc, qAcc; MMVP: pair accuracy; MMStar: the mean over l2 categories, and each category.
-    """
-    has = {key for key in GROUPS if any(entry.get(key) is not None for entry in entries)}
-    found: dict[str, metrics.Accuracy | float] = {}
-    if {"figure_group", "question_group"} <= has:
-        found["aAcc (questions)"] = metrics.accuracy(entries)
-        found["fAcc (figures)"] = metrics.group_accuracy(entries, "figure_group")
-        found["qAcc (question groups)"] = metrics.group_accuracy(entries, "question_group")
-    if "pair_id" in has:
-        found["pairs"] = metrics.pair_accuracy(entries)
-    if "l2_category" in has:
-        found["mean over l2 categories"] = metrics.category_mean(entries, "l2_category")
-        for row in metrics.by_category(entries).itertuples():
-            found[f"category {row.category}"] = metrics.wilson(row.correct, row.total)
-    return found
-
-
 def groups_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """A row per run and group metric; a mean over categories has no interval here."""
-    rows = []
-    for run in runs:
-        for metric, value in group_metrics(run.entries).items():
-            whole = isinstance(value, metrics.Accuracy)
-            rows.append(
-                {
-                    **run.names,
-                    "metric": metric,
-                    "accuracy": _percent(value.value if whole else value),
-                    "95 % interval": f"{_percent(value.low)} – {_percent(value.high)}" if whole else "",
-                    "n": value.total if whole else "",
-                }
-            )
-    return pd.DataFrame(rows)
+    """A row per run and metric of its benchmark's own, where the records have the groups that it is defined on."""
+    return pd.DataFrame(
+        {**run.names, "metric": metric, **values} for run in runs for metric, values in group_metrics(run.entries)
+    )
+
+
+def group_metrics(entries: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """HallusionBench: aAcc, fAcc, qAcc; MMVP: pairs; MMStar: the mean over l2 categories, and each category."""
+
+    def of(one: metrics.Accuracy) -> dict[str, Any]:
+        return _accuracy(one.value, one.low, one.high, one.total)
+
+    has = {key for key in GROUPS if any(entry.get(key) is not None for entry in entries)}
+    if {"figure_group", "question_group"} <= has:
+        yield "aAcc (questions)", of(metrics.accuracy(entries))
+        yield "fAcc (figures)", of(metrics.group_accuracy(entries, "figure_group"))
+        yield "qAcc (question groups)", of(metrics.group_accuracy(entries, "question_group"))
+    if "pair_id" in has:
+        yield "pairs", of(metrics.pair_accuracy(entries))
+    if "l2_category" in has:
+        over = metrics.category_mean(entries, "l2_category")
+        yield "mean over l2 categories", {"accuracy": _shown(over, ".1%"), "95 % interval": "", "n": ""}
+        for row in metrics.by_category(entries).itertuples():
+            yield f"category {row.category}", _accuracy(row.value, row.low, row.high, row.total)
 
 
 def calibration_table(runs: Sequence[Run]) -> pd.DataFrame:
@@ -279,20 +262,14 @@ def calibration_table(runs: Sequence[Run]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _cell(group: Sequence[Run]) -> str:
-    run, values = group[0], [100 * member.summary["accuracy"] for member in group]
-    if len(group) > 1:
-        text = f"{mean(values):.1f} ± {stdev(values):.1f} ({len(group)} seeds)"
-    elif math.isnan(values[0]):
-        text = "–"
-    else:
-        text = f"{values[0]:.1f} [{100 * run.summary['low']:.1f}, {100 * run.summary['high']:.1f}]"
-    paper = published.accuracy(run.model, run.method, run.dataset)
-    return text if paper is None else f"{text}, paper {paper:.1f}"
+def _accuracy(value: float, low: float, high: float, total: int) -> dict[str, Any]:
+    return {
+        "accuracy": _shown(value, ".1%"), "95 % interval": f"{_shown(low, '.1%')} – {_shown(high, '.1%')}", "n": total,
+    }  # fmt: skip
 
 
-def _percent(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.1%}"
+def _shown(value: float, how: str) -> str:
+    return "–" if math.isnan(value) else format(value, how)
 
 
 def _plain(value: Any) -> str:

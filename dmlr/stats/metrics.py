@@ -20,6 +20,8 @@ from dmlr.stats.bootstrap import resampled
 from dmlr.stats.outcomes import is_right, tally
 
 Records = Iterable[Mapping[str, Any]]
+LEVEL = 0.95  # of every interval
+TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 PHASES = ("prefill", "optimise", "decode")  # of an example's `seconds`
 
 
@@ -67,27 +69,21 @@ class Auroc:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
-def wilson(correct: int, total: int, level: float = 0.95) -> Accuracy:
-    """Score interval of a proportion (Wilson, JASA 1927), inside [0, 1] also near its ends.
-
-    ValueError unless 0 <= correct <= total and 0 < level < 1.
-    """
-    if not 0 <= correct <= total or not 0 < level < 1:
-        raise ValueError(f"wilson: {correct} correct of {total} at level {level}")
+def wilson(correct: int, total: int) -> Accuracy:
+    """Score interval of a proportion (Wilson, JASA 1927), inside [0, 1] also near its ends; ValueError as scipy's."""
     if total == 0:
         return Accuracy(0, 0, math.nan, math.nan, math.nan)
     from scipy.stats import binomtest
 
-    interval = binomtest(correct, total).proportion_ci(level, "wilson")
-    # At the ends the interval touches 0 or 1 exactly; rounding must not push it past the value.
-    low, high = (min(max(end, 0.0), 1.0) for end in interval)
-    return Accuracy(correct, total, correct / total, min(low, correct / total), max(high, correct / total))
+    low, high = binomtest(correct, total).proportion_ci(LEVEL, "wilson")
+    value = correct / total  # which rounding must not push out of its interval
+    return Accuracy(correct, total, value, max(0.0, min(low, value)), min(1.0, max(high, value)))
 
 
-def accuracy(records: Records, level: float = 0.95) -> Accuracy:
+def accuracy(records: Records) -> Accuracy:
     """Accuracy over judged records."""
     judged = [right for record in records if (right := is_right(record)) is not None]
-    return wilson(sum(judged), len(judged), level)
+    return wilson(sum(judged), len(judged))
 
 
 def mcnemar_exact(gained: int, lost: int) -> float:
@@ -97,7 +93,7 @@ def mcnemar_exact(gained: int, lost: int) -> float:
     return float(binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
 
 
-def paired(a: Records, b: Records, *, seed: int = 0, samples: int = 10_000, level: float = 0.95) -> Paired:
+def paired(a: Records, b: Records, *, seed: int = 0, samples: int = 10_000) -> Paired:
     """Compare two runs example by example (matched by data_idx), with percentile bootstrap interval and exact test.
 
     ValueError when a run has a data_idx twice. With no common example the numbers are NaN and the p-value 1.
@@ -111,7 +107,7 @@ def paired(a: Records, b: Records, *, seed: int = 0, samples: int = 10_000, leve
         return Paired(0, *[math.nan] * 5, [], [], 1.0, only_one)
     difference = np.array([float(b[idx]) - a[idx] for idx in common])
     draws = resampled([difference], np.mean, samples, seed) if n > 1 else difference
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(draws, TAILS)
     accuracy_a, accuracy_b = (sum(run[idx] for idx in common) / n for run in (a, b))
     numbers = (accuracy_a, accuracy_b, float(difference.mean()), float(low), float(high))
     return Paired(n, *numbers, gained, lost, mcnemar_exact(len(gained), len(lost)), only_one)
@@ -141,7 +137,7 @@ def efficiency(records: Records) -> dict[str, float | int | None]:
     return phases | {name: count / spent if count and spent else None for name, (count, spent) in counts.items()}
 
 
-def group_accuracy(records: Records, key: str, level: float = 0.95) -> Accuracy:
+def group_accuracy(records: Records, key: str) -> Accuracy:
     """Share of groups with every example right (MMVP's pairs by pair_id, HallusionBench's figures and questions).
 
     Records without the key do not enter. A group with a member that was not judged is left out: it is
@@ -152,22 +148,22 @@ def group_accuracy(records: Records, key: str, level: float = 0.95) -> Accuracy:
         if record.get(key) is not None:
             groups[record[key]].append(is_right(record))
     whole = [all(group) for group in groups.values() if None not in group]
-    return wilson(sum(whole), len(whole), level)
+    return wilson(sum(whole), len(whole))
 
 
-def pair_accuracy(records: Records, level: float = 0.95) -> Accuracy:
+def pair_accuracy(records: Records) -> Accuracy:
     """Share of pairs (two records with the same pair_id) with both right; half a pair, as a sample leaves, is none."""
     records = list(records)
     size = Counter(record.get("pair_id") for record in records)
-    return group_accuracy((record for record in records if size[record.get("pair_id")] == 2), "pair_id", level)
+    return group_accuracy((record for record in records if size[record.get("pair_id")] == 2), "pair_id")
 
 
-def by_category(records: Records, key: str = "category", level: float = 0.95) -> pd.DataFrame:
+def by_category(records: Records, key: str = "category") -> pd.DataFrame:
     """Accuracy per value of `key`, a row each, sorted; records without it under "(none)"."""
     groups = defaultdict(list)
     for record in records:
-        groups[str(record.get(key) if record.get(key) is not None else "(none)")].append(record)
-    rows = [{key: name, **vars(accuracy(groups[name], level))} for name in sorted(groups)]
+        groups["(none)" if record.get(key) is None else str(record[key])].append(record)
+    rows = [{key: name, **vars(accuracy(groups[name]))} for name in sorted(groups)]
     return pd.DataFrame(rows, columns=[key, "correct", "total", "value", "low", "high"])
 
 
@@ -177,14 +173,7 @@ def category_mean(records: Records, key: str = "category") -> float:
     return float(values.mean()) if len(values) else math.nan
 
 
-def above_chance(value: float, chance: float) -> float:
-    """Accuracy on a scale from 0 (guessing) to 1 (all right), as Cohen's kappa does; ValueError if chance is 1."""
-    if not 0 <= chance < 1:
-        raise ValueError(f"chance must be in [0, 1), found {chance}")
-    return (value - chance) / (1 - chance)
-
-
-def auroc(records: Records, score: str = "best_reward", level: float = 0.95) -> Auroc:
+def auroc(records: Records, score: str = "best_reward") -> Auroc:
     """How well `score` tells right answers from wrong ones: 0.5 not at all, 1 perfectly; ties count half.
 
     The interval is Newcombe's for the Mann-Whitney statistic (Statistics in Medicine 2006, method 5): like Wilson's it
@@ -198,7 +187,7 @@ def auroc(records: Records, score: str = "best_reward", level: float = 0.95) -> 
     from scipy.stats import norm
     from sklearn.metrics import roc_auc_score
 
-    value, z = float(roc_auc_score(right, scores)), norm.ppf((1 + level) / 2)
+    value, z = float(roc_auc_score(right, scores)), norm.ppf(TAILS[1])
 
     def outside(bound: float) -> float:
         """How far beyond z standard deviations (of a true value `bound`) the observed value lies."""
@@ -224,21 +213,19 @@ def auroc_in_words(found: Auroc) -> str:
     return told + "the interval includes 0.5, so this run cannot tell whether a higher reward is more often right."
 
 
-def reliability(records: Records, score: str = "best_reward", bins: int = 5, level: float = 0.95) -> pd.DataFrame:
+def reliability(records: Records, score: str = "best_reward", bins: int = 5) -> pd.DataFrame:
     """Accuracy with Wilson interval per bin of `score`; the bins are quantiles, so they hold about as many answers.
 
     A row per bin: score (mean), score_low, score_high, correct, total, value, low, high. Equal scores share a bin, so
     there may be fewer bins; none without judged answers that have a score.
     """
     scores, right = _scored(records, score)
+    edges = np.unique(np.quantile(scores, np.linspace(0, 1, bins + 1)[1:-1])) if len(scores) else []
+    where = np.searchsorted(edges, scores, "right")
     rows = []
-    if len(scores):
-        edges = np.unique(np.quantile(scores, np.linspace(0, 1, bins + 1)[1:-1]))
-        where = np.searchsorted(edges, scores, "right")
-        for number in np.unique(where):
-            inside = scores[where == number]
-            ends = {"score": inside.mean(), "score_low": inside.min(), "score_high": inside.max()}
-            rows.append(ends | vars(wilson(int(right[where == number].sum()), len(inside), level)))
+    for inside in (where == number for number in np.unique(where)):
+        ends = {"score": scores[inside].mean(), "score_low": scores[inside].min(), "score_high": scores[inside].max()}
+        rows.append(ends | vars(wilson(int(right[inside].sum()), int(inside.sum()))))
     return pd.DataFrame(rows, columns=["score", "score_low", "score_high", "correct", "total", "value", "low", "high"])
 
 
@@ -248,7 +235,7 @@ def _scored(records: Records, score: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array([s for s, _ in judged], dtype=float), np.array([ok for _, ok in judged], dtype=bool)
 
 
-def summary(runs: Iterable[Mapping[str, Any]], level: float = 0.95) -> pd.DataFrame:
+def summary(runs: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """One row per run (content of results.json): accuracy with interval, counts by outcome, mean reward and time.
 
     `seconds` is the mean over examples of the summed stages of a record's `seconds`; `abstained` counts the records
@@ -256,35 +243,27 @@ def summary(runs: Iterable[Mapping[str, Any]], level: float = 0.95) -> pd.DataFr
     """
     rows = []
     for run in runs:
-        entries = run["entries"]
-        counts, value = tally(entries), accuracy(entries, level)
-        rows.append(
-            {
-                "model": run.get("model"),
-                "dataset": run.get("dataset"),
-                "method": run.get("method"),
-                "accuracy": value.value,
-                "low": value.low,
-                "high": value.high,
-                **{name: counts[name] for name in _COUNTS},
-                "abstained": sum(bool(entry.get("abstained")) for entry in entries),
-                "best_reward": _mean(entry.get("best_reward") for entry in entries),
-                "seconds": _mean(_seconds(entry.get("seconds")) for entry in entries),
-            }
-        )
-    columns = ["model", "dataset", "method", "accuracy", "low", "high", *_COUNTS, "abstained", "best_reward", "seconds"]
-    return pd.DataFrame(rows, columns=columns)
+        entries, value = run["entries"], accuracy(run["entries"])
+        numbers = {"accuracy": value.value, "low": value.low, "high": value.high}
+        names = {name: run.get(name) for name in ("model", "dataset", "method")}
+        means = {
+            "abstained": sum(bool(entry.get("abstained")) for entry in entries),
+            "best_reward": _mean(entry.get("best_reward") for entry in entries),
+            "seconds": _mean(_seconds(entry.get("seconds")) for entry in entries),
+        }
+        rows.append(names | tally(entries) | numbers | means)
+    return pd.DataFrame(rows, columns=_SUMMARY)
 
 
-_COUNTS = ("correct", "total", "wrong", "unparsed", "errors", "skipped", "judge_failed")
+_SUMMARY = (
+    *("model", "dataset", "method", "accuracy", "low", "high", "correct", "total", "wrong", "unparsed", "errors"),
+    *("skipped", "judge_failed", "abstained", "best_reward", "seconds"),
+)
 
 
 def _seconds(value: Any) -> float | None:
-    if isinstance(value, Mapping):
-        return sum(v for v in value.values() if v is not None)
-    return value
+    return sum(v or 0 for v in value.values()) if isinstance(value, Mapping) else value
 
 
 def _mean(values: Iterable[float | None]) -> float:
-    values = [v for v in values if v is not None]
-    return sum(values) / len(values) if values else math.nan
+    return float(np.mean(known)) if (known := [v for v in values if v is not None]) else math.nan
