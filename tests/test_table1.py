@@ -193,7 +193,7 @@ def test_table_1_of_the_embedded_model_is_made_resumed_and_skipped(tmp_path, cap
 
 def test_a_run_under_other_parameters_is_refused_before_a_kernel_starts(tmp_path, capsys, monkeypatch):
     table = table1.cells(["shapes-vl"], "shapes-visual", [], {"end_data_idx": 2, "methods": "vanilla"}, tmp_path)
-    run(Config.make("demo", **{**table[0].given, "verbose": 0, "max_new_tokens": 8}))
+    run(Config.make(**{**table[0].given, "verbose": 0, "max_new_tokens": 8}))
     monkeypatch.setattr("dmlr.notebooks.run", lambda notebook, *rest: _compare_only(notebook))
     assert "max_new_tokens was 8 and is now 128" in table1.run_all(table)["shapes-visual"]
 
