@@ -200,15 +200,14 @@ def table1(args: argparse.Namespace) -> int:
 @_command(
     _argument("model", nargs="*", help="folder, or hub id in the cache, beside the paper's models"),
     _argument("--memory", type=float, metavar="GIB", help="plan with a GPU of so much memory, not this one"),
-    _argument("--json", action="store_true", help="everything as JSON"),
 )
 def doctor(args: argparse.Namespace) -> int:
     """what this machine has, and which models fit in it; exit status 1 where something needed is broken"""
-    from dmlr.doctor import as_text, examine
+    from dmlr.doctor import examine
 
-    facts = examine(args.model, None if args.memory is None else round(args.memory * 2**30))
-    print(json.dumps(facts, indent=1) if args.json else as_text(facts))
-    return 1 if facts["broken"] else 0
+    report, broken = examine(args.model, None if args.memory is None else round(args.memory * 2**30))
+    print(report)
+    return 1 if broken else 0
 
 
 @_command()

@@ -168,16 +168,12 @@ def fitting_batch(shape: Shape, itemsize: int, work: Work, free: int, device: st
     return max(0, min(MOST[kind], int(USABLE[kind] * free / peak(shape, itemsize, work, 1))))
 
 
-@dataclass(frozen=True)
-class Rates:
-    """What a device does when it does nothing else: floating-point operations and bytes read per second."""
-
-    flops: float
-    bandwidth: float
-
-
-def seconds(parameters: Parameters, shape: Shape, itemsize: int, work: Work, batch: int, rates: Rates) -> float:
+def seconds(
+    parameters: Parameters, shape: Shape, itemsize: int, work: Work, batch: int, flops: float, bandwidth: float
+) -> float:
     """Per example of a batch: each stage at the rate of arithmetic or of memory, whichever takes longer.
+
+    flops: floating-point operations per second; bandwidth: bytes read per second.
 
     Weights are read once by a forward, the cache once by a position of the loop or of the answer. What a device does
     beside that (starting kernels, small operations) is not in it, so this is less than a run takes; answers are taken
@@ -189,8 +185,8 @@ def seconds(parameters: Parameters, shape: Shape, itemsize: int, work: Work, bat
     def attention(positions: float, over: float) -> float:
         return 4 * shape.layers * shape.heads * shape.head * positions * over
 
-    def stage(flops: float, read: float) -> float:
-        return max(flops / rates.flops, read / rates.bandwidth)
+    def stage(operations: float, read: float) -> float:
+        return max(operations / flops, read / bandwidth)
 
     body = 2 * parameters.language
     seen = work.image_tokens * shape.patches_per_token * 2 * parameters.vision
