@@ -247,19 +247,13 @@ def plan(config: Config) -> Plan:
 def finished_examples(job: evaluate.Job, config: Config) -> int:
     """Examples that a run with `resume` would not ask again; those that ended in an error are not among them.
 
-    ResultsError where it would be refused, or the log is damaged. Files are compared by their contents; dtype and
-    device are the model's to say, which is not loaded here.
+    ResultsError where it would be refused, or the log is damaged; dtype and device are the model's to say, which is not
+    loaded here.
     """
     if not (job.folder / records.LOG).is_file():
         return 0
-    log, saved, now = records.read_log(job.folder), records.read_run(job.folder), evaluate.checksums(job, config)
-    before = saved.get("facts") or {}
-    free = records.FREE_PARAMETERS | now.keys() | {"dtype", "device"}
-    changes = records.differences(records.with_defaults(saved.get("config")), as_plain(config.as_dict()), free)
-    changes += [f"the {name} has changed" for name in now if before.get(name) not in (None, now[name])]
-    if changes:
-        raise records.ResultsError(f"{job.folder}: cannot resume under another configuration: {'; '.join(changes)}")
-    rows = {example.row for example in job.examples}
+    records.check_same(job.folder, as_plain(config), evaluate.checksums(job, config))
+    rows, log = {example.row for example in job.examples}, records.read_log(job.folder)
     return sum(record["row"] in rows and record["stop_reason"] != "error" for record in log)
 
 

@@ -115,4 +115,4 @@ def test_a_read_only_folder_is_one_message(runs, given, tmp_path):
     runs.start(given | {"output_dir": str(folder / "run")})
     status, said = runs.wait()
     assert status == 1
-    assert re.match(r"ResultsError: \S+: cannot be used as output folder: (Permission|Operation not|Read-only)", said)
+    assert re.match(r"ResultsError: \S+: cannot be written: (Permission|Operation not|Read-only)", said)

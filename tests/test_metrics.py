@@ -48,16 +48,6 @@ def test_wilson_without_examples_and_with_nonsense():
         metrics.wilson(5, 3)
 
 
-def test_accuracy_leaves_out_what_was_not_judged():
-    value = metrics.accuracy(records([True, False, None, True]))
-    assert (value.correct, value.total) == (2, 3)
-
-
-def test_a_failed_judge_call_is_no_wrong_answer():
-    run = [*records([True]), {"data_idx": 1, "verdict": "judge_failed", "is_correct": False}]
-    assert metrics.accuracy(run).total == 1 and metrics.paired(run, run).n == 1
-
-
 def test_mcnemar_is_the_sign_test():
     def enumerated(n, k):
         return sum(abs(sum(s)) >= abs(n - 2 * k) for s in itertools.product((-1, 1), repeat=n)) / 2**n

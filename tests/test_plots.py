@@ -28,16 +28,6 @@ def test_kept_patches_are_outlined_in_their_cells_and_colours(scene):
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ["think token 1", "think token 2"]
 
 
-def test_a_cell_kept_twice_shows_both_outlines(scene):
-    first, second = outlines(plots.kept_patches(scene, [[3], [3]], grid=(2, 4)).axes[0])
-    assert second.get_width() < first.get_width()
-
-
-def test_image_tokens_beyond_the_grid_are_not_drawn(scene):
-    """Of a thumbnail, or of another image."""
-    assert len(outlines(plots.kept_patches(scene, [[3, 8]], grid=(2, 4)).axes[0])) == 1
-
-
 def test_accuracy_bars_have_heights_intervals_and_the_baselines_line():
     table = pd.DataFrame(
         [("a", "vanilla", 0.5, 0.4, 0.6, 100), ("a", "dmlr", 0.75, 0.65, 0.8, 100)],

@@ -64,7 +64,7 @@ class ModelFacts:
 
 
 class InProcess:
-    """The model of this process as an executor. Use as a context manager, like `workers.Workers`."""
+    """The model of this process as an executor, like `workers.Workers`."""
 
     def __init__(self, vlm: VLM, config: Config) -> None:
         self.vlm, self.config, self.facts = vlm, config, ModelFacts.of(vlm, config)
@@ -87,12 +87,6 @@ class InProcess:
     @property
     def peak_memory(self) -> int:
         return peak_memory()
-
-    def __enter__(self) -> InProcess:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        pass
 
 
 def cut(

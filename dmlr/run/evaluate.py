@@ -84,10 +84,10 @@ def run(config: Config, vlm: VLM | None = None) -> dict[tuple[str, str], dict[st
     return results
 
 
-def executor_of(config: Config, vlm: VLM | None) -> InProcess | Workers:
+def executor_of(config: Config, vlm: VLM | None) -> contextlib.AbstractContextManager[InProcess | Workers]:
     """The model of this process, or workers on Ray where the config asks for several or names a cluster."""
     if config.num_workers == 1 and not config.ray_address:
-        return InProcess(vlm or VLM.load(config), config)
+        return contextlib.nullcontext(InProcess(vlm or VLM.load(config), config))
     if vlm is not None:
         raise ConfigError("workers load the model themselves: give no model, or num_workers = 1 and no ray_address")
     from dmlr.run.workers import Workers  # Ray is an extra
@@ -141,9 +141,9 @@ def plan(config: Config) -> list[Job]:
 
 
 def checksums(job: Job, config: Config) -> dict[str, str]:
-    """SHA-256 of the files that decide a job's records, by the parameter that names them."""
-    files = {"dataset": job.dataset} | ({"prompts_file": config.prompts_file} if config.prompts_file else {})
-    return {name: hashlib.sha256(Path(locate(path)).read_bytes()).hexdigest() for name, path in files.items()}
+    """SHA-256 of the files that decide a job's records, by the parameter that names them; empty where it names none."""
+    files = {"dataset": job.dataset, "prompts_file": config.prompts_file}
+    return {name: path and hashlib.sha256(Path(locate(path)).read_bytes()).hexdigest() for name, path in files.items()}
 
 
 def output_folder(config: Config) -> Path:

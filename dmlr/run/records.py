@@ -71,11 +71,10 @@ def held(folder: str | Path) -> Iterator[None]:
 class RunLog:
     """The log of one model, dataset and method in its own folder; whoever writes has the run's folder `held`.
 
-    `config` is the run's parameters (a mapping, or a Config) and `facts` whatever else decides
-    its records (method, checksum of the dataset; None: not compared, as for judging again). With `resume` an
-    existing log is continued if both are as they were, FREE_PARAMETERS aside, and aside parameters for which a
-    fact of the same name stands; without it the files of an earlier run become log.1.jsonl, run.1.json and
-    results.1.json (2, 3, ...; `aside` is that log), and a new log begins. Use as a context manager.
+    `config` is the run's parameters (a mapping, or a Config) and `facts` whatever else decides its records (method,
+    checksum of the dataset). With `resume` an existing log is continued if both are as they were (see `check_same`);
+    without it the files of an earlier run become log.1.jsonl, run.1.json and results.1.json (2, 3, ...; `aside` is that
+    log), and a new log begins. Use as a context manager.
 
     `batch_size`, in examples, is that of a log which is continued, unless the configuration names one: company
     decides the last bits of an answer's reward.
@@ -94,7 +93,7 @@ class RunLog:
         batch_size: int | None = None,
     ) -> None:
         self.folder, self.aside = Path(folder), None
-        self.config, self.facts = as_plain(config or {}), as_plain(facts)
+        self.config, self.facts = as_plain(config or {}), as_plain(facts or {})
         self.batch_size = self.config.get("batch_size") or batch_size
         self._records: dict[int, dict] = {}
         with _writing(self.folder):
@@ -104,21 +103,13 @@ class RunLog:
             path = self.folder / LOG
             if path.is_file() and path.stat().st_size:
                 self._go_on(path) if resume else self._put_aside(path)
-            about = {"config": self.config, "facts": self.facts or {}, "batch_size": self.batch_size}
+            about = {"config": self.config, "facts": self.facts, "batch_size": self.batch_size}
             write_json(self.folder / SIDECAR, about)
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
 
     def _go_on(self, path: Path) -> None:
-        saved = read_run(self.folder)
-        old_facts = saved.get("facts") or {}
-        self.facts = old_facts if self.facts is None else self.facts
-        before, now = with_defaults(saved.get("config")), with_defaults(self.config)
-        changes = differences(before, now, FREE_PARAMETERS | self.facts.keys()) + differences(old_facts, self.facts)
-        if changes:
-            raise ResultsError(
-                f"{self.folder}: cannot resume under another configuration: {'; '.join(changes)}; "
-                "take the old value, or another output_dir"
-            )
+        saved = check_same(self.folder, self.config, self.facts)
+        self.facts = (saved.get("facts") or {}) | self.facts
         self.batch_size = self.config.get("batch_size") or saved.get("batch_size") or self.batch_size
         self._records, size = _parse(path)
         os.truncate(path, size)  # a torn last line: its example runs again
@@ -165,6 +156,24 @@ class RunLog:
 
     def __exit__(self, *exc: object) -> None:
         self._file.close()
+
+
+def check_same(folder: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What run.json says, if a log made under it may go on under these; else ResultsError with the differences.
+
+    FREE_PARAMETERS may differ, and parameters for which a fact of the same name stands (a path, and the checksum of its
+    file). Of facts those are compared that both have: judging again knows none, a plan not the model's.
+    """
+    saved = read_run(folder)
+    before = saved.get("facts") or {}
+    both = [{name: one[name] for name in before.keys() & facts.keys()} for one in (before, facts)]
+    changes = differences(with_defaults(saved.get("config")), with_defaults(config), FREE_PARAMETERS | before.keys())
+    if changes := changes + differences(*both):
+        raise ResultsError(
+            f"{folder}: cannot resume under another configuration: {'; '.join(changes)}; "
+            "take the old value, or another output_dir"
+        )
+    return saved
 
 
 def with_defaults(config: Mapping[str, Any] | None) -> dict[str, Any]:
