@@ -148,9 +148,9 @@ def keep(executed: str | Path, notebook: str | Path) -> None:
             picture = next(output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {}))
             (root() / "reports" / "figures" / f"{Path(notebook).stem}.png").write_bytes(base64.b64decode(picture))
         if "result" in tags:
-            told = " ".join(cell.outputs[-1].data["text/plain"].split())
+            result = " ".join(cell.outputs[-1].data["text/plain"].split())
             head = stored.cells[0].source.partition(RESULT)[0].rstrip()
-            stored.cells[0].source = f"{head}\n\n{RESULT} {told}"
+            stored.cells[0].source = f"{head}\n\n{RESULT} {result}"
     stored.metadata["dmlr"] = {"code": code_hash(stored)}
     nbformat.write(stored, notebook)
 
@@ -186,8 +186,8 @@ def _one_log(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode
 
 def _defaults(executed: Path, notebook: nbformat.NotebookNode) -> dict[str, Any]:
     """The values in the parameters cell of a notebook that papermill has run."""
-    told = papermill.inspect_notebook(str(executed)) if "papermill" in notebook.metadata else {}
-    return {name: literal(parameter["default"]) for name, parameter in told.items()}
+    cell = papermill.inspect_notebook(str(executed)) if "papermill" in notebook.metadata else {}
+    return {name: literal(parameter["default"]) for name, parameter in cell.items()}
 
 
 def _fold_label(cell: Mapping[str, Any]) -> str:
@@ -199,12 +199,12 @@ def _fold_label(cell: Mapping[str, Any]) -> str:
 
 def _headings(notebook: nbformat.NotebookNode) -> list[tuple[int, str, str]]:
     """Level, anchor and text of each heading, as nbconvert will write them."""
-    found = []
+    headings = []
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             page = BeautifulSoup(markdown2html_mistune(cell.source), "html.parser")
             for heading in page.find_all(["h1", "h2", "h3"]):
                 for link in heading.find_all("a", class_="anchor-link"):
                     link.decompose()
-                found.append((int(heading.name[1]), heading.get("id", ""), heading.get_text().strip()))
-    return found
+                headings.append((int(heading.name[1]), heading.get("id", ""), heading.get_text().strip()))
+    return headings

@@ -26,10 +26,10 @@ def verdict_of(example: Example, text: str, stop_reason: str) -> dict[str, Any]:
         nothing = dict.fromkeys(("answer", "is_correct", "verdict", "rule", "rule_verdict"))
         return nothing | {"ground_truth_text": example.solution}
     verdict = judge(text, example.solution, **hints(example))
-    told = fields_of(verdict) | {"ground_truth_text": example.solution, "rule_verdict": verdict.status}
+    record = fields_of(verdict) | {"ground_truth_text": example.solution, "rule_verdict": verdict.status}
     if abstention := example.meta.get("abstention"):  # what this dataset lets an answer say instead; it is not right
-        told["abstained"] = judge(text, abstention).status == "correct"
-    return told
+        record["abstained"] = judge(text, abstention).status == "correct"
+    return record
 
 
 def judged_again(old: Mapping[str, Any], example: Example) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def cards(results: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[dict[str
     [(patches, grid) or None per method] and answers [name, text, right, note, change].
     """
     methods = list(dict.fromkeys(method for _, method in results))
-    found = []
+    made = []
     for dataset in dict.fromkeys(dataset for dataset, _ in results):
         # By row as well: a row that never became an example may have no data_idx.
         by_method = {
@@ -39,15 +39,15 @@ def cards(results: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[dict[str
         }
         for key in dict.fromkeys(key for records in by_method.values() for key in records):
             of_key = {method: records[key] for method, records in by_method.items() if key in records}
-            found.append(_card(dataset, of_key, methods))
-    return sorted(found, key=lambda card: min((CHANGES.index(c) for c in card["changes"]), default=0) > 1)
+            made.append(_card(dataset, of_key, methods))
+    return sorted(made, key=lambda card: min((CHANGES.index(c) for c in card["changes"]), default=0) > 1)
 
 
 def _card(dataset: str, records: Mapping[str, Mapping[str, Any]], methods: list[str]) -> dict[str, Any]:
     record = next(iter(records.values()))
     paths = record.get("image_path")
     changes = [change(records.get(methods[0]), records.get(method)) for method in methods[1:]]
-    told = dict(zip(methods[1:], changes, strict=True)) if len(methods) > 2 else {}
+    by_name = dict(zip(methods[1:], changes, strict=True)) if len(methods) > 2 else {}
     return {
         "dataset": dataset,
         "idx": record["data_idx"],
@@ -59,7 +59,9 @@ def _card(dataset: str, records: Mapping[str, Mapping[str, Any]], methods: list[
         "changes": changes,
         "kept": [_kept(records.get(method) or {}) for method in methods],
         "answers": [
-            _answer(method, records[method]) | {"change": told.get(method)} for method in methods if method in records
+            _answer(method, records[method]) | {"change": by_name.get(method)}
+            for method in methods
+            if method in records
         ],
     }
 

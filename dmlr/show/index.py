@@ -27,8 +27,8 @@ def write_index(reports: str | Path | None = None) -> Path:
     """
     reports = Path(reports or root() / "reports")
     runs: dict[Path, list[Path]] = {}
-    for found in find_runs(reports / "runs"):
-        runs.setdefault(found.parents[1], []).append(found)  # <run>/<dataset>/<method>
+    for path in find_runs(reports / "runs"):
+        runs.setdefault(path.parents[1], []).append(path)  # <run>/<dataset>/<method>
     pages = {page for page in reports.glob("*/**/*.html") if page.parent not in runs}
     template = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
     text = template.get_template("runs.html.j2").render(
@@ -43,8 +43,8 @@ def write_index(reports: str | Path | None = None) -> Path:
     return index
 
 
-def _newest_first(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(found, key=lambda one: (one["written"], one["title"]), reverse=True)
+def _newest_first(links: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(links, key=lambda one: (one["written"], one["title"]), reverse=True)
 
 
 def _group(folder: Path, methods: list[Path], reports: Path) -> dict[str, Any]:
@@ -95,5 +95,5 @@ def _when(file: Path) -> str:
 
 def _title(page: Path) -> str:
     with open(page, encoding="utf-8") as file:
-        found = re.search(r"<title>(.*?)</title>", file.read(4096))
-    return html.unescape(found[1]) if found else page.stem
+        title = re.search(r"<title>(.*?)</title>", file.read(4096))
+    return html.unescape(title[1]) if title else page.stem

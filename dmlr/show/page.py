@@ -124,7 +124,7 @@ def gallery(
         shown[-1] |= {"change": changes[0] if len(changes) == 1 else "", "changes": "|".join(changes)}
     return _template("gallery.html.j2").render(
         cards=shown,
-        images={found.id: found for found in pictures.values() if isinstance(found, Thumbnail)}.values(),
+        images={one.id: one for one in pictures.values() if isinstance(one, Thumbnail)}.values(),
         filters=_filters(shown) if len(shown) > 1 else [],
         left_out=len(cards) - len(shown),
         drawn=sorted({position for card in shown for picture in card["pictures"] for position, _ in picture["kept"]}),
@@ -135,7 +135,7 @@ def gallery(
 
 def visible(value: Any) -> Any:
     """Text with its control characters as the symbols that stand for them (␛ for ESC); anything else as it is."""
-    return _CONTROL.sub(lambda found: _SYMBOLS[found[0]], value) if type(value) is str else value
+    return _CONTROL.sub(lambda match: _SYMBOLS[match[0]], value) if type(value) is str else value
 
 
 _SYMBOLS = {chr(code): chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n\r"} | {"\x7f": "␡"}
@@ -160,11 +160,11 @@ def _pictures(
                 known[key] = thumbnail(source, largest, folder)
             except ImageError as error:
                 known[key] = f"no image: {error}"
-        found = known[key]
-        if isinstance(found, str):
-            unread.append(found)
+        image = known[key]
+        if isinstance(image, str):
+            unread.append(image)
             continue
-        size = (found.width, found.height)
+        size = (image.width, image.height)
         kept = [
             (method, [(token % len(TOKEN_COLOURS), line) for token, line in outlines(*drawn, size)])
             for method, drawn in enumerate(card.get("kept") or [])
@@ -172,7 +172,7 @@ def _pictures(
         ]
         names = ", ".join(card["methods"][method] for method, _ in kept)
         alt = f"Image of example {card['idx']}" + (f"; outlined are the patches kept by {names}" if names else "")
-        pictures.append({"id": found.id, "width": size[0], "height": size[1], "alt": alt, "kept": kept})
+        pictures.append({"id": image.id, "width": size[0], "height": size[1], "alt": alt, "kept": kept})
     return {"pictures": pictures, "unread": unread}
 
 
@@ -184,14 +184,14 @@ def _filters(cards: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     changes = {change for card in cards for change in card["changes"].split("|") if change}
     methods = next((card["methods"] for card in cards if card.get("methods")), [])
-    found = []
+    boxes = []
     if changes and len(methods) > 2:
         options = [(str(i), name) for i, name in enumerate(methods) if i]
-        found.append({"name": "method", "label": f"{methods[0]} against", "options": options})
+        boxes.append({"name": "method", "label": f"{methods[0]} against", "options": options})
     if changes:
         label = f"From {methods[0]} to {methods[1]}" if len(methods) == 2 else "Outcome"
-        found.append(select("change", label, [change for change in CHANGES if change in changes], "all outcomes"))
+        boxes.append(select("change", label, [change for change in CHANGES if change in changes], "all outcomes"))
     for name, plural in (("dataset", "all datasets"), ("category", "all categories")):
         values = sorted({str(card[name]) for card in cards if card.get(name)})
-        found += [select(name, name.capitalize(), values, plural)] if len(values) > 1 else []
-    return found
+        boxes += [select(name, name.capitalize(), values, plural)] if len(values) > 1 else []
+    return boxes

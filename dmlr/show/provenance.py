@@ -19,19 +19,19 @@ def provenance(metadata: Mapping[str, Any], project: Path, defaults: Mapping[str
     `defaults`, the notebook's own.
     """
     made = metadata.get("papermill") or {}
-    found = {}
+    facts = {}
     if made.get("start_time"):
         began = datetime.fromisoformat(made["start_time"]).astimezone(timezone.utc)
-        found["started"] = f"{began:%Y-%m-%d %H:%M} UTC"
+        facts["started"] = f"{began:%Y-%m-%d %H:%M} UTC"
     if made.get("duration") is not None:
-        found["took"] = in_words(made["duration"])
+        facts["took"] = in_words(made["duration"])
     if made.get("input_path"):
         words = ["python", "-m", "dmlr", "run", _inside(made["input_path"], project)]
         for name, value in (made.get("parameters") or {}).items():
             if name not in (defaults or {}) or defaults[name] != value:
                 words += ["-p", name, _as_given(value, project)]
-        found["command"] = shlex.join(words)
-    return found
+        facts["command"] = shlex.join(words)
+    return facts
 
 
 def in_words(seconds: float) -> str:

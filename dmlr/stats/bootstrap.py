@@ -60,11 +60,11 @@ class Bootstrap:
     def by(self, value: str, keys: Sequence[str]) -> pd.DataFrame:
         """A row per combination of the columns `keys`, in order of appearance: keys, value, low, high, n, clusters."""
         keys = list(keys)
-        found = []
+        rows = []
         for names, part in self.table.groupby(keys, sort=False, observed=True):
             estimate = self.mean(value, self.table.index.isin(part.index))
-            found.append({**dict(zip(keys, names, strict=True)), **vars(estimate)})
-        return pd.DataFrame(found, columns=[*keys, "value", "low", "high", "n", "clusters"])
+            rows.append({**dict(zip(keys, names, strict=True)), **vars(estimate)})
+        return pd.DataFrame(rows, columns=[*keys, "value", "low", "high", "n", "clusters"])
 
     def _sums(self, value: str, rows: Sequence[bool] | None) -> list[np.ndarray]:
         """Per cluster [C]: the sum of the values chosen, and their number."""

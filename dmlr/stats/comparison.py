@@ -252,14 +252,17 @@ def group_metrics(entries: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, d
 
 def calibration_table(runs: Sequence[Run]) -> pd.DataFrame:
     """A row per run with rewards: the AUROC of the best reward, and what its interval says."""
-    rows = []
-    for run in runs:
-        found = metrics.auroc(run.entries)
-        if not math.isnan(found.value):
-            says = "more often right" if found.low > 0.5 else "more often wrong" if found.high < 0.5 else "cannot tell"
-            numbers = {"AUROC": f"{found.value:.2f}", "95 % interval": f"{found.low:.2f} – {found.high:.2f}"}
-            rows.append({**run.names, **numbers, "n": found.right + found.wrong, "a higher reward is": says})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(
+        {
+            **run.names,
+            "AUROC": f"{auroc.value:.2f}",
+            "95 % interval": f"{auroc.low:.2f} – {auroc.high:.2f}",
+            "n": auroc.right + auroc.wrong,
+            "a higher reward is": auroc.higher_is,
+        }
+        for run in runs
+        if not math.isnan((auroc := metrics.auroc(run.entries)).value)
+    )
 
 
 def _accuracy(value: float, low: float, high: float, total: int) -> dict[str, Any]:

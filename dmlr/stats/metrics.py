@@ -68,6 +68,11 @@ class Auroc:
     def __str__(self) -> str:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
+    @property
+    def higher_is(self) -> str:
+        """What the interval says about a higher score."""
+        return "more often right" if self.low > 0.5 else "more often wrong" if self.high < 0.5 else "cannot tell"
+
 
 def wilson(correct: int, total: int) -> Accuracy:
     """Score interval of a proportion (Wilson, JASA 1927), inside [0, 1] also near its ends; ValueError as scipy's."""
@@ -201,16 +206,14 @@ def auroc(records: Records, score: str = "best_reward") -> Auroc:
     return Auroc(value, low, high, m, n)
 
 
-def auroc_in_words(found: Auroc) -> str:
+def auroc_in_words(auroc: Auroc) -> str:
     """What an AUROC of the reward says, in a sentence."""
-    if math.isnan(found.value):
-        return f"{found.right} right and {found.wrong} wrong answers with a reward: there is nothing to compare."
-    told = f"AUROC {found} from {found.right} right and {found.wrong} wrong answers: "
-    if found.low > 0.5:
-        return told + "a higher reward is more often right."
-    if found.high < 0.5:
-        return told + "a higher reward is more often wrong."
-    return told + "the interval includes 0.5, so this run cannot tell whether a higher reward is more often right."
+    if math.isnan(auroc.value):
+        return f"{auroc.right} right and {auroc.wrong} wrong answers with a reward: there is nothing to compare."
+    says = f"a higher reward is {auroc.higher_is}."
+    if auroc.higher_is == "cannot tell":
+        says = "the interval includes 0.5, so this run cannot tell whether a higher reward is more often right."
+    return f"AUROC {auroc} from {auroc.right} right and {auroc.wrong} wrong answers: {says}"
 
 
 def reliability(records: Records, score: str = "best_reward", bins: int = 5) -> pd.DataFrame:
@@ -266,4 +269,4 @@ def _seconds(value: Any) -> float | None:
 
 
 def _mean(values: Iterable[float | None]) -> float:
-    return float(np.mean(known)) if (known := [v for v in values if v is not None]) else math.nan
+    return sum(known) / len(known) if (known := [v for v in values if v is not None]) else math.nan
