@@ -13,13 +13,17 @@ from typing import Any
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it. Raises OSError."""
+    """Write JSON; raises what `replace_file` raises."""
+    replace_file(path, as_json(content))
+
+
+def replace_file(path: str | Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half of it. Raises OSError."""
     path = Path(path)
-    data = as_json(content)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)

@@ -82,7 +82,7 @@ def test_a_benchmarks_file_is_what_its_command_writes(name, monkeypatch):
 
 
 def test_of_hallusionbench_the_rows_with_an_image_are_asked():
-    assert BENCHMARKS["hallusionbench"].optional == ("non_image",), "they come last"
+    assert BENCHMARKS["hallusionbench"].splits == ("image", "non_image"), "they come last"
     assert read_parameters(DATA["hallusionbench"])["end_data_idx"] == BENCHMARKS["hallusionbench"].rows - 178
 
 

@@ -1,8 +1,8 @@
-"""The seven benchmarks of the paper (its Table 1): a row as the hub has it -> the fields of a dataset row.
+"""The seven benchmarks of the paper (its Table 1), each as a declaration: where it lies, and what a row says.
 
-`BENCHMARKS` says where each comes from and how a row is read. Every row gets `prompt` and `solution`, and `id` where
-the hub has one; multiple-choice rows get `choices`, `letter`, `option` and kind "choice". `kind` and `precision` are
-what the judge takes; the other fields are what the benchmark's own metric groups by. Pure functions, no files.
+Every row gets `prompt` and `solution`, and `id` where the hub has one; multiple-choice rows get `choices`, `letter`,
+`option` and kind "choice". `kind` and `precision` are what the judge takes; the other fields are what the benchmark's
+own metric groups by (`pair_id`, `figure_group`, `question_group`, `l2_category`, ...). Pure functions, no files.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from dmlr.judge.quantities import parse_number
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a benchmark lies on the hub. `build` turns a raw row into fields; a KeyError in it is a missing column.
+    """Where a benchmark lies on the hub, and how a raw row becomes fields.
 
-    `optional` splits follow `split`; `rows` counts all of them; `image` is the column of the image.
+    `splits` in order (none: JSON lines beside an archive of images); `rows` of all of them, where they were counted;
+    `image`: the column of the image. A KeyError in `fields` is a column that is missing.
     """
 
     title: str
     repo: str
-    split: str
+    splits: tuple[str, ...]
     rows: int | None
-    build: Callable[[dict], dict]
+    fields: Callable[[Mapping[str, Any]], dict[str, Any]]
     config: str | None = None
     image: str = "image"
-    optional: tuple[str, ...] = ()
 
 
 # ------------------------------------------------------------------------------------------ common parts
@@ -41,24 +41,16 @@ def choice_fields(question: str, choices: list[str], index: int, *, listed: bool
     """Fields of a multiple-choice row; `listed`: the question names its options already. IndexError for no option."""
     if not 0 <= index < len(choices):
         raise IndexError(f"answer {index} of {len(choices)} options")
-    letters = [chr(65 + i) for i in range(len(choices))]
-    if listed:
-        prompt = question
-    elif choices == letters:  # the options are marked in the image
+    letters, prompt = [chr(65 + i) for i in range(len(choices))], question
+    if choices == letters and not listed:  # the options are marked in the image
         prompt = f"{question}\n\nOptions: {', '.join(letters)}"
-    else:
-        lines = (f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True))
+    elif not listed:
+        lines = [f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True)]
         prompt = "\n".join([f"{question}\n\nOptions:".lstrip(), *lines])
     letter, option = letters[index], choices[index]
     solution = letter if option in ("", letter) else f"{letter}. {option}"
-    return {
-        "prompt": prompt,
-        "solution": solution,
-        "kind": "choice",
-        "choices": choices,
-        "letter": letter,
-        "option": option,
-    }
+    chosen = {"choices": choices, "letter": letter, "option": option}
+    return {"prompt": prompt, "solution": solution, "kind": "choice", **chosen}
 
 
 def _index(answer: Any, choices: list[str], *, letter_first: bool) -> int | None:
@@ -81,9 +73,8 @@ def _without_placeholders(*texts: str) -> tuple[list[str], int]:
     """
     named = {match for text in texts for match in _PLACEHOLDER.findall(text)}
     if len(named) > 1:
-        return [
-            _PLACEHOLDER.sub(lambda match: f" (Image {match[1]})".replace(" )", ")"), text).strip() for text in texts
-        ], len(named)
+        words = [_PLACEHOLDER.sub(lambda mark: f" (Image {mark[1]})".replace(" )", ")"), text) for text in texts]
+        return [text.strip() for text in words], len(named)
     # An option that consists of the marker keeps words to be chosen by.
     return [_PLACEHOLDER.sub("", text).strip() or _PLACEHOLDER.sub("the image", text) for text in texts], len(named)
 
@@ -92,19 +83,20 @@ def _texts(values: Any) -> list[str]:
     return [] if values is None else [str(value).strip() for value in values]
 
 
-def _number(value: Any) -> int | None:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    return int(float(value))
+def _there(row: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: row[name] for name in names if row.get(name) is not None}
 
 
-# --------------------------------------------------------------------------------------- the benchmarks
+_FORMS = {
+    "integer": ("number", "Answer with a whole number."),
+    "float": ("number", "Answer with a number{rounded}."),
+    "list": ("list", "Answer with a Python list, such as [1, 2, 3]."),
+}
 
 
-def _mathvista(row: dict) -> dict:
-    choices, answer_type = _texts(row["choices"]), row["answer_type"]
-    metadata = row.get("metadata") if isinstance(row.get("metadata"), Mapping) else {}
-    precision, unit = _number(row["precision"]), row["unit"] or None
+def _mathvista(row: Mapping[str, Any]) -> dict[str, Any]:
+    choices, answer_type, unit = _texts(row["choices"]), row["answer_type"], row["unit"] or None
+    precision = None if row["precision"] is None or math.isnan(row["precision"]) else int(row["precision"])
     question = row["question"].strip() + (f" (Unit: {unit})" if unit else "")
     fields: dict[str, Any] = {"id": str(row["pid"])}
     index = _index(row["answer"], choices, letter_first=False)
@@ -112,52 +104,45 @@ def _mathvista(row: dict) -> dict:
         fields |= choice_fields(question, choices, index)
     else:
         rounded = "" if precision is None else f", rounded to {precision} decimal place{'' if precision == 1 else 's'}"
-        form = {
-            "integer": "Answer with a whole number.",
-            "float": f"Answer with a number{rounded}.",
-            "list": "Answer with a Python list, such as [1, 2, 3].",
-        }.get(answer_type, "")
-        kind = {"integer": "number", "float": "number", "list": "list"}.get(answer_type)
-        fields |= {"prompt": f"{question}\n{form}".strip(), "solution": str(row["answer"]).strip()}
+        kind, form = _FORMS.get(answer_type, (None, ""))
+        fields |= {
+            "prompt": f"{question}\n{form.format(rounded=rounded)}".strip(),
+            "solution": str(row["answer"]).strip(),
+        }
         fields |= ({"kind": kind} if kind else {}) | ({"choices": choices} if choices else {})
         fields |= {"precision": precision} if answer_type == "float" and precision is not None else {}
     fields |= {"question_type": row["question_type"], "answer_type": answer_type, "unit": unit}
     kept = ("category", "task", "context", "skills", "source", "grade", "language")
-    return fields | {key: metadata[key] for key in kept if metadata.get(key) is not None}
+    return fields | _there(row.get("metadata") or {}, kept)
 
 
-def _mathvision(row: dict) -> dict:
+def _mathvision(row: Mapping[str, Any]) -> dict[str, Any]:
     (question, *choices), pictures = _without_placeholders(row["question"], *_texts(row["options"]))
     answer = str(row["answer"]).strip()
-    fields = {
-        "id": str(row["id"]),
-        "category": row.get("subject"),
-        "level": row.get("level"),
-        "pictures": max(1, pictures),
-    }
+    fields = {"id": str(row["id"]), "category": row.get("subject"), "level": row.get("level")}
+    fields |= {"pictures": max(1, pictures)}
     index = _index(answer, choices, letter_first=True)
     if choices and index is not None:
         return fields | choice_fields(question, choices, index)
     return fields | {"prompt": question, "solution": answer} | ({"choices": choices} if choices else {})
 
 
-def _mm_math(row: dict) -> dict:
+def _mm_math(row: Mapping[str, Any]) -> dict[str, Any]:
     answers = [answer for _, group in boxed_groups(row["solution"] or "") for answer in group if answer]
     (question,), _ = _without_placeholders(row["question"])
     fields = {"id": row["file_name"], "answers": answers, "relative_tolerance": 0.01}
+    fields |= {"solution": rf"\boxed{{{', '.join(answers)}}}" if answers else ""}
     if len(answers) > 1:
         question += (
             "\n\nSeveral answers are asked for: put all of them, in order and separated by commas, into one box."
         )
-    if len(answers) > 1 and all(parse_number(answer) for answer in answers):
-        fields |= {"kind": "list", "solution": repr(answers)}
-    else:
-        fields |= {"solution": rf"\boxed{{{', '.join(answers)}}}" if answers else ""}
+        if all(parse_number(answer) for answer in answers):
+            fields |= {"kind": "list", "solution": repr(answers)}
     known = {"year": row.get("year"), "difficulty": row.get("difficult"), "category": row.get("knowledge")}
     return {"prompt": question, **fields, **known}
 
 
-def _hallusionbench(row: dict) -> dict:
+def _hallusionbench(row: Mapping[str, Any]) -> dict[str, Any]:
     key = [str(row[name]) for name in ("category", "subcategory", "set_id")]
     # A question without its figure belongs to no figure; it does belong to the question that it controls for.
     figure = "/".join([*key, str(row["figure_id"])]) if row.get("image") is not None else None
@@ -183,7 +168,7 @@ def _hallusionbench(row: dict) -> dict:
 _MMVP_ANSWERS = {99: "b", 100: "a", 279: "b", 280: "a"}
 
 
-def _mmvp(row: dict) -> dict:
+def _mmvp(row: Mapping[str, Any]) -> dict[str, Any]:
     number = int(row["Index"])
     choices = list(parse_options(row["Options"]).values())
     answer = _MMVP_ANSWERS.get(number, row["Correct Answer"])
@@ -193,7 +178,7 @@ def _mmvp(row: dict) -> dict:
     return {"id": number, "pair_id": (number - 1) // 2, **choice_fields(row["Question"].strip(), choices, index)}
 
 
-def _mmstar(row: dict) -> dict:
+def _mmstar(row: Mapping[str, Any]) -> dict[str, Any]:
     (question,), _ = _without_placeholders(row["question"])
     options = parse_options(question) or inline_options(question)
     choices, letter = list(options.values()), str(row["answer"]).strip().upper()
@@ -218,24 +203,25 @@ def inline_options(question: str) -> dict[str, str]:
     return options if len(options) > 1 else {}
 
 
-def _scienceqa(row: dict) -> dict:
+def _scienceqa(row: Mapping[str, Any]) -> dict[str, Any]:
     hint = (row["hint"] or "").strip()
     (question,), _ = _without_placeholders(row["question"])
     fields = choice_fields(f"{hint}\n\n{question}".strip(), _texts(row["choices"]), int(row["answer"]))
-    kept = ("task", "grade", "subject", "topic", "category", "skill")
-    return fields | {key: row[key] for key in kept if row.get(key) is not None}
+    return fields | _there(row, ("task", "grade", "subject", "topic", "category", "skill"))
 
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "mathvista": Benchmark("MathVista-mini", "AI4Math/MathVista", "testmini", 1000, _mathvista, image="decoded_image"),
+    "mathvista": Benchmark(
+        "MathVista-mini", "AI4Math/MathVista", ("testmini",), 1000, _mathvista, image="decoded_image"
+    ),
     "mathvision": Benchmark(
-        "MathVision-mini", "MathLLMs/MathVision", "testmini", 304, _mathvision, image="decoded_image"
+        "MathVision-mini", "MathLLMs/MathVision", ("testmini",), 304, _mathvision, image="decoded_image"
     ),
-    "mmmath": Benchmark("MM-Math", "THU-KEG/MM_Math", "jsonl", None, _mm_math),
+    "mmmath": Benchmark("MM-Math", "THU-KEG/MM_Math", (), None, _mm_math),
     "hallusionbench": Benchmark(
-        "HallusionBench", "lmms-lab/HallusionBench", "image", 1129, _hallusionbench, optional=("non_image",)
+        "HallusionBench", "lmms-lab/HallusionBench", ("image", "non_image"), 1129, _hallusionbench
     ),
-    "mmvp": Benchmark("MMVP", "lmms-lab-eval/MMVP", "train", 300, _mmvp),
-    "mmstar": Benchmark("MMStar", "Lin-Chen/MMStar", "val", 1500, _mmstar),
-    "scienceqa": Benchmark("ScienceQA", "lmms-lab/ScienceQA", "test", 2017, _scienceqa, config="ScienceQA-IMG"),
+    "mmvp": Benchmark("MMVP", "lmms-lab-eval/MMVP", ("train",), 300, _mmvp),
+    "mmstar": Benchmark("MMStar", "Lin-Chen/MMStar", ("val",), 1500, _mmstar),
+    "scienceqa": Benchmark("ScienceQA", "lmms-lab/ScienceQA", ("test",), 2017, _scienceqa, config="ScienceQA-IMG"),
 }

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_ASPECT_RATIO = 200  # beyond it the Qwen2-VL family refuses an image (qwen-vl-utils, smart_resize)
 MAX_IMAGE_PIXELS = 178_956_970  # twice Pillow's warning level: above it lies a decompression bomb
-_MAX_DOWNLOAD = 64 * 2**20  # bytes
+MAX_DOWNLOAD = 64 * 2**20  # bytes
 _DOWNLOAD_SECONDS = 60  # from the first byte to the last, however steadily they drip
 
 
@@ -126,8 +126,8 @@ def _download(url: str, name: str) -> bytes:
             response.raise_for_status()
             while chunk := response.raw.read1(1 << 16, decode_content=True):  # what has come, without waiting for more
                 content.write(chunk)
-                if content.tell() > _MAX_DOWNLOAD:
-                    raise ImageError(f"{name}: larger than {_MAX_DOWNLOAD >> 20} MiB")
+                if content.tell() > MAX_DOWNLOAD:
+                    raise ImageError(f"{name}: larger than {MAX_DOWNLOAD >> 20} MiB")
                 if time.monotonic() > end:
                     raise ImageError(f"{name}: not fetched within {_DOWNLOAD_SECONDS} seconds")
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:

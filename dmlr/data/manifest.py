@@ -8,14 +8,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dmlr.json_files import as_json
+from dmlr.json_files import as_json, replace_file
 
 MANIFEST = "manifest.json"
 
@@ -52,20 +51,21 @@ class ManifestFolder:
         except Timeout:
             raise ManifestError(f"{self.folder}: another process is writing here; wait for it or stop it") from None
 
-    def write(self, name: str, content: bytes, *, joins: bool = False) -> None:
+    def write(self, name: str, content: bytes) -> None:
         """Make sure that a file has this content; one that has it already is not touched.
 
-        ManifestError when the manifest knows the file with another content, or does not know it (unless it `joins`).
+        ManifestError when the manifest knows the file with another content.
         """
-        checksum = hashlib.sha256(content).hexdigest()
-        if self.known and self.known.get(name, checksum if joins else None) != checksum:
+        path, checksum = self.folder / name, hashlib.sha256(content).hexdigest()
+        if self.known.get(name, checksum) != checksum:
             raise ManifestError(
-                f"{self.folder / name}: the source now gives another content than the one the folder was made from; "
+                f"{path}: the source now gives another content than the one the folder was made from; "
                 f"give that source, or remove {self.folder} to make it anew"
             )
         self._sums[name] = checksum
         if self._checksum(name) != checksum:
-            _replace(self.folder / name, content)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, content)
             self.written.append(name)
 
     def finish(self) -> None:
@@ -73,20 +73,10 @@ class ManifestFolder:
         content = as_json({"source": self.origin, "files": dict(sorted(self._sums.items()))})
         path = self.folder / MANIFEST
         if not path.is_file() or path.read_bytes() != content:
-            _replace(path, content)
+            replace_file(path, content)
 
     def _checksum(self, name: str) -> str | None:
         try:
             return hashlib.sha256((self.folder / name).read_bytes()).hexdigest()
         except OSError:
             return None
-
-
-def _replace(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")  # of a killed process: overwritten by the next
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -6,36 +6,37 @@
     data/<name>/manifest.json             SHA-256 of every file above, and the commit that they come from
 
 Preparing again verifies the checksums and changes nothing; files that are missing or differ are made again. The
-manifest is written last, so that a preparation that was interrupted is completed by the next.
+manifest is written last, so that a preparation that was interrupted is completed by the next. Nothing that a repository
+contains is ever run or unpacked: its tables are read by `datasets`, the images of an archive one at a time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import os
 import re
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from dmlr.config import check_names
 from dmlr.data.benchmarks import BENCHMARKS, Benchmark
 from dmlr.data.check import check_dataset, report
-from dmlr.data.hub import (
-    MissingSplitError,
-    Repository,
-    jsonl_rows,
-    open_folder,
-    open_hub,
-    parquet_rows,
-)
-from dmlr.data.images import ImageError, open_image
+from dmlr.data.images import MAX_DOWNLOAD, ImageFile, open_image, shorten
 from dmlr.data.manifest import ManifestFolder
 from dmlr.json_files import as_json
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the hub's library is imported, below
+
+_SAMPLE = re.compile(r".+-(\d+)-seed(-?\d+)\.json")
+_KEPT = {"PNG": ".png", "JPEG": ".jpg"}
 
 
 class BenchmarkError(ValueError):
@@ -60,12 +61,13 @@ def prepare(
     sample: int | None = None,
     seed: int = 0,
 ) -> Prepared:
-    """Make (or verify) a benchmark's files under `out`, from the hub or from a local folder of the same layout.
+    """Make (or verify) a benchmark's files under `out`, from the hub or from a local copy of its repository.
 
-    With `sample` the result is a file of at most that many rows, drawn by `seed`; a larger sample contains a smaller
-    one of the same seed. Groups (MMVP's pairs, HallusionBench's figures) are not kept whole in it. Raises
-    ConfigError for an unknown name, SourceError and BenchmarkError when the source cannot be read, ManifestError when
-    it differs from that of the files which are there, OSError when nothing can be written.
+    A row that cannot be used is left out, and a remark says which and why. With `sample` the result is a file of at
+    most that many rows, drawn by `seed`; a larger sample contains a smaller one of the same seed. Groups (MMVP's pairs,
+    HallusionBench's figures) are not kept whole in it. Raises ConfigError for an unknown name, BenchmarkError when the
+    source cannot be read, ManifestError when it differs from that of the files which are there, OSError when nothing
+    can be written.
     """
     if sample is not None and sample < 1:
         raise BenchmarkError(f"sample = {sample}: a sample has at least one row")
@@ -76,20 +78,17 @@ def prepare(
     if damaged or wanted not in files.known:
         with files.lock():
             if damaged:
-                shown = ", ".join(damaged[:3]) + (f" and {len(damaged) - 3} more" if len(damaged) > 3 else "")
-                remarks.append(f"missing or changed since they were prepared, made again: {shown}")
+                more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+                remarks.append(f"missing or changed, made again: {', '.join(damaged[:3])}{more}")
             samples = {file: match for file in [wanted, *damaged] if (match := _SAMPLE.fullmatch(file))}
             if not files.known or set(damaged) - samples.keys():
                 remarks += _make(name, files, source)
             rows = json.loads((files.folder / f"{name}.json").read_bytes())
             for file, match in samples.items():
-                files.write(file, as_json(sample_rows(rows, int(match[1]), int(match[2]))), joins=True)
+                files.write(file, as_json(sample_rows(rows, int(match[1]), int(match[2]))))
             files.finish()
     path = files.folder / wanted
     return Prepared(path, len(json.loads(path.read_bytes())), files.written, remarks)
-
-
-_SAMPLE = re.compile(r".+-(\d+)-seed(-?\d+)\.json")
 
 
 def sample_rows(rows: list[dict], count: int, seed: int) -> list[dict]:
@@ -107,117 +106,122 @@ def _canonical(name: str) -> str:
     return key
 
 
-# ---------------------------------------------------------------------------------------- making the files
-
-
 def _make(name: str, files: ManifestFolder, source: str | Path | None) -> list[str]:
-    """Write rows and images; returns remarks."""
-    benchmark, remarks = BENCHMARKS[name], []
-    repository = open_hub(benchmark.repo, files.origin.get("revision")) if source is None else open_folder(source)
-    if not files.known:
-        files.origin = {"repo": benchmark.repo, "revision": repository.revision}
-    rows: list[dict] = []
-    for split, raw in _raw_rows(benchmark, repository, remarks):
-        rows.append(_row(benchmark, split, raw, len(rows), files))
+    """Writes rows and images; returns remarks."""
+    benchmark, rows, unusable = BENCHMARKS[name], [], []
+    with _one_sentence(source or benchmark.repo):
+        revision = None if source else commit(benchmark.repo, files.origin.get("revision"))
+    files.origin = files.origin or {"repo": benchmark.repo, "revision": revision}
+    for number, raw in enumerate(raw_rows(benchmark, source, revision)):
+        try:
+            row, image = row_of(benchmark, raw, number)
+        except KeyError as error:
+            unusable.append(f"row {number}: has no column {error} (columns: {', '.join(raw)})")
+        except (ValueError, TypeError, AttributeError, IndexError) as error:
+            unusable.append(f"row {number}: {error}")
+        else:
+            if image is not None:
+                files.write(row["image_path"], image)
+            rows.append(row)
     if not rows:
-        raise BenchmarkError(f"{benchmark.title}: the source has no rows")
-    if benchmark.rows and len(rows) != benchmark.rows:
-        remarks.append(f"{len(rows)} rows, where the benchmark has {benchmark.rows}")
+        raise BenchmarkError(f"{benchmark.title}: no row can be used; {'; '.join(unusable[:1]) or 'there is none'}")
     files.write(f"{name}.json", as_json(rows))
-    problems = check_dataset(files.folder / f"{name}.json")
-    if problems:
+    remarks, count = [], len(rows) + len(unusable)
+    if unusable:
+        remarks.append(f"{len(unusable)} rows cannot be used and are left out: {'; '.join(unusable[:3])}")
+    if benchmark.rows and count != benchmark.rows:
+        remarks.append(f"{count} rows, where the benchmark has {benchmark.rows}")
+    if problems := check_dataset(files.folder / f"{name}.json"):
         remarks.append(f"{len(problems)} problems in the data as published:\n{report(problems)}")
-    if fatal := [problem for problem in problems if problem.fatal]:
-        raise BenchmarkError(f"{benchmark.title}: row {fatal[0].row} is unusable: {fatal[0].message}")
     return remarks
 
 
-def _raw_rows(benchmark: Benchmark, repository: Repository, remarks: list[str]) -> Iterator[tuple[str, dict]]:
-    if benchmark.split == "jsonl":
-        yield from (("jsonl", row) for row in jsonl_rows(repository, "file_name"))
-        return
-    yield from ((benchmark.split, row) for row in parquet_rows(repository, benchmark.config, benchmark.split))
-    for split in benchmark.optional:
-        try:
-            yield from ((split, row) for row in parquet_rows(repository, benchmark.config, split, only=False))
-        except MissingSplitError:
-            remarks.append(f"the source has no split {split!r}: left out")
-
-
-def _row(benchmark: Benchmark, split: str, raw: dict, number: int, files: ManifestFolder) -> dict[str, Any]:
-    where = f"{benchmark.title}, row {number}"
-    try:
-        images = image_bytes(raw.get(benchmark.image))
-        content, suffix = encode_image(images) if images else (b"", "")
-    except ImageError as error:
-        raise BenchmarkError(f"{where}: {error}") from None
-    if not images and split not in benchmark.optional and str(raw.get("visual_input")) != "0":
-        raise BenchmarkError(f"{where}: has no image in column {benchmark.image!r} (columns: {', '.join(raw)})")
-    try:
-        fields = benchmark.build({**raw, benchmark.image: images or None})
-    except KeyError as error:
-        raise BenchmarkError(f"{where}: has no column {error} (columns: {', '.join(raw)})") from None
-    except (ValueError, TypeError, AttributeError, IndexError) as error:
-        raise BenchmarkError(f"{where}: cannot be read ({error})") from None
-    path = None
-    if images:
+def row_of(benchmark: Benchmark, raw: Mapping[str, Any], number: int) -> tuple[dict[str, Any], bytes | None]:
+    """A raw row as one of the dataset file, and its image's file. KeyError for a missing column, ValueError, TypeError,
+    AttributeError or IndexError for what cannot be read."""
+    content, path = (raw.get(benchmark.image) or {}).get("bytes"), None
+    if content is None and str(raw.get("visual_input")) != "0":  # HallusionBench's word for a question without image
+        raise ValueError(f"has no image in column {benchmark.image!r} (columns: {', '.join(raw)})")
+    fields = benchmark.fields(raw)
+    if content is not None:
+        content, suffix = image_file(content)
         path = f"images/{number:05d}{suffix}"
-        files.write(path, content)
     first = {"prompt": fields.pop("prompt"), "solution": fields.pop("solution"), "image_path": path, "idx": number}
-    return {**first, **fields}
+    return {**first, **fields}, content
 
 
-# -------------------------------------------------------------------------------------------- images
-
-_KEPT = {"PNG": ".png", "JPEG": ".jpg"}
-
-
-def image_bytes(value: Any) -> list[bytes]:
-    """The encoded images in a column's value: {bytes, path}, a list of those, or null. ImageError for another."""
-    values = value if isinstance(value, list) else [value]
-    encoded = [item.get("bytes") if isinstance(item, dict) else item for item in values]
-    encoded = [item for item in encoded if item is not None]
-    if not all(isinstance(item, bytes) for item in encoded):
-        raise ImageError(f"its image is {type(encoded[0]).__name__}, not an encoded file")
-    return encoded
-
-
-def encode_image(images: list[bytes]) -> tuple[bytes, str]:
-    """(file content, suffix) of one image, kept as it is when it is PNG or JPEG, or of several side by side.
-
-    ImageError when one cannot be read.
-    """
-    opened = []
-    for content in images:
-        try:
-            image = Image.open(io.BytesIO(content))
-        except Exception as error:  # not an image, or a damaged one: decoders raise many types
-            raise ImageError(f"its image cannot be read ({type(error).__name__}: {error})") from None
-        opened.append((image.format, open_image(image)))
-    if len(opened) == 1 and opened[0][0] in _KEPT:
-        return images[0], _KEPT[opened[0][0]]
-    image = opened[0][1] if len(opened) == 1 else side_by_side([image for _, image in opened])
+def image_file(content: bytes) -> tuple[bytes, str]:
+    """Content and suffix of an encoded image's file: as it is when it is PNG or JPEG, else PNG. ImageError."""
+    image = open_image(ImageFile("its image", content))
+    kind = Image.open(io.BytesIO(content)).format
+    if kind in _KEPT:
+        return content, _KEPT[kind]
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue(), ".png"
 
 
-def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
-    """One image of several, top-aligned on white, each under its caption "Image 1", "Image 2", ...
+# ---------------------------------------------------------------------------------------------- the hub's files
 
-    A dataset row has a single image, and so have the methods that pick patches from it.
-    """
-    size = max(14, max(image.height for image in images) // 20)
-    font = ImageFont.load_default(size)
-    caption, gap = 2 * size, size
-    # A narrow picture still needs room for its caption.
-    widths = [max(image.width, 5 * size) for image in images]
-    canvas = Image.new(
-        "RGB", (sum(widths) + gap * (len(images) - 1), caption + max(image.height for image in images)), "white"
-    )
-    draw, left = ImageDraw.Draw(canvas), 0
-    for number, (image, width) in enumerate(zip(images, widths, strict=True), 1):
-        draw.text((left, size // 3), f"Image {number}", fill="black", font=font)
-        canvas.paste(image, (left, caption))
-        left += width + gap
-    return canvas
+
+@contextlib.contextmanager
+def _one_sentence(where: str | Path) -> Iterator[None]:
+    """Whatever the hub, its client, a table or an archive raises, as a BenchmarkError."""
+    try:
+        yield
+    except BenchmarkError:
+        raise
+    except Exception as error:  # no connection, a gated repository, a damaged file: types of several libraries
+        reason = shorten(" ".join(str(error).split()), 200)
+        raise BenchmarkError(
+            f"{where}: cannot be read ({type(error).__name__}: {reason}); where the hub asks for it set HF_TOKEN, or "
+            "give a local copy of the repository with --source"
+        ) from None
+
+
+def commit(repo: str, revision: str | None = None) -> str:
+    """The commit of a dataset on the hub: the newest, unless a revision is given."""
+    from huggingface_hub import HfApi
+
+    return HfApi(token=_token()).dataset_info(repo, revision=revision).sha
+
+
+def _token() -> str | None:
+    return os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_TOKEN") or None
+
+
+def raw_rows(benchmark: Benchmark, source: str | Path | None, revision: str | None) -> Iterator[dict[str, Any]]:
+    """Rows of all splits as the hub has them, with images as {bytes, path}. BenchmarkError says what cannot be read."""
+    with _one_sentence(source or benchmark.repo):
+        if source and not Path(source).is_dir():  # which the library would take for a name on the hub
+            raise BenchmarkError(f"{source}: no such folder")
+        import datasets
+        from huggingface_hub import snapshot_download
+
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else every reading of a local file is reported to a server
+        if not benchmark.splits:
+            how = {"repo_type": "dataset", "revision": revision, "allow_patterns": ["*.jsonl", "*.zip"]}
+            yield from _archived_rows(Path(source or snapshot_download(benchmark.repo, token=_token(), **how)))
+        for split in benchmark.splits:
+            # Streaming reads the files where they lie; otherwise a second copy is made in the cache.
+            how = {"split": split, "revision": revision, "token": _token(), "streaming": True}
+            yield from datasets.load_dataset(str(source or benchmark.repo), benchmark.config, **how).decode(False)
+
+
+def _archived_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a folder's JSONL file, with the members of its ZIP archives that their `file_name` names as images."""
+    tables, archives = sorted(folder.rglob("*.jsonl")), sorted(folder.rglob("*.zip"))
+    if len(tables) != 1 or not archives:
+        found = f"found {len(tables)} and {len(archives)}"
+        raise BenchmarkError(f"{folder}: expected one .jsonl file and the .zip of its images, {found}")
+    with contextlib.ExitStack() as stack:
+        members = {}  # by file name
+        for archive in [stack.enter_context(zipfile.ZipFile(path)) for path in archives]:
+            for info in archive.infolist():
+                if "__MACOSX" not in info.filename and info.file_size <= MAX_DOWNLOAD:
+                    members[PurePosixPath(info.filename).name] = archive, info
+        for line in stack.enter_context(open(tables[0], "rb")):
+            if line.strip():
+                row = json.loads(line)
+                archive, info = members.get(row.get("file_name"), (None, None))
+                yield {**row, "image": archive and {"bytes": archive.read(info), "path": info.filename}}
