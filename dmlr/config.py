@@ -2,8 +2,8 @@
 
 A field's declaration is the only place of its type, range, help and default; messages, command line and JSON schema
 (`Config.model_json_schema()`) are read from it. Names, types and meanings are those of the original command line; the
-defaults are the paper's (App. A.3), and `PRESETS` is the only place of the other sets of values that people use. The
-module knows nothing about models or data.
+defaults are the paper's (App. A.3), and `PRESETS` is the only place of the other sets of values that people use:
+notebooks and parameter files name one, and state what differs. Knows nothing about models or data.
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ class Config(BaseModel):
     num_selected_patches: int | None = Field(16, ge=0, description="most patches per think token; none: no cap")
     max_total_patches: int | None = Field(16, ge=0, description="most patches over all think tokens; none: no cap")
     initial_patch_count: int | None = Field(
-        2, ge=0, description="patches per think token at the start; none: every patch"
+        2,
+        ge=0,
+        description="patches per think token at the start; none: every patch; 0: none (the released 0 is every)",
     )
     patch_increment: int = Field(2, ge=0, description="budget growth whenever the best reward improves")
     visual_insert_stride: int = Field(1, ge=1, description="inject after every N-th think token")
@@ -208,8 +210,8 @@ class Config(BaseModel):
     @classmethod
     def make(cls, preset: str | None = None, **overrides: Any) -> Config:
         """Preset (none: the defaults), then overrides. Unknown names are errors that name the nearest parameter."""
-        if preset is not None and preset not in PRESETS:
-            raise ConfigError(f"unknown preset {preset!r}{_nearest(preset, PRESETS)}; presets are {', '.join(PRESETS)}")
+        if preset is not None:
+            check_names([preset], PRESETS, what="preset")
         return cls(**{**(PRESETS[preset] if preset else {}), **overrides})
 
     @classmethod
@@ -234,17 +236,27 @@ class Config(BaseModel):
         return self.replace(sigma=sigma, lr=lr, sigma_relative=None, lr_relative=None)
 
     def scales(self, rms: float) -> dict[str, Any]:
-        """What sigma and lr mean for a model whose think tokens start at this RMS per dimension: `sigma_rms` =
-        sigma / RMS; `lr_sigma2` = lr / sigma^2, the step of one sample of reward 1 in units of sigma; and a `warning`
-        where nothing can move or everything does, else None. Of REINFORCE: the exact gradient has no sigma."""
-        config = self.absolute(rms)
-        found = {"sigma_rms": config.sigma / rms, "lr_sigma2": config.lr / config.sigma**2, "warning": None}
-        step = found["lr_sigma2"]
+        """What sigma and lr mean for a model whose think tokens start at this RMS per dimension: `sigma_rms` = sigma /
+        RMS; `lr_sigma2` = lr / sigma^2, the step of one sample of reward 1 in units of sigma; and a `warning` where
+        nothing can move or everything does, else None. None for all three where nothing is drawn (the exact gradient,
+        sigma 0), or where the start is zero or no number."""
+        config = self.absolute(rms) if rms > 0 and not self.use_auto_grad else None
+        if config is None or not config.sigma:
+            return dict.fromkeys(("sigma_rms", "lr_sigma2", "warning"))
+        step, warning = config.lr / config.sigma**2, None
         if step < 0.01:
-            found["warning"] = f"a step is {step:.1g} of sigma: the latents hardly move; raise lr, or set lr_relative"
+            warning = f"a step is {step:.1g} of sigma: the latents hardly move; raise lr, or set lr_relative"
         elif step > 100:
-            found["warning"] = f"a step is {step:.0f} times sigma: it leaves what was explored; lower lr"
-        return found
+            warning = f"a step is {step:.0f} times sigma: it leaves what was explored; lower lr"
+        return {"sigma_rms": config.sigma / rms, "lr_sigma2": step, "warning": warning}
+
+    @staticmethod
+    def scales_line(scales: Mapping[str, Any]) -> str:
+        """`scales` in one line for people, with its warning; empty where there are none."""
+        if not scales or scales["sigma_rms"] is None:
+            return ""
+        told = f"sigma is {scales['sigma_rms']:.2g} times the start's RMS, a step {scales['lr_sigma2']:.2g} times sigma"
+        return f"{told}. Warning: {scales['warning']}" if scales["warning"] else told
 
     @property
     def evaluations(self) -> int:
@@ -282,7 +294,8 @@ def check_names(names: Iterable[str], known: Iterable[str] | None = None, what: 
     known = list(Config.model_fields if known is None else known)
     for name in names:
         if name not in known:
-            raise ConfigError(f"unknown {what} {name!r}{_nearest(name, known)}")
+            few = f"; there are {', '.join(known)}" if len(known) < 20 else ""
+            raise ConfigError(f"unknown {what} {name!r}{_nearest(name, known)}{few}")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
@@ -324,79 +337,33 @@ def _config_error(error: Mapping[str, Any], values: Mapping[str, Any]) -> Config
     return ConfigError(f"{given}: expected {kind.__name__}{' | None' * optional}{_range(field)}")
 
 
+# What presets set: the loop, the size of images, the length of an answer.
+LOOP = frozenset(
+    "num_thought_tokens max_num_steps lr sigma lr_relative sigma_relative sigma_decay num_samples reward "
+    "reward_position accept_at num_selected_patches max_total_patches initial_patch_count patch_increment "
+    "min_pixels max_pixels max_new_tokens".split()
+)
+_PAPER = {name: field.default for name, field in Config.model_fields.items() if name in LOOP}
+_SMALL = {"min_pixels": None, "max_pixels": None, "max_new_tokens": 128}  # the embedded models' images and answers
 PRESETS: dict[str, dict[str, Any]] = {
-    # The paper, App. A.3.
-    "paper": {
-        "num_thought_tokens": 4,
-        "max_num_steps": 15,
-        "lr": 1e-3,
-        "sigma": 0.1,
-        "sigma_decay": 0.95,
-        "initial_patch_count": 2,
-        "patch_increment": 2,
-        "num_selected_patches": 16,
-        "max_total_patches": 16,
-        "reward": "entropy",
-        "reward_position": "think",
-        "accept_at": "updated",
-        "min_pixels": None,
-        "max_pixels": 256,
-    },
-    # The defaults of the released README (commit 881c21a).
-    "released": {
-        "num_thought_tokens": 8,
-        "max_num_steps": 20,
-        "lr": 0.005,
-        "sigma": 20.0,
-        "sigma_decay": 0.95,
-        "initial_patch_count": None,
-        "patch_increment": 0,
-        "num_selected_patches": None,
-        "max_total_patches": None,
-        "reward": "logprob",
-        "reward_position": "think_next",
-        "accept_at": "candidate",
-        "min_pixels": 128,
-        "max_pixels": 256,
-    },
+    # The paper, App. A.3: the defaults above.
+    "paper": _PAPER,
+    # The defaults of the released README (commit 881c21a): every image token after each think token, sigma in the tens.
+    "released": _PAPER
+    | {"num_thought_tokens": 8, "max_num_steps": 20, "lr": 0.005, "sigma": 20.0}
+    | {"initial_patch_count": None, "patch_increment": 0, "num_selected_patches": None, "max_total_patches": None}
+    | {"reward": "logprob", "reward_position": "think_next", "accept_at": "candidate", "min_pixels": 128},
     # The embedded model on a laptop: small budgets, the model's own image size.
-    "demo": {
-        "num_thought_tokens": 4,
-        "max_num_steps": 10,
-        "lr": 0.01,
-        "sigma": 0.04,
-        "sigma_decay": 0.95,
-        "initial_patch_count": 1,
-        "patch_increment": 1,
-        "num_selected_patches": 2,
-        "max_total_patches": 8,
-        "reward": "entropy",
-        "reward_position": "think",
-        "accept_at": "updated",
-        "min_pixels": None,
-        "max_pixels": None,
-        "max_new_tokens": 128,
-    },
+    "demo": _PAPER
+    | {"max_num_steps": 10, "lr": 0.01, "sigma": 0.04}
+    | {"initial_patch_count": 1, "patch_increment": 1, "num_selected_patches": 2, "max_total_patches": 8}
+    | _SMALL,
     # A search that moves, for models that listen to their latents. Think tokens start as a text embedding, an order of
     # magnitude smaller than the visual features beside it, so sigma must be many times the start's RMS before a think
     # token says anything; the step must scale with sigma squared; and one sample is too noisy an estimate of the
     # gradient to beat displacements at random that are kept by the same reward. An iteration costs nine evaluations
     # instead of the paper's two. No patches: what the latents do stands alone.
-    "search": {
-        "num_thought_tokens": 4,
-        "max_num_steps": 15,
-        "num_samples": 8,
-        "sigma_relative": 15.0,
-        "lr_relative": 5.0,
-        "sigma_decay": 0.95,
-        "initial_patch_count": 0,
-        "patch_increment": 0,
-        "reward": "entropy",
-        "reward_position": "think",
-        "accept_at": "updated",
-        "min_pixels": None,
-        "max_pixels": None,
-        "max_new_tokens": 128,
-    },
+    "search": _PAPER
+    | {"num_samples": 8, "sigma_relative": 15.0, "lr_relative": 5.0, "initial_patch_count": 0, "patch_increment": 0}
+    | _SMALL,
 }
-LOOP = frozenset().union(*PRESETS.values())  # the names that presets set

@@ -66,7 +66,9 @@ def test_results_and_files(vlm, dataset, tmp_path):
             assert entry["data_idx"] == i and entry["stop_reason"] in ("eos_token", "length")
             assert "<|im_start|>assistant" in entry["prompt"] and "<|image_pad|>" in entry["prompt"]
             assert entry["is_correct"] in (True, False) and entry["seconds"]["prefill"] > 0
-    assert results["dmlr"]["entries"][0]["best_reward"] >= results["dmlr"]["entries"][0]["initial_reward"]
+        assert content["scales"] == Config(**content["config"]).scales(vlm.embedding_rms)
+    first = results["dmlr"]["entries"][0]
+    assert first["best_reward"] >= first["initial_reward"] and first["evaluations"] == 1 + 2 * len(first["rewards"])
     assert results["vanilla"]["entries"][0]["best_reward"] is None
     lines = (tmp_path / "out/data/dmlr/rewards/00003.csv").read_text().splitlines()
     assert lines[0].startswith("step,reward,sigma,is_new_best,patch_count,patch_budget") and len(lines) == 3

@@ -89,10 +89,10 @@ def self_score(
 def with_tokens(
     vlm: VLM, embeds: torch.Tensor, filled: torch.Tensor, ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slots [B, M, S, D], of which `filled` [B, S], followed by the same text tokens `ids` [A] everywhere."""
-    text = vlm.embed(ids).to(embeds.dtype).expand(*embeds.shape[:2], -1, -1)
+    """Slots [B, M, S, D], of which `filled` [B, S], followed by text tokens: `ids` [B, A], or [A] in every row."""
+    text = vlm.embed(ids.expand(len(embeds), -1)).to(embeds.dtype)[:, None].expand(-1, embeds.shape[1], -1, -1)
     text = F.pad(text, (0, embeds.shape[3] - text.shape[3]))
-    return torch.cat([embeds, text], dim=2), F.pad(filled, (0, len(ids)), value=True)
+    return torch.cat([embeds, text], dim=2), F.pad(filled, (0, ids.shape[-1]), value=True)
 
 
 def scorer(vlm: VLM, prefix: Prefix, config: Config, score_ids: torch.Tensor | None = None) -> Score:

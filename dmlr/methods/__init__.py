@@ -6,20 +6,18 @@ answers. Knows nothing about ground truth, judging or files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from functools import partial
 
-from dmlr.config import Config
-from dmlr.methods.answers import Answer, Question
+from dmlr.methods.answers import Answer, Question, answered
 from dmlr.methods.controls import CONTROLS
 from dmlr.methods.icot import icot
 from dmlr.methods.latent import dmlr, ltpo
 from dmlr.methods.prompting import ccot, multimodal_cot, vanilla
 from dmlr.methods.self_consistency import self_consistency
-from dmlr.model.vlm import VLM
 
 __all__ = ["METHODS", "Answer", "Question"]
 
-METHODS: dict[str, Callable[[VLM, Sequence[Question], Config], list[Answer]]] = {
+_METHODS = {
     "vanilla": vanilla,
     "multimodal-cot": multimodal_cot,
     "ccot": ccot,
@@ -29,3 +27,4 @@ METHODS: dict[str, Callable[[VLM, Sequence[Question], Config], list[Answer]]] = 
     "self-consistency": self_consistency,
     **CONTROLS,
 }
+METHODS = {name: partial(answered, method) for name, method in _METHODS.items()}  # (VLM, questions, Config) -> answers

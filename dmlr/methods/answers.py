@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
+
+from dmlr.config import Config, ConfigError
+from dmlr.model.vlm import VLM
+
+S, T = TypeVar("S"), TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -21,10 +27,14 @@ class Question:
 
     idx: int | str  # seeds the noise
     text: str
-    images: list[Image.Image]
+    images: list[Image.Image]  # or one image alone
     partner: Callable[[], Question] | None = None  # another question of the dataset, for "swapped"
     boxes: list | None = None  # [left, top, right, bottom] of what is asked about, in pixels of the first image
     solution: str | None = None  # the text that a right answer begins with
+
+    def __post_init__(self) -> None:
+        if isinstance(self.images, Image.Image):
+            object.__setattr__(self, "images", [self.images])
 
 
 @dataclass
@@ -57,6 +67,46 @@ class Reasoning:
     patch_grid: tuple[int, int]
     embedding_rms: float  # what sigma is relative to
     evaluations: int = 0  # states that the loop ran through the model, the start included
+
+
+Method = Callable[[VLM, Sequence[Question], Config], list[Answer]]
+
+
+def answered(method: Method, vlm: VLM, questions: Sequence[Question], config: Config) -> list[Answer]:
+    """What `method` says to each question, in order. A question that cannot be answered has the reason as its answer,
+    and costs no other question its own; what concerns all of them alike (ConfigError, out of memory) is raised."""
+    answers = by_halves(lambda some: method(vlm, some, config), questions, (ConfigError, torch.OutOfMemoryError))
+    return [failed(one) if isinstance(one, Exception) else one for one in answers]
+
+
+def by_halves(
+    work: Callable[[Sequence[S]], list[T]], items: Sequence[S], raised: tuple[type[Exception], ...] = ()
+) -> list[T | Exception]:
+    """What `work` makes of the items; where it fails, of their halves, down to the single item with its error."""
+    if not items:
+        return []
+    try:
+        return work(items)
+    except raised:
+        raise
+    except Exception as error:  # whatever it is, it may cost one record and not the run
+        if len(items) == 1:
+            return [error.with_traceback(None)]  # whose frames hold tensors
+    free()  # after the error is gone, and its traceback with it
+    half = len(items) // 2
+    return by_halves(work, items[:half], raised) + by_halves(work, items[half:], raised)
+
+
+def free() -> None:
+    """Gives the GPU's memory back that nothing holds any more."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def failed(error: Exception) -> Answer:
+    """An answer that says why there is none."""
+    return Answer("", "", "error", error=f"{type(error).__name__}: {error}".split("\n")[0])
 
 
 NO_IMAGE = {"note": "no image: no patches"}  # in the details, where a method would have used some

@@ -7,14 +7,13 @@ the images of the next batches are opened and processed in threads. Knows nothin
 
 from __future__ import annotations
 
-import gc
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,13 +21,14 @@ from dmlr.config import Config
 from dmlr.data.examples import Example, ImageError, open_image
 from dmlr.machine import environment, peak_memory
 from dmlr.methods import METHODS, Answer, Question
+from dmlr.methods.answers import by_halves, failed, free
 from dmlr.methods.prompting import encode_task, prompts_of
 from dmlr.methods.workload import workload
 from dmlr.model.families.family import Pictures
 from dmlr.model.memory import Work
 from dmlr.model.vlm import VLM
 
-S, T = TypeVar("S"), TypeVar("T")
+T = TypeVar("T")
 AHEAD = 2  # batches that wait for the model, ready
 READERS = 8  # images that are opened at a time
 
@@ -56,11 +56,12 @@ class ModelFacts:
     device: str  # its type: cpu, cuda
     fitting_batch: int  # examples
     environment: dict[str, str]
+    scales: dict[str, Any] = field(default_factory=dict)  # what sigma and lr mean for it (`Config.scales`)
 
     @classmethod
     def of(cls, vlm: VLM, config: Config) -> ModelFacts:
         fitting = vlm.fitting_batch(workload(config, vlm.context_length))
-        return cls(str(vlm.dtype), vlm.device.type, fitting, environment())
+        return cls(str(vlm.dtype), vlm.device.type, fitting, environment(), config.scales(vlm.embedding_rms))
 
 
 class InProcess:
@@ -167,7 +168,7 @@ def answer_batch(vlm: VLM, method: str, questions: list[Question], config: Confi
                 vlm.ran_out(work_of(vlm, method, some, config), len(some))
                 raise
         vlm.recordings.clear()  # the memory that recorded kernels hold may be what is missing
-        _free()
+        free()
         return METHODS[method](vlm, some, config)
 
     answers, left = [], questions
@@ -190,28 +191,3 @@ def work_of(vlm: VLM, method: str, questions: Sequence[Question], config: Config
             prompt = max(prompt or 0, len(encoded.input_ids))
             images = max(images or 0, len(encoded.image_columns))
     return workload(config.replace(methods=method), vlm.context_length, images, prompt)
-
-
-def by_halves(work: Callable[[Sequence[S]], list[T]], items: Sequence[S]) -> list[T | Exception]:
-    """What `work` makes of the items; where it fails, of their halves, down to the single item with its error."""
-    if not items:
-        return []
-    try:
-        return work(items)
-    except Exception as error:  # whatever it is, it may cost one record and not the run
-        if len(items) == 1:
-            return [error.with_traceback(None)]  # whose frames hold tensors
-    _free()  # after the error is gone, and its traceback with it
-    half = len(items) // 2
-    return by_halves(work, items[:half]) + by_halves(work, items[half:])
-
-
-def _free() -> None:
-    if torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def failed(error: Exception) -> Answer:
-    """An answer that says why there is none."""
-    return Answer("", "", "error", error=f"{type(error).__name__}: {error}".split("\n")[0])

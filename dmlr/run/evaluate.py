@@ -171,7 +171,7 @@ def run_job(
     with RunLog(job.folder, config, resume=config.resume, facts=facts | checksums(job, config), batch_size=size) as log:
         if log.aside and config.verbose:
             progress.write(f"{name(job.dataset)} {job.method}: what an earlier run left is kept as {log.aside.name}")
-        save = partial(save_results, job, log, config, executor.facts.environment)
+        save = partial(save_results, job, log, config, executor.facts.environment, scales=executor.facts.scales)
         llm_cost = None
         with contextlib.suppress(ResultsError):  # there are none, unless this run goes on with another
             llm_cost = read_results(job.folder).get("llm_judge")
@@ -231,7 +231,8 @@ def verify(job: Job, config: Config, progress: tqdm, llm: JudgeSettings | None =
             progress.update()
         llm_cost = ask_llm(log, job.examples, llm, every=config.llm_verify_all)
         memory = before.get("efficiency", {}).get("peak_memory_bytes")
-        return save_results(job, log, Config.make(None, **saved), before["environment"], memory, llm_judge=llm_cost)
+        more = {"llm_judge": llm_cost, "scales": before.get("scales")}
+        return save_results(job, log, Config.make(None, **saved), before["environment"], memory, **more)
 
 
 def pace(recent: Iterable[dict[str, Any]], memory: int) -> dict[str, str]:
@@ -270,6 +271,8 @@ def record_of(example: Example, answer: Answer) -> dict[str, Any]:
             "patches": reasoning.patches,
             "patch_grid": list(reasoning.patch_grid),
         }
+        if reasoning.steps:
+            record["evaluations"] = reasoning.evaluations
     if answer.details:
         record["details"] = answer.details
     groups = {key: example.meta[key] for key in GROUPS if key in example.meta}
