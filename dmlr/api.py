@@ -8,10 +8,8 @@ What a run adds to this (datasets, judging, records) is not known here.
 
 from __future__ import annotations
 
-import base64
 import copy
 import hashlib
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,14 +21,13 @@ import torch
 from PIL import Image
 
 from dmlr.config import Config, ConfigError, check_names
-from dmlr.data.images import ImageError, open_image
+from dmlr.data.images import ImageError, ImageFile, open_image
 from dmlr.judge.extract import candidates, parse_options, plain, split_choice
 from dmlr.methods import METHODS, Question
 from dmlr.methods import answers as methods_answers
 from dmlr.methods.workload import workload
-from dmlr.model.cache import ATTENTION
 from dmlr.model.vlm import VLM
-from dmlr.run.batches import answer_batch, failed
+from dmlr.run.batches import answer_batch
 
 Source = str | bytes | Path | Image.Image
 # What is fixed once weights are loaded, and what only a run over a dataset has; all other parameters are free at ask.
@@ -61,6 +58,8 @@ def wrap(model: torch.nn.Module, processor: Any, preset: str | None = None, **pa
 
     Parameters as for `load`; those that say how weights are loaded are the model's own.
     """
+    from dmlr.model.attention import ATTENTION
+
     _refuse(parameters, OF_A_RUN, "belongs to a run over a dataset, not to a loaded model")
     own = AT_LOAD - {"min_pixels", "max_pixels", "deep_patches"}
     _refuse(parameters, own, "is a matter of loading, and this model is loaded already")
@@ -111,7 +110,7 @@ class Model:
         config = self.config.replace(**parameters)
         asked = [_asked(question) for question in questions]
         good = [i for i, (_, error) in enumerate(asked) if error is None]
-        answers = {i: failed(error) for i, (_, error) in enumerate(asked) if error is not None}
+        answers = {i: methods_answers.failed(error) for i, (_, error) in enumerate(asked) if error is not None}
         size = config.batch_size or self.vlm.fitting_batch(workload(config, self.vlm.context_length))
         for start in range(0, len(good), size):
             some = good[start : start + size]
@@ -166,29 +165,13 @@ class Answer:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that `json.dumps` takes."""
-        found = {
-            "question": self.question.text,
-            "idx": self.question.idx,
-            "method": self.method,
-            "text": self.text,
-            "short": self.short,
-            "stop_reason": self.whole.stop_reason,
-            "prompt_tokens": self.prompt_tokens,
-            "new_tokens": self.new_tokens,
-            "seconds": self.whole.seconds,
-            "error": self.error,
-            "details": self.whole.details,
-        }
+        found = {"question": self.question.text, "idx": self.question.idx, "method": self.method, "text": self.text}
+        found |= {"short": self.short, "stop_reason": self.whole.stop_reason, "error": self.error}
+        found |= {"prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens, "seconds": self.whole.seconds}
         if self.trace:
-            found["trace"] = {
-                "start_reward": self.trace.start_reward,
-                "best_reward": self.trace.best_reward,
-                "best_step": self.trace.best_step,
-                "steps": self.trace.steps,
-                "patches": self.trace.patches,
-                "patch_grid": list(self.trace.patch_grid),
-            }
-        return found
+            names = ("start_reward", "best_reward", "best_step", "steps", "patches", "patch_grid")
+            found["trace"] = {name: getattr(self.trace, name) for name in names}
+        return found | {"details": self.whole.details}
 
     def _repr_html_(self) -> str:
         """The image with the patches that were kept, the reward over iterations, the text."""
@@ -196,6 +179,7 @@ class Answer:
         if self.trace is None:
             return text
         from dmlr.look.figures import Heat, moment  # matplotlib costs a second that most questions need not pay
+        from dmlr.show.page import data_uri
 
         trace, curve = self.trace, [(self.trace.start_reward, self.trace.start_reward, True)]
         for step in trace.steps:
@@ -205,9 +189,7 @@ class Answer:
         image = self.question.images[0] if self.question.images else None
         heat = Heat(attention, trace.patches, "Attention and the patches that were kept")
         picture = moment(image, trace.patch_grid, heat, float(attention.max(initial=0)), curve, trace.best_step)
-        buffer = io.BytesIO()
-        picture.savefig(buffer, format="png")
-        return f"<img alt='kept patches and reward' src='data:image/png;base64,{_base64(buffer.getvalue())}'>{text}"
+        return f"<img alt='kept patches and reward' src='{data_uri(picture)}'>{text}"
 
 
 def identity(text: str, images: Sequence[Image.Image]) -> str:
@@ -230,7 +212,7 @@ def _asked(question: str | tuple | Mapping[str, Any]) -> tuple[Question, Excepti
     try:
         if not isinstance(text, str) or not text.strip():
             raise ValueError("the question is empty")
-        opened = [open_image(_uri(image) if isinstance(image, bytes) else image) for image in images]
+        opened = [open_image(ImageFile("the image", im) if isinstance(im, bytes) else im) for im in images]
     except (ImageError, ValueError) as error:
         return Question(idx if idx is not None else "", str(text), []), error
     return Question(idx if idx is not None else identity(text, opened), text, opened), None
@@ -246,11 +228,3 @@ def _sharing_weights(model: torch.nn.Module) -> torch.nn.Module:
     """A copy of the modules around the same storage, frozen; the original's settings and gradients stay its own."""
     tensors = {id(p): torch.nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, tensors | {id(buffer): buffer for buffer in model.buffers()})
-
-
-def _uri(content: bytes) -> str:
-    return f"data:image/*;base64,{_base64(content)}"
-
-
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode()

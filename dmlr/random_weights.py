@@ -9,7 +9,7 @@ import torch
 from transformers import AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from dmlr.config import locate
-from dmlr.model.cache import ATTENTION
+from dmlr.model.attention import ATTENTION
 from dmlr.model.vlm import VLM, Encoded
 
 # Qwen2.5-VL shapes: two for a CPU, and the published 3B and 7B.

@@ -19,7 +19,7 @@ from dmlr.config import Config, ConfigError
 from dmlr.loop.optimize import optimize
 from dmlr.methods.answers import Question
 from dmlr.methods.latent import question_noise
-from dmlr.model.cache import ATTENTION
+from dmlr.model.attention import ATTENTION
 from dmlr.model.decode import decode
 from dmlr.model.encode import encode
 from dmlr.model.families import ModelError

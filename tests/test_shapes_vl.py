@@ -79,7 +79,7 @@ def test_packed_branches_equal_separate_conversations(processor, family):
     solver = rng.choices((0, 1, 2), (0.8, 0.12, 0.08))[0]
     groups = [interleaved(rng, scene, question, 0.55) for question in asked]
     assert any(groups) and not all(groups), "this seed must have branches with and without think tokens"
-    from dmlr.model.cache import ATTENTION
+    from dmlr.model.attention import ATTENTION
 
     model.set_attn_implementation({"text_config": ATTENTION, "vision_config": "sdpa"})
     vlm = VLM(model, processor)

@@ -15,7 +15,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from dmlr.model.cache import ATTENTION
+from dmlr.model.attention import ATTENTION
 from dmlr.model.vlm import VLM
 
 SPECIAL = [

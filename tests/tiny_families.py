@@ -37,7 +37,7 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
-from dmlr.model.cache import ATTENTION
+from dmlr.model.attention import ATTENTION
 from dmlr.model.vlm import VLM
 
 HIDDEN = 48

@@ -4,8 +4,7 @@ Only think tokens and patches change between iterations, so the prefix's keys an
 behind them. A forward writes its own keys and values there; `commit` makes them part of the cache (decoding), not
 committing drops them (an iteration). Nothing of the prefix is ever copied.
 
-Knows the interfaces of transformers for caches and attention functions. Knows nothing about the model that made a
-prefix, rewards or what is asked.
+Knows transformers' interface for caches. Knows nothing about the model that made a prefix, rewards or what is asked.
 """
 
 from __future__ import annotations
@@ -15,12 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-ATTENTION = "dmlr"  # the name under which transformers finds `attend`
 
 
 class PrefixLayer(CacheLayerMixin):
@@ -226,27 +220,6 @@ class AttentionProbe:
         self.total += weights.view(batch, -1, len(self.rows), columns).mean(dim=1).to(self.total.device)
 
 
-def attend(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, probe: AttentionProbe | None = None, **kw
-):
-    """Attention function of the language model, in transformers' interface.
-
-    query: [B, H, S, d]; key, value: [B, H_kv, T, d]; attention_mask: in prefill bool [B, 1, S, T], True where a row may
-    look (None: plain causal), else what `additive_mask` made of it. Queries that share a key head are stacked along S
-    instead of repeating keys and values, which would copy the prefix at every step. The values are computed in one way
-    whether or not a probe looks on, since rewards that are compared must not differ by how they were rounded.
-    """
-    batch, heads, rows, dim = query.shape
-    kv_heads, columns = key.shape[1], key.shape[2]
-    if rows == columns:  # prefill: compute-bound, and the mask of the stacked form would be the largest tensor
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kw)
-    if probe is not None:
-        probe.add(query, key, scaling)
-    stacked = query.reshape(batch, kv_heads, -1, dim)  # [B, H_kv, G S, d]
-    out = F.scaled_dot_product_attention(stacked, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.view(batch, heads, rows, dim).transpose(1, 2).contiguous(), None  # [B, S, H, d]
-
-
 def additive_mask(mask: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
     """[B, 1, G S, T] for `attend`, once for all layers: zero where `mask` [B, S, T] allows, the least number elsewhere.
 
@@ -259,7 +232,3 @@ def additive_mask(mask: torch.Tensor, group: int, dtype: torch.dtype) -> torch.T
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """Half precision is widened for softmax and entropy; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-AttentionInterface.register(ATTENTION, attend)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)

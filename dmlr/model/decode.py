@@ -7,15 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    MinNewTokensLengthLogitsProcessor,
-    NoBadWordsLogitsProcessor,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-)
+from transformers import GenerationConfig
+from transformers.generation import logits_process as processing
 
 from dmlr.model.cache import Prefix
 from dmlr.model.vlm import VLM
@@ -131,7 +124,9 @@ class RecordedFeed:
         return (self.vlm.step(self.recorded.buffer, *where),)
 
 
-def processors(vlm: VLM, banned: tuple[str, ...], generation: str, prompt_length: int) -> LogitsProcessorList:
+def processors(
+    vlm: VLM, banned: tuple[str, ...], generation: str, prompt_length: int
+) -> processing.LogitsProcessorList:
     """What changes logits before a token is picked, as `generate` does; they see the prompt's tokens and the answer's.
 
     Of the checkpoint's generation_config: repetition_penalty, no_repeat_ngram_size, bad_words_ids, min_new_tokens,
@@ -142,18 +137,18 @@ def processors(vlm: VLM, banned: tuple[str, ...], generation: str, prompt_length
     spelled = [vlm.tokenizer.encode(lead + word, add_special_tokens=False) for word in banned for lead in ("", " ")]
     spelled += settings.bad_words_ids or []
     where = {"device": vlm.device}
-    rules = LogitsProcessorList()
+    rules = processing.LogitsProcessorList()
     if (settings.repetition_penalty or 1.0) != 1.0:
-        rules.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+        rules.append(processing.RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
     if settings.no_repeat_ngram_size:
-        rules.append(NoRepeatNGramLogitsProcessor(settings.no_repeat_ngram_size))
+        rules.append(processing.NoRepeatNGramLogitsProcessor(settings.no_repeat_ngram_size))
     if spelled:
-        rules.append(NoBadWordsLogitsProcessor(spelled, eos_token_id=vlm.eos_ids))
+        rules.append(processing.NoBadWordsLogitsProcessor(spelled, eos_token_id=vlm.eos_ids))
     if settings.min_new_tokens:
         least = settings.min_new_tokens
-        rules.append(MinNewTokensLengthLogitsProcessor(prompt_length, least, vlm.eos_ids, **where))
+        rules.append(processing.MinNewTokensLengthLogitsProcessor(prompt_length, least, vlm.eos_ids, **where))
     if settings.suppress_tokens:
-        rules.append(SuppressTokensLogitsProcessor(settings.suppress_tokens, **where))
+        rules.append(processing.SuppressTokensLogitsProcessor(settings.suppress_tokens, **where))
     return rules
 
 

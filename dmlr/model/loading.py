@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.utils import is_flash_attn_2_available
 
 from dmlr.config import Config, locate
-from dmlr.model.cache import ATTENTION
+from dmlr.model.attention import ATTENTION
 from dmlr.model.families import ModelError, check_known
 
 # What stays as it is with few bits: the head, and vision towers and projectors by the names that families give them.

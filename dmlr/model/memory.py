@@ -22,7 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForImageTextToText, PretrainedConfig
+from transformers import PretrainedConfig
 
 USABLE = {"cuda": 0.8, "cpu": 0.4}  # share of free memory that tensors may plan with, by type of device
 MOST = {"cuda": 64, "cpu": 16}  # examples of a batch, beyond which speed gains nothing
@@ -91,6 +91,8 @@ class Parameters:
     @classmethod
     def of(cls, settings: PretrainedConfig) -> Parameters:
         """Counted exactly, on torch's meta device: the model is built without any memory for its weights."""
+        from transformers import AutoModelForImageTextToText  # transformers' models: seconds
+
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(settings)
         head = model.get_output_embeddings()

@@ -25,7 +25,6 @@ from dmlr.model.cpu_linear import through_onednn
 from dmlr.model.families import family_of
 from dmlr.model.families.family import Grid
 from dmlr.model.graphs import Recordings
-from dmlr.model.loading import load_checkpoint
 from dmlr.model.memory import Shape, Work
 
 # cuDNN's attention plans anew for every shape, and a prefix has another length at every token.
@@ -76,6 +75,8 @@ class VLM:
     @classmethod
     def load(cls, config: Config) -> VLM:
         """Loads `model_name_or_path` (hub id or folder) without running code from it. ModelError says what failed."""
+        from dmlr.model.loading import load_checkpoint  # transformers' models: seconds
+
         model, processor = load_checkpoint(config)
         return cls(model, processor, config.min_pixels, config.max_pixels, config.deep_patches)
 

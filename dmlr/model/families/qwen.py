@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from PIL import Image
-from qwen_vl_utils import process_vision_info
 
 from dmlr.model.families.family import Family, Grid, Inputs
 
@@ -34,6 +33,8 @@ class QwenVL(Family):
         return {"do_resize": False, "return_mm_token_type_ids": True}
 
     def resized(self, images: Sequence[Image.Image]) -> list[Image.Image]:
+        from qwen_vl_utils import process_vision_info  # imports torchvision
+
         content = [{"type": "image", "image": image, **self.limits} for image in images]
         patch_size = self.processor.image_processor.patch_size
         return process_vision_info([{"role": "user", "content": content}], image_patch_size=patch_size)[0] or []

@@ -1,0 +1,40 @@
+"""The attention function of the language model, under the name by which transformers finds it.
+
+Who imports this imports transformers' models, which takes seconds: the rest of the package does so where one is loaded.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from dmlr.model.cache import AttentionProbe
+
+ATTENTION = "dmlr"
+
+
+def attend(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, probe: AttentionProbe | None = None, **kw
+):
+    """Attention function of the language model, in transformers' interface.
+
+    query: [B, H, S, d]; key, value: [B, H_kv, T, d]; attention_mask: in prefill bool [B, 1, S, T], True where a row may
+    look (None: plain causal), else what `additive_mask` made of it. Queries that share a key head are stacked along S
+    instead of repeating keys and values, which would copy the prefix at every step. The values are computed in one way
+    whether or not a probe looks on, since rewards that are compared must not differ by how they were rounded.
+    """
+    batch, heads, rows, dim = query.shape
+    kv_heads, columns = key.shape[1], key.shape[2]
+    if rows == columns:  # prefill: compute-bound, and the mask of the stacked form would be the largest tensor
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kw)
+    if probe is not None:
+        probe.add(query, key, scaling)
+    stacked = query.reshape(batch, kv_heads, -1, dim)  # [B, H_kv, G S, d]
+    out = F.scaled_dot_product_attention(stacked, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.view(batch, heads, rows, dim).transpose(1, 2).contiguous(), None  # [B, S, H, d]
+
+
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
