@@ -11,21 +11,21 @@ Knows nothing about datasets or answers.
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
-from dmlr.config import Config, ConfigError, locate
+from dmlr.config import Config, check_names, locate, root
 from dmlr.json_files import write_json
-from dmlr.loop.optimize import initial_latents, optimize
+from dmlr.loop.optimize import optimize
 from dmlr.loop.reference import Reference, eager
 from dmlr.machine import environment
 from dmlr.methods.answers import Question
@@ -46,12 +46,13 @@ NO_IDS = torch.zeros(0, dtype=torch.long)
 
 def seconds(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
     """Median time of a call, after one that warms up."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else int
     times = []
     for _ in range(repeats + 1):
-        _wait(device)
+        wait()
         start = time.perf_counter()
         work()
-        _wait(device)
+        wait()
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
 
@@ -61,13 +62,18 @@ def noise_of(vlm: VLM, config: Config, batch: int) -> torch.Tensor:
     return torch.stack([question_noise(vlm, Question(i, "", []), config) for i in range(batch)]).to(vlm.device)
 
 
-def loop_seconds(vlm: VLM, config: Config, encoded: Encoded, batch: int) -> float:
-    """Seconds of one iteration of one example in a batch of this size, prefill left out, first forward left out."""
+# What is timed: each makes a function of no arguments.
+
+
+def loop(vlm: VLM, config: Config, encoded: Encoded, batch: int) -> Callable[[int], Callable[[], Any]]:
+    """Our loop of so many iterations on a batch of one prompt, already prefilled."""
     prefix, noise = vlm.prefill([encoded] * batch), noise_of(vlm, config, batch)
-    none, all_ = config.replace(max_num_steps=0), config
-    whole = seconds(lambda: optimize(vlm, prefix, all_, noise, NO_IDS), vlm.device)
-    start = seconds(lambda: optimize(vlm, prefix, none, noise, NO_IDS), vlm.device)
-    return (whole - start) / config.max_num_steps / batch
+
+    def run(iterations: int) -> Callable[[], Any]:
+        short = config.replace(max_num_steps=iterations)
+        return lambda: optimize(vlm, prefix, short, noise, NO_IDS)
+
+    return run
 
 
 class Released(Reference):
@@ -80,15 +86,21 @@ class Released(Reference):
         return self.features
 
 
-def released_seconds(vlm: VLM, config: Config, encoded: Encoded, iterations: int = 2) -> float:
-    """Seconds of an iteration of the released behaviour: full recomputation, twice."""
-    whole = Released(eager(vlm), encoded, config.replace(max_num_steps=iterations))
-    start = Released(whole.vlm, encoded, config.replace(max_num_steps=0))
-    latents = initial_latents(vlm, vlm.prefill([encoded]), config)[0]
-    (noise,) = noise_of(vlm, whole.config, 1)
-    with torch.no_grad():
-        both, first = (seconds(lambda run=run: run.run(latents, noise), vlm.device) for run in (whole, start))
-    return (both - first) / iterations
+def released_loop(vlm: VLM, config: Config, encoded: Encoded) -> Callable[[int], Callable[[], Any]]:
+    """The released behaviour's loop of so many iterations: full recomputation, twice in each."""
+    twin, noise = eager(vlm), noise_of(vlm, config, 1)[0]
+    latents = vlm.embed(torch.full((config.num_thought_tokens,), vlm.think_id)).float()
+
+    def run(iterations: int) -> Callable[[], Any]:
+        reference = Released(twin, encoded, config.replace(max_num_steps=iterations))
+
+        def work() -> None:
+            reference.forward_count = 0
+            reference.run(latents, noise)
+
+        return torch.no_grad()(work)
+
+    return run
 
 
 def slots_of(vlm: VLM, config: Config, prompt: Encoded, batch: int) -> torch.Tensor:
@@ -127,11 +139,11 @@ def peer_forward(vlm: VLM, config: Config, prompt: Encoded) -> Callable[[], torc
     return torch.no_grad()(work)
 
 
-def example_work(vlm: VLM, config: Config, encoded: Encoded, batch: int) -> Callable[[], None]:
-    """A whole batch, to be called: prefill, optimise, decode."""
+def example(vlm: VLM, config: Config, encoded: Encoded, batch: int) -> Callable[[], Any]:
+    """A whole batch: prefill, optimise, decode."""
     noise = noise_of(vlm, config, batch)
 
-    def work():
+    def work() -> None:
         prefix = vlm.prefill([encoded] * batch)
         trace = optimize(vlm, prefix, config, noise, NO_IDS)
         append_latents(vlm, prefix, trace.final.latents, trace.final.patches)
@@ -140,9 +152,23 @@ def example_work(vlm: VLM, config: Config, encoded: Encoded, batch: int) -> Call
     return work
 
 
-def example_seconds(vlm: VLM, config: Config, encoded: Encoded, batch: int) -> float:
-    """Seconds of one whole example in a batch."""
-    return seconds(example_work(vlm, config, encoded, batch), vlm.device, 1) / batch
+# measurements
+
+
+def iteration(run: Callable[[int], Callable[[], Any]], iterations: int, device: torch.device) -> float:
+    """Seconds of one iteration; what a loop does before its first is left out."""
+    whole, start = (seconds(run(count), device) for count in (iterations, 0))
+    return (whole - start) / iterations
+
+
+def least_peak(vlm: VLM, work: Callable[[], Any]) -> int:
+    """Memory over the weights, the least of three peaks: what an allocator does with memory freed before is not what
+    the work needs."""
+    peaks = []
+    for _ in range(3):
+        vlm.recordings.clear()
+        peaks.append(peak_bytes(vlm.device, work))
+    return min(peaks)
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -160,37 +186,44 @@ def language_model_bytes(vlm: VLM) -> int:
 
 def released(vlm: VLM, config: Config, more: bool = True) -> dict[str, float]:
     """The released behaviour in the model's dtype. Its decoding is taken to be ours at batch 1, with a KV cache."""
-    prompt, plain = prompts(vlm, config)[256], config.replace(max_num_steps=0)
-    figures = {"iteration": released_seconds(vlm, config, prompt)}
+    prompt, plain = prompts(vlm, config), config.replace(max_num_steps=0)
+
+    def of(config: Config, tokens: int = 256, iterations: int = 2) -> float:
+        return iteration(released_loop(vlm, config, prompt[tokens]), iterations, vlm.device)
+
+    figures = {"iteration": of(config)}
     for tokens, name in examples(vlm, more).items():
-        ours = example_seconds(vlm, plain.replace(max_new_tokens=tokens), prompt, 1)
+        ours = seconds(example(vlm, plain.replace(max_new_tokens=tokens), prompt[256], 1), vlm.device, 1)
         figures[name] = config.max_num_steps * figures["iteration"] + ours
     if more:
-        figures["peak_bytes"] = released_peak(vlm, config)
-        figures["iteration_16_patches"] = released_seconds(vlm, many_patches(config), prompt)
-        for tokens in (64, 1024):
-            longer = prompts(vlm, config)[tokens]
-            figures[f"iteration_{tokens}_image_tokens"] = released_seconds(vlm, config, longer, 1)
+        figures["peak_bytes"] = least_peak(vlm, released_loop(vlm, config, prompt[1024])(2))
+        figures["iteration_16_patches"] = of(many_patches(config))
+        figures |= {f"iteration_{tokens}_image_tokens": of(config, tokens, 1) for tokens in (64, 1024)}
     return {f"released_{name}": value for name, value in figures.items()}
 
 
 def ours(vlm: VLM, config: Config, batches: Sequence[int], more: bool = True) -> dict[str, float]:
     """The loop as `config` says, whole examples, and what both need of memory over the weights."""
-    prompt, largest = prompts(vlm, config)[256], max(batches)
-    figures = {f"iteration_batch_{batch}": loop_seconds(vlm, config, prompt, batch) for batch in batches}
+    prompt, largest = prompts(vlm, config), max(batches)
+
+    def of(config: Config, batch: int = 1, tokens: int = 256) -> float:
+        return iteration(loop(vlm, config, prompt[tokens], batch), config.max_num_steps, vlm.device) / batch
+
+    figures = {f"iteration_batch_{batch}": of(config, batch) for batch in batches}
     for batch in batches:
-        figures[f"forward_batch_{batch}"] = seconds(forward(vlm, config, prompt, batch), vlm.device) / batch
+        figures[f"forward_batch_{batch}"] = seconds(forward(vlm, config, prompt[256], batch), vlm.device) / batch
     for tokens, name in examples(vlm, more).items():
         longer = config.replace(max_new_tokens=tokens)
-        figures[name] = example_seconds(vlm, longer, prompt, largest)
-        figures[f"{name}_batch_1"] = example_seconds(vlm, longer, prompt, 1)
+        for batch, ending in ((largest, ""), (1, "_batch_1")):
+            figures[name + ending] = seconds(example(vlm, longer, prompt[256], batch), vlm.device, 1) / batch
     if more:
-        figures["peak_bytes"] = loop_peak(vlm, config)
-        figures[f"peak_bytes_batch_{largest}"] = least_peak(vlm, example_work(vlm, config, prompt, largest))
-        figures["iteration_16_patches"] = loop_seconds(vlm, many_patches(config), prompt, 1)
-        for tokens in (64, 1024):
-            longer = prompts(vlm, config)[tokens]
-            figures[f"iteration_{tokens}_image_tokens"] = loop_seconds(vlm, config, longer, 1)
+        short, noise = config.replace(max_num_steps=2), noise_of(vlm, config, 1)
+        figures["peak_bytes"] = least_peak(
+            vlm, lambda: optimize(vlm, vlm.prefill([prompt[1024]]), short, noise, NO_IDS)
+        )
+        figures[f"peak_bytes_batch_{largest}"] = least_peak(vlm, example(vlm, config, prompt[256], largest))
+        figures["iteration_16_patches"] = of(many_patches(config))
+        figures |= {f"iteration_{tokens}_image_tokens": of(config, 1, tokens) for tokens in (64, 1024)}
     return figures
 
 
@@ -211,31 +244,6 @@ def many_patches(config: Config) -> Config:
     return config.replace(initial_patch_count=16, max_total_patches=None)
 
 
-def loop_peak(vlm: VLM, config: Config) -> int:
-    """Memory over the weights of a prefill and two iterations at 1024 image tokens."""
-    short, prompt = config.replace(max_num_steps=2), prompts(vlm, config)[1024]
-    noise = noise_of(vlm, short, 1)
-    return least_peak(vlm, lambda: optimize(vlm, vlm.prefill([prompt]), short, noise, NO_IDS))
-
-
-def released_peak(vlm: VLM, config: Config) -> int:
-    """The same of the released behaviour."""
-    short = config.replace(max_num_steps=2)
-    reference = Released(eager(vlm), prompts(vlm, config)[1024], short)
-    latents = vlm.embed(torch.full((config.num_thought_tokens,), vlm.think_id)).float()
-    (noise,) = noise_of(vlm, short, 1)
-    return least_peak(vlm, torch.no_grad()(lambda: reference.run(latents, noise)))
-
-
-def least_peak(vlm: VLM, work: Callable[[], Any]) -> int:
-    """The least of three peaks: what an allocator does with memory freed before is not what the work needs."""
-    peaks = []
-    for _ in range(3):
-        vlm.recordings.clear()
-        peaks.append(peak_bytes(vlm.device, work))
-    return min(peaks)
-
-
 def measure(shape: str, device: str, more: bool = True) -> dict:
     """All figures of one shape: 256 image tokens, 640 positions, L = 4, 15 iterations.
 
@@ -251,7 +259,10 @@ def measure(shape: str, device: str, more: bool = True) -> dict:
         figures |= released(vlm, config, more)
         vlm = None  # both would not fit everywhere
         vlm = random_vlm(shape, torch.bfloat16, device)
-    figures |= {"dtype": str(vlm.dtype).removeprefix("torch."), "weight_bytes": weight_bytes(vlm)}
+    figures |= {
+        "dtype": str(vlm.dtype).removeprefix("torch."),
+        "weight_bytes": sum(p.nbytes for p in vlm.model.parameters()),
+    }
     figures["floor"] = 2 * language_model_bytes(vlm) / copy_bandwidth(vlm.device)  # seconds: weights twice an iteration
     figures["peer_forward"] = seconds(peer_forward(vlm, config, prompts(vlm, config)[256]), vlm.device)
     for way, parameters in (GPU_WAYS if gpu else {"": {}}).items():
@@ -266,11 +277,6 @@ def measure(shape: str, device: str, more: bool = True) -> dict:
     return figures | {f"{name}{like}": value for name, value in released(vlm, config, more).items()}
 
 
-def weight_bytes(vlm: VLM) -> int:
-    """Memory of all weights."""
-    return sum(p.nbytes for p in vlm.model.parameters())
-
-
 def ratios(figures: dict[str, Any]) -> dict[str, float]:
     """How many times less than the released behaviour, in float32 and, where that is another, in the same dtype.
 
@@ -278,41 +284,29 @@ def ratios(figures: dict[str, Any]) -> dict[str, float]:
     fastest way at batch 1.
     """
     result = {}
-    for way in GPU_WAYS:
-        for name in [name for name in figures if name.startswith((f"{way}iteration", f"{way}example", f"{way}peak"))]:
-            base = "released_" + re.sub("_batch_.*", "", name.removeprefix(way))
-            for like in ("", "_same_dtype"):
-                if not name.endswith("image_tokens") and "peak_bytes_batch" not in name and base + like in figures:
-                    result[name + like] = figures[base + like] / figures[name]
-        for name in [name for name in figures if name.startswith(f"{way}forward")]:
-            result[name] = figures["peer_forward"] / figures[name]
+    for name, value in figures.items():
+        plain = name.removeprefix("replayed_")
+        base = "released_" + plain.partition("_batch_")[0]
+        if plain.startswith("forward"):
+            result[name] = figures["peer_forward"] / value
+        elif not plain.endswith("image_tokens") and not plain.startswith("peak_bytes_batch"):
+            there = [like for like in ("", "_same_dtype") if base + like in figures]
+            result |= {name + like: figures[base + like] / value for like in there}
+    for way in (*GPU_WAYS, "released_"):
         small, large = (f"{way}iteration_{tokens}_image_tokens" for tokens in (64, 1024))
-        for base in ("", "released_"):
-            if base + large in figures:
-                result[f"{base or way}growth"] = figures[base + large] / figures[base + small]
+        if large in figures:
+            result[f"{way}growth"] = figures[large] / figures[small]
     fastest = min(figures[name] for name in (f"{way}iteration_batch_1" for way in GPU_WAYS) if name in figures)
     return result | {"times_floor": fastest / figures["floor"]}
 
 
 def startup() -> dict[str, float]:
     """Seconds of `import dmlr`, and of a process that loads the embedded model and answers one question."""
-    question = "import dmlr.bench as b; b.one_question()"
-    begun = {}
-    for name, code in (("import", "import dmlr"), ("one_question", question)):
-        run = [sys.executable, "-c", code]
-        begun[name] = seconds(lambda run=run: subprocess.run(run, check=True), torch.device("cpu"))
-    return begun
-
-
-def one_question() -> None:
-    """Loads the embedded model and answers the first question of its benchmark with DMLR."""
-    from dmlr.data.examples import load_dataset
-    from dmlr.methods import METHODS
-    from dmlr.run.batches import prepare
-
-    config = Config.make("demo")
-    examples, _ = load_dataset(config.dataset)
-    METHODS["dmlr"](VLM.load(config), prepare(examples[:1]).questions, config)
+    question, image = "How many circles are there?", next((root() / "data" / "shapes" / "images").glob("*.png"))
+    ask = f"dmlr.load('data/models/shapes-vl', preset='demo').ask({question!r}, {str(image)!r})"
+    works = {"import": "import dmlr", "one_question": f"import dmlr; {ask}"}
+    runs = {name: partial(subprocess.run, [sys.executable, "-c", code], check=True) for name, code in works.items()}
+    return {name: seconds(run, torch.device("cpu")) for name, run in runs.items()}
 
 
 def main(shapes: Sequence[str] = (), quick: bool = False) -> int:
@@ -322,8 +316,7 @@ def main(shapes: Sequence[str] = (), quick: bool = False) -> int:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shapes = shapes or (["3B", "7B"] if device == "cuda" else ["A", "B"])
-    if unknown := [shape for shape in shapes if shape not in SHAPES]:
-        raise ConfigError(f"unknown shape {unknown[0]!r}; shapes are {', '.join(SHAPES)}")
+    check_names(shapes, SHAPES, what="shape")
     rows, measured_on = [], environment()  # before the first shape is written, which makes the tree another revision
     path = Path(locate("reports")) / "efficiency" / f"{device}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -336,8 +329,3 @@ def main(shapes: Sequence[str] = (), quick: bool = False) -> int:
             write_json(path, {"environment": measured_on, "startup": seconds_to_start, "shapes": rows})
     print("quick: not written" if quick else f"written: {path}")
     return 0
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

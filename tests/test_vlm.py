@@ -38,11 +38,11 @@ def generate(vlm, model, image, question, max_new_tokens):
 
 
 def test_vanilla_equals_generate_token_by_token(vlm, folder):
-    """Fifty questions, images of several sizes, in batches of five, against `generate` one by one."""
+    """Twenty questions, images of several sizes, in batches of five, against `generate` one by one."""
     plain = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager")
     sizes = [(112, 112), (56, 112), (84, 56), (112, 84), (56, 56)]
     lengths = set()
-    for start in range(0, 50, 5):
+    for start in range(0, 20, 5):
         questions = ["What is it" + "?" * (7 * i % 23) + str(start + i) for i in range(5)]
         images = [noise_image(start + i, *sizes[i]) for i in range(5)]
         encoded = [encode(vlm, PROMPTS.system, PROMPTS.task(q), [im]) for q, im in zip(questions, images, strict=True)]
@@ -72,13 +72,6 @@ def test_the_rules_of_a_checkpoint_apply_as_in_generate(vlm, folder, monkeypatch
         asked, decode(vlm, vlm.prefill(prompts), 24, generation="checkpoint"), free, strict=True
     ):
         assert ruled.ids == generate(vlm, plain, image, text, 24) != one.ids
-
-
-def test_loaded_from_a_folder_says_the_same(vlm, folder):
-    loaded = VLM.load(Config(model_name_or_path=str(folder), device="cpu", max_pixels=None))
-    encoded = encode(vlm, PROMPTS.system, PROMPTS.task("How many?"), [noise_image(0)])
-    assert decode(loaded, loaded.prefill([encoded]), 8) == decode(vlm, vlm.prefill([encoded]), 8)
-    assert loaded.dtype == torch.float32
 
 
 def test_image_size_follows_min_and_max_pixels(vlm):
@@ -135,14 +128,6 @@ def test_banned_strings_are_never_said(vlm):
     free = decode(vlm, vlm.prefill(encoded), 12)
     word = next(c for d in free for c in d.text if c.isascii() and c.isprintable())
     assert all(word not in d.text for d in decode(vlm, vlm.prefill(encoded), 12, (word,)))
-
-
-def test_text_without_image(vlm):
-    encoded = [encode(vlm, "", "no image here", [], 2), encode(vlm, "", "an image", [noise_image(0)], 2)]
-    prefix = vlm.prefill(encoded)
-    assert prefix.image_mask.sum(dim=1).tolist() == [0, 16]
-    alone = vlm.prefill(encoded[:1])
-    torch.testing.assert_close(prefix.logits[0], alone.logits[0], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

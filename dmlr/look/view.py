@@ -66,7 +66,7 @@ def headline(walk: Walk) -> str:
     """What came of the question, in a sentence or three."""
     reasoning, kept = walk.dmlr.reasoning, sum(m.accepted for m in walk.moments)
     first = walk.moments[0]
-    verdicts = [_judged(walk.is_right(answer.text, answer.stop_reason)) for answer in (walk.vanilla, walk.dmlr)]
+    verdicts = [_judged(walk.verdict(answer)) for answer in (walk.vanilla, walk.dmlr)]
     told = [
         f"Vanilla answers {final(walk.vanilla.text)}{verdicts[0]}; behind think tokens as they come the answer is "
         f"{final(first.answer)}{_judged(first.is_right)}, and after DMLR {final(walk.dmlr.text)}{verdicts[1]}."
@@ -87,7 +87,7 @@ def headline(walk: Walk) -> str:
 def reading(walk: Walk, outcomes: Sequence[Outcome]) -> str:
     """What came out, counted: how many states and changes lead to another answer, what the highest reward is worth."""
     said = [final(m.answer) for m in walk.moments[1:]]
-    answer, verdict = final(walk.dmlr.text), walk.is_right(walk.dmlr.text, walk.dmlr.stop_reason)
+    answer, verdict = final(walk.dmlr.text), walk.verdict(walk.dmlr)
     kept = sum(m.accepted for m in walk.moments)
     others, changed = sum(s != answer for s in said), sum(final(o.answer) != answer for o in outcomes)
     lines = [
@@ -169,9 +169,9 @@ def answers_table(walk: Walk) -> pd.DataFrame:
         where.setdefault(m.answer, []).append(m)
     rows = []
     for answer, moments in where.items():
-        row = {"iterations": ", ".join(str(m.iteration) for m in moments), "answer": answer}
-        rows.append(row | ({"right": RIGHT[moments[0].is_right]} if walk.example.solution else {}))
-    return pd.DataFrame(rows)
+        iterations = ", ".join(str(m.iteration) for m in moments)
+        rows.append({"iterations": iterations, "answer": answer, "right": RIGHT[moments[0].is_right]})
+    return _judged_table(walk, rows)
 
 
 def outcomes_table(walk: Walk, outcomes: Sequence[Outcome]) -> pd.DataFrame:
@@ -181,19 +181,23 @@ def outcomes_table(walk: Walk, outcomes: Sequence[Outcome]) -> pd.DataFrame:
         row = {"what if": describe(o.change, walk.encoded.patch_grid), "patches": sum(map(len, o.patches))}
         row |= {"reward": f"{o.reward:.5f}", "answer": final(o.answer)}
         row |= {"changed": "yes" if final(o.answer) != final(walk.dmlr.text) else ""}
-        rows.append(row | ({"right": RIGHT[o.is_right]} if walk.example.solution else {}))
-    return pd.DataFrame(rows)
+        rows.append(row | {"right": RIGHT[o.is_right]})
+    return _judged_table(walk, rows)
 
 
 def both_answers(walk: Walk) -> pd.DataFrame:
     """Vanilla's answer and DMLR's in full, with verdicts where there is a truth."""
-    rows = []
-    for name, answer in (("vanilla", walk.vanilla), ("DMLR", walk.dmlr)):
-        row = {"method": name, "answer": answer.error or answer.text}
-        rows.append(
-            row | ({"right": RIGHT[walk.is_right(answer.text, answer.stop_reason)]} if walk.example.solution else {})
-        )
-    return pd.DataFrame(rows)
+    said = {"vanilla": walk.vanilla, "DMLR": walk.dmlr}
+    rows = [
+        {"method": name, "answer": answer.error or answer.text, "right": RIGHT[walk.verdict(answer)]}
+        for name, answer in said.items()
+    ]
+    return _judged_table(walk, rows)
+
+
+def _judged_table(walk: Walk, rows: list[dict]) -> pd.DataFrame:
+    """Without the verdicts where there is no truth."""
+    return pd.DataFrame(rows).drop(columns=[] if walk.example.solution else "right")
 
 
 # HTML
@@ -229,12 +233,9 @@ def next_tokens_html(next_tokens: NextTokens, token: int | None = None) -> str:
 def answers_html(walk: Walk, moment: Moment) -> str:
     """Vanilla, the answer from this moment's state, and DMLR's, side by side with their verdicts."""
     said = {
-        "vanilla": (
-            walk.vanilla.error or walk.vanilla.text,
-            walk.is_right(walk.vanilla.text, walk.vanilla.stop_reason),
-        ),
+        "vanilla": (walk.vanilla.error or walk.vanilla.text, walk.verdict(walk.vanilla)),
         f"from iteration {moment.iteration}": (moment.answer, moment.is_right),
-        "DMLR": (walk.dmlr.error or walk.dmlr.text, walk.is_right(walk.dmlr.text, walk.dmlr.stop_reason)),
+        "DMLR": (walk.dmlr.error or walk.dmlr.text, walk.verdict(walk.dmlr)),
     }
     verdicts = {True: "✓ right", False: "✗ wrong", None: ""}
     cells = Markup("").join(

@@ -61,6 +61,9 @@ class Walk:
     trace: Trace
     ids: torch.Tensor  # tokens that ask for a self score
 
+    def verdict(self, answer: Answer) -> bool | None:
+        return self.is_right(answer.text, answer.stop_reason)
+
     def is_right(self, text: str, stop_reason: str = "eos_token") -> bool | None:
         """The rules' verdict; None without a ground truth, or where there is no answer to judge."""
         if not self.example.solution:
