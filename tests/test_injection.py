@@ -35,20 +35,6 @@ def test_ties_go_to_the_lower_index_and_padding_is_never_chosen():
     assert chosen.tolist() == [[[0, 1]]]
 
 
-def test_rows_are_independent():
-    attention = torch.rand(3, 2, 6, generator=torch.Generator().manual_seed(0))
-    mask = torch.ones(3, 6, dtype=torch.bool)
-    none = Patches.none(3, 2, attention.device)
-    budget, caps = torch.tensor([1, 2, 3]), torch.full((3, 2), 3)
-    together = choose_patches(attention, mask, none, budget, caps, 3).tolist()
-    for row in range(3):
-        one = Patches.none(1, 2, attention.device)
-        part = slice(row, row + 1)
-        assert (
-            choose_patches(attention[part], mask[part], one, budget[part], caps[part], 3).tolist()[0] == together[row]
-        )
-
-
 def test_interleaving_order_and_reward_slots():
     latents = torch.tensor([[[[1.0], [2.0]], [[3.0], [4.0]]]])  # two samples
     images = torch.tensor([[[10.0], [11.0], [12.0]]])

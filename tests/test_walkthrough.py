@@ -234,13 +234,6 @@ def test_another_seed_is_the_method_with_another_seed(walk, outcomes):
         assert outcome.reward == pytest.approx(answer.reasoning.best_reward, abs=1e-5)
 
 
-def test_a_change_alone_is_what_it_is_among_others(walk, outcomes):
-    for outcome in outcomes[::6]:
-        (alone,) = try_changes(walk, [outcome.change])
-        assert (alone.answer, alone.patches, alone.best_step) == (outcome.answer, outcome.patches, outcome.best_step)
-        assert alone.reward == pytest.approx(outcome.reward, abs=1e-5)
-
-
 def test_changes_that_cannot_be_are_refused(walk, tiny):
     for change, message in {
         Change(freeze=frozenset([4])): "no think token 5; there are 4",
