@@ -5,7 +5,6 @@ Of secrets it tells only whether they are set.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -14,7 +13,6 @@ from collections.abc import Iterable, Iterator
 import psutil
 import torch
 from huggingface_hub import constants
-from packaging.requirements import Requirement
 
 from dmlr.config import Config, locate
 from dmlr.data.check import check_dataset
@@ -29,7 +27,7 @@ from dmlr.planning import PAPER_MODELS, Model, columns, size
 
 EMBEDDED_MODEL = "data/models/shapes-vl"
 EMBEDDED_DATA = tuple(f"data/shapes/{suite}.json" for suite in ("mathematics", "visual", "composition"))
-OPTIONAL = ("ray", "bitsandbytes")  # several workers; weights in few bits
+EXTRAS = ("ray", "bitsandbytes")  # several workers; weights in few bits
 PRECISIONS = {"float32": (4, None), "bfloat16": (2, None), "8 bits": (2, 8), "4 bits": (2, 4)}  # itemsize, bits
 
 
@@ -43,13 +41,11 @@ def examine(models: Iterable[str] = (), memory: int | None = None) -> tuple[str,
     gpus = [torch.cuda.mem_get_info(index) for index in range(torch.cuda.device_count())]
     free = memory or max((free for free, _ in gpus), default=ram.available)
     keys = [name for name in ("HF_TOKEN", "HUGGING_FACE_TOKEN", "OPENAI_API_KEY") if os.environ.get(name)]
-    other, missing = packages()
-    extras = [f"{name} is {'' if importlib.util.find_spec(name) else 'not '}there" for name in OPTIONAL]
+    extras = [f"{name} is {'' if importlib.util.find_spec(name) else 'not '}there" for name in EXTRAS]
     table, unknown = fits([EMBEDDED_MODEL, *models, *PAPER_MODELS], free, "cuda" if gpus or memory else "cpu")
-    broken = [f"{name} is not installed" for name in missing] + list(embedded())
+    broken = list(embedded())
     lines = [
-        ("software", ", ".join(f"{name} {here[name]}" for name in ("python", "torch", "transformers"))),
-        ("packages", "; ".join([f"not as pinned: {', '.join(other)}" if other else "as pinned", *extras])),
+        ("software", ", ".join([*(f"{name} {here[name]}" for name in ("python", "torch", "transformers")), *extras])),
         ("device", f"{here['device']}; {', '.join(f'{size(f)} of {size(t)} free' for f, t in gpus) or 'no GPU seen'}"),
         ("memory", f"{size(ram.available)} of {size(ram.total)} free; disk: {size(shutil.disk_usage('.').free)} free"),
         ("hub", "offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "asked for what is not in its cache"),
@@ -59,20 +55,6 @@ def examine(models: Iterable[str] = (), memory: int | None = None) -> tuple[str,
     ]
     report = ["\n".join(f"{name:<11}{text}" for name, text in lines), table]
     return "\n\n".join(report + [f"broken: {problem}" for problem in broken + unknown]), broken + unknown
-
-
-def packages() -> tuple[list[str], list[str]]:
-    """Of the packages that pyproject.toml pins: those in another version, and those that are missing."""
-    other, missing = [], []
-    for pin in map(Requirement, importlib.metadata.requires("dmlr") or []):
-        try:
-            there = importlib.metadata.version(pin.name)
-        except importlib.metadata.PackageNotFoundError:
-            there = None
-        if not pin.marker or pin.marker.evaluate({"extra": ""}):
-            missing += [] if there else [pin.name]
-            other += [] if not there or pin.specifier.contains(there) else [f"{pin.name} {there}"]
-    return other, missing
 
 
 def judge() -> str:

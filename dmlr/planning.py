@@ -10,7 +10,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -24,6 +24,7 @@ from transformers import AutoConfig, PretrainedConfig, Qwen2_5_VLConfig, Qwen3VL
 
 from dmlr import bench
 from dmlr.config import Config, locate, root
+from dmlr.data.examples import Example, ImageError, open_image
 from dmlr.json_files import as_plain
 from dmlr.machine import environment
 from dmlr.methods.latent import ltpo_config
@@ -35,7 +36,7 @@ from dmlr.run import evaluate, records
 from dmlr.run.verdicts import llm_settings
 from dmlr.show.provenance import in_words
 
-LOOKED_AT = 60  # most results.json files that are read, the newest first
+LOOKED_AT = 60  # most results.json files that are read, the newest first; most images that are measured
 PAPER_TABLE = "the paper's table"
 
 
@@ -70,13 +71,14 @@ class NotHere(ModelError):
 
 @dataclass(frozen=True)
 class Model:
-    """A model as its settings describe it. `context`: positions that it was made for; `source`: folder, hub's cache or
-    the paper's table."""
+    """A model as its settings describe it. `context`: positions that it was made for; `side`: pixels of an image token,
+    of models that take any size (Qwen's); `source`: folder, hub's cache or the paper's table."""
 
     source: str
     shape: Shape
     parameters: Parameters
     context: int | None
+    side: int | None
 
     @classmethod
     def of(cls, name: str, revision: str = "") -> Model:
@@ -93,9 +95,22 @@ class Model:
                 raise NotHere(f"{name}: no such folder, and not in the hub's cache on this machine") from None
             settings, source = PAPER_MODELS[name](), PAPER_TABLE
         check_known(settings)
-        context = getattr(settings.get_text_config(), "max_position_embeddings", None)
+        context, vision = getattr(settings.get_text_config(), "max_position_embeddings", None), settings.vision_config
+        any_size = hasattr(vision, "spatial_merge_size") and isinstance(getattr(vision, "patch_size", None), int)
+        side = vision.patch_size * vision.spatial_merge_size if any_size else None
         source = "folder" if Path(path).is_dir() else source
-        return cls(source, Shape.of(settings), Parameters.of(settings), context)
+        return cls(source, Shape.of(settings), Parameters.of(settings), context, side)
+
+    def image_tokens(self, config: Config, examples: Iterable[Example]) -> int | None:
+        """Of the largest of these examples' images; None where the model has its own size."""
+        if self.side is None:
+            return None
+        most = config.min_pixels or 1
+        for example in examples:
+            with suppress(ImageError):  # an error record of the run
+                size = open_image(example.image).size if example.image else (0, 0)
+                most = max(most, math.prod(math.ceil(length / self.side) for length in size))
+        return min(most, config.max_pixels or most)
 
 
 @dataclass(frozen=True)
@@ -113,10 +128,11 @@ class Needs:
     weights: int = 0
     each: int = 0
     batch: int | None = None
+    images: int | None = None  # image tokens of an example, where they are known
 
     @classmethod
-    def of(cls, config: Config, examples: int) -> Needs:
-        """Of a run over so many examples. ModelError for an architecture that cannot be run."""
+    def of(cls, config: Config, examples: Sequence[Example]) -> Needs:
+        """Of a run over such examples. ModelError for an architecture that cannot be run."""
         here = "cuda" if torch.cuda.is_available() else "cpu"
         device = here if config.device == "auto" else config.device.partition(":")[0]
         itemsize = {"auto": 4 if device == "cpu" else 2, "float32": 4}.get(config.dtype, 2)
@@ -127,12 +143,14 @@ class Needs:
             model = Model.of(config.model_name_or_path, config.revision)
         except NotHere:
             return cls(device, itemsize, free, batch=config.batch_size)
-        work, weights = workload(config, model.context), model.parameters.bytes(itemsize, config.load_in_bits)
-        batch: int | None = MOST["cpu"]
+        weights, batch = model.parameters.bytes(itemsize, config.load_in_bits), MOST["cpu"]
         if device == "cuda":
-            batch = max(1, fitting_batch(model.shape, itemsize, work, free - weights)) if free else None
-        batch = config.batch_size or (batch and min(batch, max(1, math.ceil(examples / config.num_workers))))
-        return cls(device, itemsize, free, model, weights, peak(model.shape, itemsize, work, 1), batch)
+            fitting = fitting_batch(model.shape, itemsize, workload(config, model.context), free - weights)
+            batch = max(1, fitting) if free else None
+        batch = config.batch_size or (batch and min(batch, max(1, math.ceil(len(examples) / config.num_workers))))
+        images = model.image_tokens(config, examples[:LOOKED_AT])
+        each = peak(model.shape, itemsize, workload(config, model.context, images), 1)
+        return cls(device, itemsize, free, model, weights, each, batch, images)
 
 
 class Pace(NamedTuple):
@@ -162,7 +180,7 @@ def earlier_pace(config: Config, dataset: str, method: str, results: Iterable[di
     for result in results:
         speed = (result.get("efficiency") or {}).get("examples_per_second")
         if result.get("method") == method and speed:
-            theirs = records.with_defaults(result.get("config")) | {"file": Path(result["dataset"]).name}
+            theirs = records.with_defaults(result.get("config")) | {"file": Path(str(result.get("dataset"))).name}
             other = records.differences(theirs, ours, free)
             source = f"an earlier run, {', '.join(other)}" if other else "an earlier run"
             known.append((len(other), Pace(1 / speed, source)))
@@ -176,7 +194,7 @@ def settings_pace(config: Config, needs: Needs, method: str) -> Pace | None:
     if unknown or method in ("self-consistency", "random"):
         return None
     alone = ltpo_config(config).replace(methods="dmlr") if method == "ltpo" else config.replace(methods=method)
-    work, model = workload(alone, needs.model.context), needs.model
+    work, model = workload(alone, needs.model.context, needs.images), needs.model
     flops, bandwidth = measured_rates(needs.device, needs.itemsize)
     return Pace(
         seconds(model.parameters, model.shape, needs.itemsize, work, needs.batch, flops, bandwidth),
@@ -231,7 +249,7 @@ def plan(config: Config) -> Plan:
     """
     jobs, plans, errors = evaluate.plan(config), [], []
     llm_settings(config)
-    needs = Needs.of(config, max(len(job.examples) for job in jobs))
+    needs = Needs.of(config, max((job.examples for job in jobs), key=len))
     earlier = earlier_results(config.model_name_or_path, {root() / "reports" / "runs", evaluate.output_folder(config)})
     for job in jobs:
         pace = earlier_pace(config, job.dataset, job.method, earlier) or settings_pace(config, needs, job.method)
@@ -336,7 +354,8 @@ def time_of(plans: Iterable[Plan]) -> str:
     known = [each.todo * each.pace.seconds / workers for each, workers in left if each.pace]
     unknown = sorted({each.job.method for each, _ in left if not each.pace})
     words = [in_words(sum(known))] if known or not unknown else []
-    return ", ".join(words + [f"unknown for {', '.join(unknown)}"] * bool(unknown))
+    words += [f"unknown for {', '.join(unknown)}"] if unknown else []
+    return ", ".join(words)
 
 
 def columns(rows: list[list[str]]) -> str:

@@ -1,7 +1,7 @@
 """`python -m dmlr check FILE`: everything that is wrong with a dataset file, found before a run finds out.
 
-Reads the file as a run would (`data.py`) and then looks closer: images are opened, solutions held against the options
-named in the question, rows against each other, and the file looked at as a whole.
+Reads the file as a run would (`examples.py`) and then looks closer: images are opened, solutions held against the
+options named in the question, rows against each other, and the file looked at as a whole.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dmlr.data.images import ImageError, open_image, shorten
 from dmlr.judge.extract import normalize_text, options_of, split_choice, unbox
 
 MANY = 20  # questions whose first option is never right: by chance, with two options each, once in a million files
-_ROWS_SHOWN = 8
+ROWS = 8  # that a report names
 
 
 def check_dataset(path: str | Path) -> list[Problem]:
@@ -138,33 +138,22 @@ def report(problems: list[Problem], examples_each: int = 3) -> str:
 
     A kind is its count and a few messages; what is said of many rows alike is said once, with the rows.
     """
-    if not problems:
-        return "no problems found"
     kinds = defaultdict(list)
     for problem in problems:
         kinds[(problem.row is not None, not problem.fatal, problem.kind)].append(problem)
     lines = []
     for (_, harmless, kind), group in sorted(kinds.items(), key=lambda item: (*item[0][:2], -len(item[1]), item[0][2])):
         lines.append(f"{len(group):6d}  {kind}{'' if harmless else '  (row unusable)'}")
-        alike = defaultdict(list)
+        alike = defaultdict(list)  # rows, by what is said of them
         for problem in group:
-            alike[problem.message].append(problem)
-        shown = list(alike.items())[:examples_each]
-        lines += [f"          {_where(same)}{message}" for message, same in shown]
-        if rest := len(group) - sum(len(same) for _, same in shown):
-            lines.append(f"          and {rest} more")
-    return "\n".join(lines)
-
-
-def _where(problems: list[Problem]) -> str:
-    if problems[0].row is None:
-        return ""
-    if len(problems) == 1:
-        row, idx = problems[0].row, problems[0].idx
-        return f"row {row}: " if idx in (None, row) else f"row {row} (idx {idx}): "
-    rest = len(problems) - _ROWS_SHOWN
-    listed = ", ".join(str(problem.row) for problem in problems[:_ROWS_SHOWN])
-    return f"rows {listed}{f' and {rest} more' if rest > 0 else ''}: "
+            alike[problem.message].append(problem.row)
+        for message, rows in list(alike.items())[:examples_each]:
+            more = f" and {len(rows) - ROWS} more" if len(rows) > ROWS else ""
+            where = f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:ROWS]))}{more}: "
+            lines.append(f"          {'' if rows[0] is None else where}{message}")
+        if len(alike) > examples_each:
+            lines.append(f"          and {len(alike) - examples_each} more")
+    return "\n".join(lines) or "no problems found"
 
 
 def summary(rows: int, problems: list[Problem]) -> str:
