@@ -9,34 +9,30 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 RIGHT = {"answer": "Paris", "verdict": "correct"}
 
 
-def completion(content, **more):
+def completion(content):
     """The body of a good reply; `content` is its text, or an object that becomes JSON text."""
     text = content if isinstance(content, str) else json.dumps(content)
     choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
     usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
-    return {
-        "id": "1",
-        "object": "chat.completion",
-        "created": 0,
-        "model": "m",
-        "choices": [choice],
-        "usage": usage,
-    } | more
+    return {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
 
 
 class JudgeServer(ThreadingHTTPServer):
-    """`behave(handler, body)` answers each request. Bodies, headers, times and the most open at once are recorded."""
+    """`behave(handler, body)` answers each request. Headers, bodies and the most open at once are recorded."""
 
     daemon_threads = True
     block_on_close = False
 
     def __init__(self, behave=None):
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        self.lock, self.closing = threading.Lock(), threading.Event()
+        self.begin(behave)
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def begin(self, behave=None):
         self.behave = behave or says(RIGHT)
         self.requests, self.open, self.most_open = [], 0, 0
-        self.lock, self.closing = threading.Lock(), threading.Event()
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def __enter__(self):
         return self
@@ -57,9 +53,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server = self.server
         with server.lock:
-            server.requests.append(
-                {"path": self.path, "headers": {k.lower(): v for k, v in self.headers.items()}, "body": body}
-            )
+            server.requests.append({"path": self.path, "headers": self.headers, "body": body})
             server.open += 1
             server.most_open = max(server.most_open, server.open)
         try:
@@ -71,9 +65,8 @@ class _Handler(BaseHTTPRequestHandler):
     def reply(self, status, content, headers=(), kind="application/json", length=None):
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(data) if length is None else length))
-        for name, value in dict(headers).items():
+        given = {"Content-Type": kind, "Content-Length": str(len(data) if length is None else length), **dict(headers)}
+        for name, value in given.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
@@ -82,8 +75,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Silent."""
 
 
-def says(content, **more):
-    return lambda handler, body: handler.reply(200, completion(content, **more))
+def says(content):
+    return lambda handler, body: handler.reply(200, completion(content))
 
 
 def sends(content, **more):
@@ -103,19 +96,21 @@ def refuses(status, headers=()):
 
 def without(*parameters, then):
     """400 for each request with one of these parameters, as by a server that does not know them."""
+    return lambda handler, body: (refuses(400) if set(parameters) & set(body) else then)(handler, body)
 
+
+def in_turn(*behaviours):
+    """One behaviour per request, the last one for all that follow."""
+    left = list(behaviours)
+    return lambda handler, body: (left.pop(0) if len(left) > 1 else left[0])(handler, body)
+
+
+def pauses(seconds, then=lambda handler, body: hangs_up(handler, body)):
     def behave(handler, body):
-        if known := [name for name in parameters if name in body]:
-            handler.reply(400, {"error": {"message": f"unknown parameter {known[0]}"}})
-        else:
-            then(handler, body)
+        handler.server.closing.wait(seconds)
+        then(handler, body)
 
     return behave
-
-
-def hangs(handler, body):
-    handler.server.closing.wait(20)
-    handler.close_connection = True
 
 
 def hangs_up(handler, body):
@@ -138,29 +133,3 @@ def drips(handler, body):
         handler.wfile.write(b" ")
         handler.wfile.flush()
     handler.close_connection = True
-
-
-def streams(handler, body):
-    """Server-sent events although none were asked for."""
-    chunk = {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {"content": "correct"}}]}
-    handler.reply(200, f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n".encode(), kind="text/event-stream")
-
-
-def in_turn(*behaviours):
-    """One behaviour per request, the last one for all that follow."""
-    left, lock = list(behaviours), threading.Lock()
-
-    def behave(handler, body):
-        with lock:
-            now = left.pop(0) if len(left) > 1 else left[0]
-        now(handler, body)
-
-    return behave
-
-
-def pauses(seconds, then):
-    def behave(handler, body):
-        handler.server.closing.wait(seconds)
-        then(handler, body)
-
-    return behave

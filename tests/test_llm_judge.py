@@ -17,26 +17,12 @@ import diskcache
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge_server import (
-    RIGHT,
-    JudgeServer,
-    cut_short,
-    drips,
-    hangs,
-    hangs_up,
-    in_turn,
-    pauses,
-    refuses,
-    says,
-    sends,
-    streams,
-    without,
-)
+from judge_server import RIGHT, JudgeServer, cut_short, drips, hangs_up, in_turn, pauses, refuses, says, sends, without
 
 from dmlr.cli import main
 from dmlr.json_files import as_plain
-from dmlr.judge import Verdict, judge, llm_judge
-from dmlr.judge.llm_judge import JudgeError, JudgeSettings, LLMJudge, agreement, decide
+from dmlr.judge import Verdict, llm_judge
+from dmlr.judge.llm_judge import JudgeError, JudgeSettings, LLMJudge, agreement
 from dmlr.judge.llm_prompt import data_message, read_reply
 
 KEY = "sk-very-secret-0123456789"
@@ -52,20 +38,21 @@ def only_loopback(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def server():
+@pytest.fixture(scope="module")
+def one_server():
     with JudgeServer() as server:
         yield server
 
 
-def settings_for(server, **more):
-    return JudgeSettings(**{"base_url": server.url, "model": "gpt-4.1-test", "key": KEY} | more)
+@pytest.fixture
+def server(one_server):
+    one_server.begin()
+    return one_server
 
 
 def new_judge(server, folder="cache", model="gpt-4.1-test", price=None, **options):
-    return LLMJudge(
-        settings_for(server, model=model, price=price), folder, **{"timeout": 5.0, "max_retries": 0} | options
-    )
+    known = JudgeSettings(base_url=server.url, model=model, key=KEY, price=price)
+    return LLMJudge(known, folder, **{"timeout": 5.0, "max_retries": 0} | options)
 
 
 def cases(count):
@@ -86,26 +73,13 @@ def everything_written(folder):
 @pytest.mark.parametrize(("word", "status"), [("correct", "correct"), ("wrong", "wrong"), ("no_answer", "unparsed")])
 def test_a_verdict_is_the_servers(server, word, status):
     server.behave = says({"answer": "the city of Paris", "verdict": word})
-    llm = new_judge(server)
-    assert llm.judge_many([PARIS]) == [Verdict(status, "llm:gpt-4.1-test", "the city of Paris")]
+    assert new_judge(server).judge_many([PARIS]) == [Verdict(status, "llm:gpt-4.1-test", "the city of Paris")]
     (request,) = server.requests
-    assert request["path"] == "/v1/chat/completions" and request["headers"]["authorization"] == f"Bearer {KEY}"
-    body = request["body"]
-    assert body["model"] == "gpt-4.1-test" and body["temperature"] == 0
-    schema = body["response_format"]["json_schema"]
+    assert request["path"] == "/v1/chat/completions" and request["headers"]["Authorization"] == f"Bearer {KEY}"
+    assert request["body"]["model"] == "gpt-4.1-test" and request["body"]["temperature"] == 0
+    schema = request["body"]["response_format"]["json_schema"]
     assert schema["strict"] and schema["schema"]["additionalProperties"] is False
     assert schema["schema"]["required"] == ["answer", "verdict"]
-
-
-def test_only_what_the_rules_cannot_decide_is_asked_unless_all_is(server):
-    some = [{"prediction": "7", "ground_truth": "17"}, PARIS, {"prediction": "", "ground_truth": "1"}]
-    by_rules = [judge(case["prediction"], case["ground_truth"]) for case in some]
-    llm = new_judge(server)
-    assert statuses(by_rules) == ["wrong", "unparsed", "unparsed"]
-    assert statuses(decide(some, by_rules, llm)) == ["wrong", "correct", "unparsed"]
-    assert len(server.requests) == 1  # an empty output has no answer, whoever reads it
-    assert statuses(decide(some, by_rules, llm, always=True)) == ["correct", "correct", "unparsed"]
-    assert len(server.requests) == 2 and llm.usage["cached"] == 1
 
 
 def test_many_are_asked_at_once_but_not_more_than_allowed_and_order_is_kept(server):
@@ -129,31 +103,14 @@ def test_it_works_where_an_event_loop_already_runs_as_in_a_notebook(server):
     assert statuses(asyncio.run(cell())) == ["correct"]
 
 
-def test_tokens_and_dollars_are_counted(server):
-    llm = new_judge(server, price=(2.0, 8.0))
-    llm.judge_many([*cases(3), cases(3)[0]])
-    report = llm.report()
-    assert {k: report[k] for k in llm.usage} == {
-        "prompt_tokens": 300,
-        "completion_tokens": 30,
-        "requests": 3,  # the same case twice is one question
-        "cached": 0,
-        "failed": 0,
-    }
-    assert report["cost_usd"] == pytest.approx((300 * 2 + 30 * 8) / 1e6)
-    assert json.dumps(report)
-
-
-@pytest.mark.parametrize("model", ["gpt-4.1-2025-04-14", "my-own"])
-def test_without_a_price_there_is_no_cost_whatever_the_model_and_tokens_are_counted(server, model):
-    llm = new_judge(server, model=model)
-    llm.judge_many(cases(2))
-    assert llm.report()["cost_usd"] is None and llm.report()["prompt_tokens"] == 200
-    free = new_judge(server, model=model, price=(0.0, 0.0))
-    assert free.report()["cost_usd"] == 0
-
-
-# ------------------------------------------------------------------------------------------ the cache
+@pytest.mark.parametrize(("price", "cost"), [((2.0, 8.0), (300 * 2 + 30 * 8) / 1e6), ((0.0, 0.0), 0), (None, None)])
+def test_tokens_and_dollars_are_counted(server, price, cost):
+    llm = new_judge(server, price=price)
+    llm.judge_many([*cases(3), cases(3)[0], {**PARIS, "prediction": ""}])
+    # the same case twice is one question, and an output without text is none
+    assert llm.usage == {"prompt_tokens": 300, "completion_tokens": 30, "requests": 3, "cached": 0, "failed": 0}
+    report = json.loads(json.dumps(llm.report()))
+    assert report["cost_usd"] == (cost if cost is None else pytest.approx(cost))
 
 
 def test_a_verdict_is_asked_for_once_per_model_server_and_content(server):
@@ -181,12 +138,11 @@ def test_a_damaged_verdict_is_asked_again_and_mended(server, content):
 
 def test_a_cache_that_cannot_be_used_is_an_error_and_one_that_is_lost_a_warning(server):
     Path("file").write_text("")
-    with pytest.raises(JudgeError, match="file/cache"):
-        new_judge(server, "file/cache")
     Path("damaged").mkdir()
     Path("damaged/cache.db").write_bytes(b"not a database at all" * 100)
-    with pytest.raises(JudgeError, match="damaged.*not a database"):
-        new_judge(server, "damaged")
+    for folder, said in (("file/cache", "file/cache"), ("damaged", "damaged.*not a database")):
+        with pytest.raises(JudgeError, match=said):
+            new_judge(server, folder)
     llm = new_judge(server)
     shutil.rmtree("cache")
     with pytest.warns(UserWarning, match="not kept"):
@@ -198,8 +154,7 @@ import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
 from dmlr.judge.llm_judge import JudgeSettings, LLMJudge
 cases = [{"prediction": "x", "ground_truth": "y", "question": str(i)} for i in range(40)]
-print("ready", flush=True)
-settings = JudgeSettings(base_url=sys.argv[1], model="m", key="k")
+settings = JudgeSettings(base_url=sys.argv[1], model="gpt-4.1-test", key="k")
 LLMJudge(settings, "cache", concurrency=2, timeout=20).judge_many(cases)
 """
 
@@ -208,136 +163,97 @@ LLMJudge(settings, "cache", concurrency=2, timeout=20).judge_many(cases)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_judge_keeps_what_was_answered(server, number):
     server.behave = pauses(0.1, says(RIGHT))
-    root = str(Path(llm_judge.__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root}
-    process = subprocess.Popen(
-        [sys.executable, "-c", JUDGE_ALONE, server.url],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    assert process.stdout.readline() == b"ready\n"
+    environment = {**os.environ, "PYTHONPATH": str(Path(llm_judge.__file__).parents[2])}
+    process = subprocess.Popen([sys.executable, "-c", JUDGE_ALONE, server.url], env=environment, stderr=-3)
     limit = time.monotonic() + 60
     while len(server.requests) < 8 and time.monotonic() < limit:
         time.sleep(0.01)
     process.send_signal(number)
     assert process.wait(30) != 0
-    process.stdout.close()
     asked = len(server.requests)
     assert 8 <= asked < 40
-    with diskcache.Cache("cache", disk=diskcache.JSONDisk) as cache:
-        kept = len(cache)
-    assert asked - 2 <= kept <= asked  # two were open
     server.behave = says(RIGHT)
-    llm = LLMJudge(settings_for(server, model="m", key="k"), "cache")
-    found = llm.judge_many([{"prediction": "x", "ground_truth": "y", "question": str(i)} for i in range(40)])
-    assert statuses(found) == ["correct"] * 40
-    assert llm.usage["cached"] == kept and llm.usage["requests"] == 40 - kept
+    llm = new_judge(server)
+    again = [{"prediction": "x", "ground_truth": "y", "question": str(i)} for i in range(40)]
+    assert statuses(llm.judge_many(again)) == ["correct"] * 40
+    assert asked - 2 <= llm.usage["cached"] <= asked  # two were open
+    assert llm.usage["requests"] == 40 - llm.usage["cached"]
 
 
 # ------------------------------------------------------------------------------- a server that does not
 
+UNREADABLE = {
+    "truncated JSON": sends(b'{"choices": [{"mess'),
+    "truncated verdict": says('{"answer": "Paris", "verd'),
+    "wrong schema": says({"answer": "Paris", "verdict": "perhaps"}),
+    "wrong type": says({"answer": "Paris", "verdict": True}),
+    "two verdicts": says("verdict: correct\nverdict: wrong"),
+    "prose": says("I would say that this is correct in a way."),
+    "no text": sends({"choices": [{"message": {"content": None}}]}),
+    "no choices": sends({"choices": []}),
+    "a list": sends([1, 2]),
+    "null": sends(b"null"),
+    "a web page": sends(b"<html>Welcome", kind="text/html"),
+    "another protocol": sends(b'data: {"choices": []}\n\ndata: [DONE]\n\n', kind="text/event-stream"),
+    "wrong encoding": sends(b'{"choices": "\xff\xfe"}'),
+}
 BAD = {
-    "401": (refuses(401), "http_401"),
-    "403": (refuses(403), "http_403"),
-    "404": (refuses(404), "http_404"),
-    "400": (refuses(400), "http_400"),
-    "429 for ever": (refuses(429), "http_429"),
-    "429 for too long": (refuses(429, {"Retry-After": "86400"}), "http_429"),
-    "500": (refuses(500), "http_500"),
-    "no reply": (hangs, "timeout"),
-    "slow stream": (drips, "timeout"),
-    "hangs up": (hangs_up, "connection"),
-    "half of the bytes": (cut_short, "connection"),
-    "truncated JSON": (sends(b'{"choices": [{"mess'), "unreadable_reply"),
-    "truncated verdict": (says('{"answer": "Paris", "verd'), "unreadable_reply"),
-    "wrong schema": (says({"answer": "Paris", "verdict": "perhaps"}), "unreadable_reply"),
-    "wrong type": (says({"answer": "Paris", "verdict": True}), "unreadable_reply"),
-    "wrong keys": (says({"correct": True}), "unreadable_reply"),
-    "a verdict twice": (says('{"answer": "Paris", "verdict": "wrong", "verdict": "correct"}'), "unreadable_reply"),
-    "two verdicts": (says("verdict: correct\nverdict: wrong"), "unreadable_reply"),
-    "prose": (says("I would say that this is correct in a way."), "unreadable_reply"),
-    "empty text": (says(""), "unreadable_reply"),
-    "no text": (sends({"choices": [{"message": {"content": None}}]}), "unreadable_reply"),
-    "no choices": (sends({"choices": []}), "unreadable_reply"),
-    "a list": (sends([1, 2]), "unreadable_reply"),
-    "null": (sends(b"null"), "unreadable_reply"),
-    "a web page": (sends(b"<html>Welcome", kind="text/html"), "unreadable_reply"),
-    "another protocol": (streams, "unreadable_reply"),
-    "brackets": (sends(b"[" * 100_000), ("unreadable_reply", "RecursionError")),
-    "wrong encoding": (sends(b'{"choices": "\xff\xfe"}'), "unreadable_reply"),
+    **{f"http_{status}": refuses(status) for status in (400, 401, 403, 404, 500)},
+    "http_429": refuses(429, {"Retry-After": "86400"}),
+    "timeout, silent": pauses(20),
+    "timeout, dripping": drips,
+    "connection, none": hangs_up,
+    "connection, half": cut_short,
+    **{f"unreadable_reply, {kind}": behave for kind, behave in UNREADABLE.items()},
 }
 
 
-@pytest.mark.parametrize(("behave", "reason"), BAD.values(), ids=BAD)
-def test_misbehaviour_is_judge_failed_never_wrong_and_mended_later(server, caplog, behave, reason):
-    server.behave = behave
+@pytest.mark.parametrize("reason", BAD)
+def test_misbehaviour_is_judge_failed_never_wrong_and_mended_later(server, caplog, reason):
+    server.behave = BAD[reason]
     caplog.set_level(logging.DEBUG)
-    llm = new_judge(server, timeout=0.5 if reason == "timeout" else 5.0)
+    llm = new_judge(server, timeout=0.3 if "timeout" in reason else 5.0)
     start = time.monotonic()
     (failed,) = llm.judge_many([PARIS])
     assert time.monotonic() - start < 10  # both kinds of slowness last 20 s
-    assert failed.status == "judge_failed" and failed.answer == "" and llm.usage["failed"] == 1
-    assert failed.rule.removeprefix("llm:gpt-4.1-test:") in ([reason] if isinstance(reason, str) else reason)
-    assert list(llm.failures) == [failed.rule.rpartition(":")[2]] and all(llm.failures.values())
+    assert failed == Verdict("judge_failed", f"llm:gpt-4.1-test:{reason.split(',')[0]}", "")
+    assert llm.usage["failed"] == 1 and list(llm.failures) == [reason.split(",")[0]] and all(llm.failures.values())
     server.behave = says(RIGHT)
     assert statuses(llm.judge_many([PARIS])) == ["correct"]
     for text in (everything_written("."), repr(failed), json.dumps(llm.report()), caplog.text):
         assert KEY not in text
 
 
-def test_no_server_at_all(server):
-    gone = JudgeServer()
-    gone.__exit__()
-    (verdict,) = new_judge(gone).judge_many([PARIS])
-    assert (verdict.status, verdict.rule) == ("judge_failed", "llm:gpt-4.1-test:connection")
+def test_no_server_at_all():
+    with JudgeServer() as gone:
+        pass
+    assert new_judge(gone).judge_many([PARIS])[0].rule == "llm:gpt-4.1-test:connection"
 
 
-@pytest.mark.parametrize("behave", [refuses(500), refuses(429), refuses(503), hangs_up, cut_short])
-def test_what_may_pass_is_tried_again(server, behave):
+@pytest.mark.parametrize("behave", [refuses(500), refuses(429), hangs_up, cut_short, drips])
+def test_what_may_pass_is_tried_again_and_attempts_are_counted(server, behave):
     server.behave = in_turn(behave, says(RIGHT))
-    assert statuses(new_judge(server, max_retries=1).judge_many([PARIS])) == ["correct"]
-    assert len(server.requests) == 2
-
-
-def test_a_late_reply_is_tried_again_and_attempts_are_counted(server):
-    server.behave = in_turn(drips, says(RIGHT))
-    llm = new_judge(server, timeout=0.5, max_retries=1)
+    llm = new_judge(server, max_retries=1, timeout=0.5)
     assert statuses(llm.judge_many([PARIS])) == ["correct"] and llm.usage["requests"] == 2
-    server.behave = refuses(429)
-    llm = new_judge(server, "other", max_retries=2)
-    assert statuses(llm.judge_many([PARIS])) == ["judge_failed"] and llm.usage["requests"] == 3
 
 
 def test_retry_after_is_respected(server):
-    times = []
-
-    def behave(handler, body):
-        times.append(time.monotonic())
-        (refuses(429, {"Retry-After": "2"}) if len(times) == 1 else says(RIGHT))(handler, body)
-
-    server.behave = behave
+    server.behave = in_turn(refuses(429, {"Retry-After": "1.2"}), says(RIGHT))
+    start = time.monotonic()
     assert statuses(new_judge(server, max_retries=1).judge_many([PARIS])) == ["correct"]
-    assert 1.95 < times[1] - times[0] < 6  # the client's own pause would be half a second
+    assert time.monotonic() - start > 1.1  # the client's own pause is half a second
 
 
 @pytest.mark.parametrize("reply", ["answer: Paris\nverdict: correct", "Correct.", json.dumps(RIGHT)])
-def test_a_server_without_structured_output_is_asked_in_plain_text_and_remembered(server, reply):
-    server.behave = without("response_format", then=says(reply))
-    llm = new_judge(server, concurrency=1)
-    assert statuses(llm.judge_many(cases(3))) == ["correct"] * 3
-    assert ["response_format" in request["body"] for request in server.requests] == [True, False, False, False]
-    assert "exactly two lines" in server.requests[1]["body"]["messages"][0]["content"]
+@pytest.mark.parametrize("unknown", [["response_format"], ["response_format", "temperature"]])
+def test_a_server_without_structured_output_is_asked_without_and_remembered(server, reply, unknown):
+    server.behave = without(*unknown, then=says(reply))
+    assert statuses(new_judge(server, concurrency=1).judge_many(cases(3))) == ["correct"] * 3
+    assert len(server.requests) == 3 + len(unknown)
+    assert not any(set(unknown) & set(request["body"]) for request in server.requests[len(unknown) :])
 
 
-def test_a_server_that_knows_nothing_but_messages(server):
-    server.behave = without("response_format", "temperature", then=says("verdict: wrong"))
-    llm = new_judge(server, concurrency=1)
-    assert statuses(llm.judge_many(cases(2))) == ["wrong"] * 2
-    assert [sorted(request["body"]) for request in server.requests][2:] == [["messages", "model"]] * 2
-
-
-def test_a_server_that_ignores_the_schema_is_asked_again_in_plain_text(server):
+def test_a_server_that_ignores_the_schema_is_asked_again(server):
     server.behave = in_turn(says("Well, it looks fine to me."), says("answer: Paris\nverdict: correct"))
     assert new_judge(server).judge_many([PARIS]) == [Verdict("correct", "llm:gpt-4.1-test", "Paris")]
 
@@ -347,22 +263,19 @@ def test_one_bad_case_costs_one_verdict(server):
         (refuses(400) if "number 4?" in body["messages"][1]["content"] else says(RIGHT))(handler, body)
 
     server.behave = behave
-    llm = new_judge(server, concurrency=2)
-    assert statuses(llm.judge_many(cases(8))) == ["correct"] * 4 + ["judge_failed"] + ["correct"] * 3
+    found = new_judge(server, concurrency=2).judge_many(cases(8))
+    assert statuses(found) == ["correct"] * 4 + ["judge_failed"] + ["correct"] * 3
     assert "response_format" in server.requests[-1]["body"]  # a refused case is no reason to ask others otherwise
 
 
-def test_a_server_that_rejects_the_key_or_is_dead_is_not_asked_for_ever(server):
-    server.behave = refuses(401)
+@pytest.mark.parametrize(("status", "most"), [(401, 3), (503, 8)])
+def test_a_server_that_rejects_the_key_or_is_dead_is_not_asked_for_ever(server, status, most):
+    server.behave = refuses(status)
     llm = new_judge(server, concurrency=2)
-    assert statuses(llm.judge_many(cases(50))) == ["judge_failed"] * 50
-    assert len(server.requests) <= 3 and set(llm.failures) == {"http_401", "not_asked"}
-    server.requests.clear()
-    server.behave = refuses(503)
-    assert statuses(llm.judge_many(cases(50))) == ["judge_failed"] * 50
-    assert 6 <= len(server.requests) <= 8
+    assert statuses(llm.judge_many(cases(20))) == ["judge_failed"] * 20
+    assert len(server.requests) <= most and set(llm.failures) == {f"http_{status}", "not_asked"}
     server.behave = says(RIGHT)
-    assert statuses(llm.judge_many(cases(50))) == ["correct"] * 50
+    assert statuses(llm.judge_many(cases(20))) == ["correct"] * 20
 
 
 def test_the_key_in_a_reply_is_not_written_down(server):
@@ -373,50 +286,33 @@ def test_the_key_in_a_reply_is_not_written_down(server):
 
 # ------------------------------------------------------------------------------------------- settings
 
-BAD_PRICES = ("2", "2,8,1", "two,eight", "-1,8", "nan,8", "2,inf", ",")
-
 
 def test_settings_come_from_the_environment_then_env_file_then_defaults(monkeypatch):
-    Path(".env").write_text(f"OPENAI_API_KEY={KEY}\nMODEL_TYPE='from file'\n")
-    found = JudgeSettings.from_environment()
-    assert (found.base_url, found.model) == ("https://api.openai.com/v1", "from file")
-    assert found.key.get_secret_value() == KEY
-    monkeypatch.setenv("MODEL_TYPE", "from environment")
     monkeypatch.setenv("OPENAI_API_KEY", "")  # as good as not set
-    monkeypatch.setenv("OPENAI_API_BASE_URL", "http://127.0.0.1:1/v1")
+    Path(".env").write_text(f"OPENAI_API_KEY={KEY}\nMODEL_TYPE='from file'\nMODEL_PRICE=0.4, 1.6\n")
     found = JudgeSettings.from_environment()
-    assert (found.base_url, found.model) == ("http://127.0.0.1:1/v1", "from environment")
+    assert (found.base_url, found.model, found.price) == ("https://api.openai.com/v1", "from file", (0.4, 1.6))
     assert found.key.get_secret_value() == KEY
     for shown in (repr(found), str(found), json.dumps(as_plain(found)), repr(vars(found))):
         assert KEY not in shown
-    Path(".env").unlink()
-    monkeypatch.delenv("MODEL_TYPE")
+    monkeypatch.setenv("MODEL_TYPE", "from environment")
+    monkeypatch.setenv("OPENAI_API_BASE_URL", "http://127.0.0.1:1/v1")
+    found = JudgeSettings.from_environment()
+    assert (found.base_url, found.model) == ("http://127.0.0.1:1/v1", "from environment")
+
+
+BAD_VALUES = {
+    "OPENAI_API_KEY": ("", "sk-very secret", "sk-verysecret\nX-Other: 1", "sk-verysecrét"),
+    "OPENAI_API_BASE_URL": ("localhost:8000/v1", "http://[::1", "http://host:port"),
+    "MODEL_PRICE": ("2", "2,8,1", "two,eight", "-1,8", "nan,8", "2,inf", ","),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD_VALUES.items() for value in values])
+def test_settings_that_cannot_work_are_one_error_without_the_key(monkeypatch, name, value):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    assert JudgeSettings.from_environment().model == "gpt-4.1-2025-04-14"
-    assert JudgeSettings.from_environment().price is None
-    Path(".env").write_text("MODEL_PRICE=0.4, 1.6\n")
-    assert JudgeSettings.from_environment().price == (0.4, 1.6)
-    monkeypatch.setenv("MODEL_PRICE", "0,0")
-    assert JudgeSettings.from_environment().price == (0.0, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("values", "named"),
-    [
-        ({}, "OPENAI_API_KEY"),
-        ({"OPENAI_API_KEY": "sk-very secret"}, "OPENAI_API_KEY"),
-        ({"OPENAI_API_KEY": "sk-verysecret\nX-Other: 1"}, "OPENAI_API_KEY"),
-        ({"OPENAI_API_KEY": "sk-verysecrét"}, "OPENAI_API_KEY"),
-        ({"OPENAI_API_KEY": KEY, "OPENAI_API_BASE_URL": "localhost:8000/v1"}, "OPENAI_API_BASE_URL"),
-        ({"OPENAI_API_KEY": KEY, "OPENAI_API_BASE_URL": "http://[::1"}, "OPENAI_API_BASE_URL"),
-        ({"OPENAI_API_KEY": KEY, "OPENAI_API_BASE_URL": "http://host:port"}, "OPENAI_API_BASE_URL"),
-        *(({"OPENAI_API_KEY": KEY, "MODEL_PRICE": price}, "MODEL_PRICE") for price in BAD_PRICES),
-    ],
-)
-def test_settings_that_cannot_work_are_one_error_without_the_key(monkeypatch, values, named):
-    for name, value in values.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(JudgeError, match=named) as caught:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(JudgeError, match=name) as caught:
         JudgeSettings.from_environment()
     assert "very" not in str(caught.value)
 
@@ -446,25 +342,19 @@ def test_data_stand_between_marks_and_the_instructions_say_so(server):
 @given(
     st.text(max_size=80), st.text(max_size=30), st.text(max_size=30), st.sampled_from([None, 7, ["a", None], {"A": 1}])
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_any_case_becomes_a_message_with_each_mark_in_its_place(prediction, truth, question, choices):
-    case = {"prediction": prediction, "ground_truth": truth, "question": question, "choices": choices}
+    case = {"prediction": prediction + "\ud800", "ground_truth": truth, "question": question, "choices": choices}
     text = data_message(case)
     assert text == data_message(dict(case)) and text.encode("utf-8") is not None
-    if text:
-        mark = text.partition('id="')[2][:16]
-        assert text.count(mark) % 2 == 0 and text.count(mark) <= 8
+    mark = text.partition('id="')[2][:16]
+    assert text.count(mark) % 2 == 0 and text.count(mark) <= 8
 
 
 def test_long_parts_keep_the_end_of_an_output_and_reasoning_is_left_out():
-    text = data_message({"prediction": "x" * 50_000 + "The answer is 7", "ground_truth": "7", "question": "q" * 50_000})
-    assert "The answer is 7" in text and len(text) < 20_000
-    text = data_message({"prediction": "<think>perhaps 8</think>7", "ground_truth": "7"})
-    assert "8" not in text.replace(text.partition('id="')[2][:16], "")
-
-
-def test_text_that_is_no_unicode_is_asked_all_the_same(server):
-    assert statuses(new_judge(server).judge_many([{**PARIS, "prediction": "Paris \ud800 \x00"}])) == ["correct"]
+    output = "<think>perhaps 8</think>" + "x" * 50_000 + "The answer is 7"
+    text = data_message({"prediction": output, "ground_truth": "7", "question": "q" * 50_000})
+    assert "The answer is 7" in text and "perhaps" not in text and len(text) < 20_000
 
 
 @pytest.mark.parametrize(
@@ -476,7 +366,6 @@ def test_text_that_is_no_unicode_is_asked_all_the_same(server):
         ("**Answer:** 4\n**Verdict:** Incorrect.", "4", "wrong"),
         ("They differ.\nanswer: 4\n- verdict: no answer", "4", "no_answer"),
         ("answer: correct\nverdict: wrong", "correct", "wrong"),
-        ("WRONG", "", "wrong"),
         ('<think>{"verdict": "wrong"}?</think>{"answer": "4", "verdict": "correct"}', "4", "correct"),
         ('The output says {4}. Hence:\n{"answer": "4", "verdict": "correct"}\nDone.', "4", "correct"),
     ],
@@ -500,52 +389,36 @@ def test_replies_that_cannot(text):
         read_reply(text)
 
 
-@given(
-    st.lists(
-        st.sampled_from(["correct", "wrong", "verdict:", "answer:", "\n", "{", "}", '"', "not", "[", "4"]), max_size=12
-    )
-)
-@settings(max_examples=100, deadline=None)
-def test_any_reply_is_read_or_refused(pieces):
-    text = " ".join(pieces)
-    try:
-        verdict = read_reply(text).verdict
-    except ValueError:
-        return
-    assert verdict in text
-
-
 def test_agreement_counts_every_pair():
     table = agreement(["correct", "wrong", "unparsed", "wrong"], ["correct", "correct", "judge_failed", "wrong"])
     assert table["wrong"] == {"correct": 1, "wrong": 1, "unparsed": 0, "judge_failed": 0}
     assert table["unparsed"]["judge_failed"] == table["correct"]["correct"] == 1
     assert sum(sum(row.values()) for row in table.values()) == 4
-    with pytest.raises(ValueError):
-        agreement(["correct"], [])
 
 
 # ----------------------------------------------------------------------------------------- the command
 
 
-def test_the_command_asks_on_request(server, monkeypatch, capsys):
+def test_the_command_asks_about_what_the_rules_cannot_decide_or_about_all(server, monkeypatch, capsys):
+    def run(*arguments):
+        status = main(["judge", "cases.json", *arguments])
+        out, err = capsys.readouterr()
+        assert KEY not in out + err
+        return status, [json.loads(line)["status"] for line in out.splitlines()], err.splitlines()
+
     server.behave = says({"answer": "a", "verdict": "wrong"})
     monkeypatch.setattr(llm_judge, "shared_cache", lambda: Path("cache"))
     Path("cases.json").write_text(json.dumps([{"prediction": "yes", "ground_truth": "Yes"}, PARIS]))
-    assert main(["judge", "cases.json", "--llm"]) == 2  # no key: nothing is judged
-    out, err = capsys.readouterr()
-    assert out == "" and "OPENAI_API_KEY" in err and err.count("\n") == 1
+    status, verdicts, (error,) = run("--llm")
+    assert status == 2 and not verdicts and "OPENAI_API_KEY" in error  # no key: nothing is judged
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("OPENAI_API_BASE_URL", server.url)
-    assert main(["judge", "cases.json"]) == 0
-    assert [json.loads(line)["status"] for line in capsys.readouterr().out.splitlines()] == ["correct", "unparsed"]
-    assert main(["judge", "cases.json", "--llm"]) == 0
-    out, err = capsys.readouterr()
-    assert [json.loads(line)["status"] for line in out.splitlines()] == ["correct", "wrong"]
-    assert json.loads(err)["requests"] == 1
-    assert main(["judge", "--llm-all", "cases.json"]) == 0
-    out, err = capsys.readouterr()
-    assert [json.loads(line)["status"] for line in out.splitlines()] == ["wrong", "wrong"]
-    table = json.loads(err.splitlines()[1])["rules, then llm"]
-    assert table["correct"]["wrong"] == table["unparsed"]["wrong"] == 1
-    assert KEY not in out + err + everything_written("cache")
+    assert run() == (0, ["correct", "unparsed"], [])
+    status, verdicts, (report,) = run("--llm")
+    assert (status, verdicts) == (0, ["correct", "wrong"]) and json.loads(report)["requests"] == 1
+    status, verdicts, (report, table) = run("--llm-all")
+    assert (status, verdicts) == (0, ["wrong", "wrong"]) and json.loads(report)["cached"] == 1
+    counts = json.loads(table)["rules, then llm"]
+    assert counts["correct"]["wrong"] == counts["unparsed"]["wrong"] == 1
     assert main(["judge", "cases.json", "--lm"]) == 2
+    assert KEY not in everything_written(".")

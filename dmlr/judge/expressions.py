@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 
 from dmlr.judge import mathcheck
-from dmlr.judge.extract import plain
-from dmlr.judge.quantities import EXACT, NOT, REPEATING, THOUSANDS, Tolerance, repeating
+from dmlr.judge.extract import MACRO, NOT
+from dmlr.judge.quantities import EXACT, Tolerance, spelled
 
 LATEX = re.compile(r"\\[A-Za-z]|\$[^$]+\$|\\[(\[]")
-_MACRO = re.compile(r"\\(?:text|mathrm|textrm|mathbf|textbf|mbox|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
 _FUNCTIONS = (
     "sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|max|min|lim|det|gcd|lcm|mod|arcsin|arccos|arctan|sinh|cosh|tanh|pi"
 )
@@ -18,29 +17,26 @@ _WORD = re.compile(
     r"|[\u0400-\u04ff\u3040-\u9fff]"
 )
 _AND = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b(?!\s*\}))\s*")
-_RELATION = re.compile(r"[=<>^+*/±√≤≥≠≈]|\\(?:le|ge|neq?|in|frac|sqrt)|\d\s*-\s*\w|^[(\[{].*,.*[)\]}]$")
-_SYMBOLS = (
-    r"≤ \le, ≥ \ge, ≠ \neq, ≈ \approx, ∈ \in, ∪ \cup, ∩ \cap, × \times, · \cdot, ⋅ \cdot, ± \pm, ∓ \mp, ° ^\circ, "
-    r"∞ \infty, π \pi, θ \theta, α \alpha, β \beta, ∅ \emptyset, ÷ /, – -, ² ^2, ³ ^3, ₀ _0, ₁ _1, ₂ _2"
+_SYMBOLS = dict(
+    pair.split()
+    for pair in (
+        r"≤ \le,≥ \ge,≠ \neq,≈ \approx,∈ \in,∪ \cup,∩ \cap,× \times,· \cdot,⋅ \cdot,± \pm,∓ \mp,∞ \infty,π \pi,"
+        r"θ \theta,α \alpha,β \beta,∅ \emptyset,÷ /,– -,² ^2,³ ^3,° ^\circ"
+    ).split(",")
 )
-_TRANSLATED = str.maketrans({pair[0]: pair[2:] + " " * pair[-1].isalpha() for pair in _SYMBOLS.split(", ")})
+_TRANSLATED = str.maketrans({symbol: macro + " " * macro[-1].isalpha() for symbol, macro in _SYMBOLS.items()})
 _SPELLINGS = [  # of one operation, in code and in handwriting
     (re.compile(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)|√\s*\(([^()]*)\)|√\s*(\w+)"), r"\\sqrt{\1\2\3}"),
-    (re.compile(r"<=(?!>)"), r"\\le "),
-    (re.compile(r">="), r"\\ge "),
     (re.compile(r"!="), r"\\neq "),
     (re.compile(r"\*\*"), "^"),
-    (re.compile(r"(?<=[\w)}])\s*\*\s*(?=[\w(\\])"), r"\\cdot "),
-    (re.compile(r"(?<=\d)\s+x\s+(?=\d)"), r"\\times "),
     (re.compile(r"(?<![A-Za-z\\])(pi|infty)(?![A-Za-z])"), r"\\\1 "),
     (re.compile(r"\\varnothing"), r"\\emptyset "),
-    (THOUSANDS, ""),
 ]
 
 
 def is_prose(text: str) -> bool:
     """Whether words surround the mathematics, or are all there is (names of functions are no words)."""
-    return bool(_WORD.search(_MACRO.sub(" ", text)))
+    return bool(_WORD.search(re.sub(r"\\(?:begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+", " ", MACRO.sub(" ", text))))
 
 
 def looks_like_math(text: str) -> bool:
@@ -70,17 +66,15 @@ def formulas_in(text: str) -> list[str]:
     found = []
     for run in runs:
         word, formula = (run[0], run[1:]) if run and is_prose(f"{run[0]} ") else ("", run)
-        if _RELATION.search(joined := " ".join(formula).strip(".,;:")) and not re.search(rf"(?i){NOT}", word):
+        if looks_like_math(joined := " ".join(formula).strip(".,;:")) and not re.search(rf"(?i){NOT}", word):
             found.append(joined)
     return found
 
 
 def latex_key(text: str) -> str:
     """Spelling variants of one LaTeX expression made equal; spaces between words and digits are kept."""
-    text = re.sub(r"\\(?:text|mathrm|textrm|mathbf|textbf|operatorname)\s*\{([^{}]*)\}", r"\1", _spelled(plain(text)))
-    text = re.sub(r"\\left|\\right|\\[,;:! ]|\$|\\\(|\\\)|\\\[|\\\]", "", text)
-    text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    text = re.sub(r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}", text)
+    text = MACRO.sub(r"\1", _spelled(text))
+    text = re.sub(r"\\left|\\right|\\[,;:! ()\[\]]|\$", "", text)
     return re.sub(r"\s+(?!\w)|(?<!\w)\s+", "", re.sub(r"\s+", " ", text.strip().rstrip(".").strip()))
 
 
@@ -103,13 +97,13 @@ def as_latex(text: str) -> str:
     joined = _AND.sub(", ", text := text.strip())
     prose = is_prose(joined)
     text = text if prose else _spelled(joined)
-    if not text or prose or re.search(r"\$|\\\(|\\\[|\\boxed|\\begin\{align", text):
+    if not text or prose or re.search(r"\$|\\\(|\\\[", text):
         return text
     return f"${text.rstrip('.')}$"
 
 
 def _spelled(text: str) -> str:
-    text = text.translate(_TRANSLATED)
+    text = spelled(text).translate(_TRANSLATED)
     for pattern, spelling in _SPELLINGS:
         text = pattern.sub(spelling, text)
-    return REPEATING.sub(lambda match: rf"({repeating(match)})", text)
+    return text

@@ -1,7 +1,7 @@
 """Text of an answer -> the part that answers: pure functions on strings, linear in their length.
 
-The module knows the forms of answers (tags, boxes, anchors such as "the answer is", option letters), not
-whether an answer is right.
+The module knows the forms of answers (tags, boxes, anchors such as "the answer is", option letters) and what a text
+denies, not whether an answer is right.
 """
 
 from __future__ import annotations
@@ -11,13 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_LETTER = r"[A-Za-z]"
-_LINE_OPTION = re.compile(rf"^[ \t]*(?:\(({_LETTER})\)|({_LETTER})[.):])[ \t]*(.*)$", re.MULTILINE)
-_INLINE_OPTION = re.compile(rf"(?<![\w(])\(({_LETTER})\)[ \t]*")
-_CHOICE = re.compile(rf"\s*(?:\(\s*({_LETTER})\s*\)|({_LETTER})\s*[.):](?!\d))\s*(.*)$", re.DOTALL)
-_MARKUP = re.compile(r"[*`]+|(?<![A-Za-z0-9])_+|_+(?![A-Za-z0-9{(])")
-_FULLWIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3002: ". ", 0x2212: "-", 0x3000: " "}
-
 _BOX = re.compile(r"\\(?:begin)?(?:boxed|fbox|framebox)\s*(\{|[A-Za-z0-9](?![A-Za-z0-9]))")
 _BRACE_TOKEN = re.compile(r"\\.|[{}]", re.DOTALL)
 _MATH_NOISE = re.compile(r"\\q?quad|\\[()\[\],;:! ]|\$|\s+|[*.]")
@@ -25,18 +18,24 @@ _MATH_NOISE = re.compile(r"\\q?quad|\\[()\[\],;:! ]|\$|\s+|[*.]")
 _BOX_LINK = re.compile(
     r"(?:[,;]|\\text\{[^{}]{0,40}\b(?:and|or)\b[^{}]{0,40}\}|[,;]?(?:and|or))?[,;]?(?:[A-Za-z](?:_\{?\w{1,3}\}?)?=)?"
 )
-
-_STRONG_ANCHOR = re.compile(r"(?i)final\s+answer\b[*\"' ]*(?:[^.:\n]{0,100}?\bis\b[*: ]*|:[*\s]*|$)")
-_WEAK_ANCHOR = re.compile(
-    r"(?i)(?:\banswer\b[*\"' ]*(?:to\b[^.:\n]{1,100}?)?\s*(?::|=|\bis\b|\bwould\s+be\b|\bshould\s+be\b|\bmust\s+be\b)"
-    r"|\b(?:correct|right|best)\s+(?:option|choice)\s*(?::|is\b)"
-    r"|\b(?:r[ée]ponse|antwort|respuesta|resposta|risposta)\b\s*(?::|=|\b(?:est|ist|es|é|è)\b)"
-    r"|答案\s*(?:是|为|為|:|：)?|ответ\s*:|答え\s*(?:は|:|：))[*:\s]*"
-)
+_ANCHORS = {
+    "final_answer": re.compile(r"(?i)final\s+answer\b[*\"' ]*(?:[^.:\n]{0,100}?\bis\b[*: ]*|:[*\s]*|$)"),
+    "anchor": re.compile(
+        r"(?i)(?:\banswer\b[*\"' ]*(?:to\b[^.:\n]{1,100}?)?\s*(?::|=|\b(?:is|(?:would|should|must)\s+be)\b)"
+        r"|\b(?:correct|right|best)\s+(?:option|choice)\s*(?::|is\b)"
+        r"|\b(?:r[ée]ponse|antwort|respuesta|resposta|risposta)\b\s*(?::|=|\b(?:est|ist|es|é|è)\b)"
+        r"|答案\s*(?:是|为|為|:|：)?|ответ\s*:|答え\s*(?:は|:|：))[*:\s]*"
+    ),
+}
 _AFTERTHOUGHT = re.compile(r"(?i)\.?\s*I hope (?:it|this) is correct")
 # Where a chat goes on after the answer: control tokens of chat templates, or a user's turn that the model wrote itself.
 _MARKER = r"(?:<\|(?!begin_of_box|end_of_box)[\w ]{1,30}\|>|</?s>|<(?:eos|pad|(?:start|end)_of_turn)>|\[/?INST\])"
 _NEXT_TURN = re.compile(rf"{_MARKER}|\n\s*(?:#+\s*)?(?:Human|User)\s*:")
+FORMULA = re.compile(
+    r"(?:\$\$|\\[\[(])((?:\\[^\[\]()]|[^\\$]|\$(?!\$))+)(?:\$\$|\\[\])])"
+    r"|(?<!\\)\$(?![\s$])([^$\n]+?)(?<![\s\\])\$(?!\d)"
+)
+MACRO = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|operatorname|mbox)\s*\{([^{}]*)\}")
 
 
 @dataclass(frozen=True)
@@ -64,43 +63,40 @@ def candidates(prediction: str) -> list[Candidate]:
     """
     text, complete = strip_reasoning(prediction)
     text = first_turn(text)
-    found: list[Candidate] = []
     if (inside := answer_tag(text)) is not None:
-        inner = candidates(inside)
-        return [Candidate(c.text, "answer_tag" if c.rule == "text" else c.rule) for c in inner]
-    strong: list[tuple[int, Candidate]] = []
-    if boxes := boxed_groups(text):
-        start, contents = boxes[-1]
-        strong.append((start, Candidate(unbox(", ".join(contents)), "boxed")))
-    if (anchored := _after_last(_STRONG_ANCHOR, text)) and last_boxed(anchored[1]) is None:
-        strong.append((anchored[0], Candidate(anchored[1], "final_answer")))
-    found += [candidate for _, candidate in sorted(strong, key=lambda item: -item[0])]
-    if anchored := _after_last(_WEAK_ANCHOR, text):
-        found.append(Candidate(anchored[1], "anchor"))
-    if complete and text.strip() and not boxes:
-        if formula := _last_formula(text):
-            found.append(Candidate(formula, "formula"))
-        found.append(Candidate(_AFTERTHOUGHT.split(text, maxsplit=1)[0].strip() or text.strip(), "text"))
+        return [Candidate(c.text, "answer_tag" if c.rule == "text" else c.rule) for c in candidates(inside)]
+    boxes = boxed_groups(text)
+    strong = [(start, Candidate(unbox(", ".join(contents)), "boxed")) for start, contents in boxes[-1:]]
+    strong += _after_last("final_answer", text)
+    found = [candidate for _, candidate in sorted(strong, key=lambda item: -item[0])]
+    found += [candidate for _, candidate in _after_last("anchor", text)]
+    if complete and not boxes:
+        found.append(Candidate(_last_formula(text), "formula"))
+        found.append(Candidate(_AFTERTHOUGHT.split(text, maxsplit=1)[0].strip() or text, "text"))
     return [candidate for candidate in found if candidate.text.strip()]
 
 
-def _last_formula(text: str) -> str | None:
-    """The last LaTeX formula, or the last ones joined by a comma or "and"; None when a number follows it."""
-    formulas = list(_FORMULA.finditer(text))
+def _after_last(rule: str, text: str) -> list[tuple[int, Candidate]]:
+    """(position, rest of the line) after the last anchor; the next line when nothing follows on its own."""
+    for match in reversed(list(_ANCHORS[rule].finditer(text))):
+        rest = _AFTERTHOUGHT.split(text[match.end() : match.end() + 4000], maxsplit=1)[0].strip()
+        rest = rest.split("\n\n" if re.match(r"\$|\\\[", rest) else "\n", 1)[0].strip()
+        if rest.strip("*: ."):
+            return [(match.start(), Candidate(rest, rule))]
+    return []
+
+
+def _last_formula(text: str) -> str:
+    """The last LaTeX formula, or the last ones joined by a comma or "and"; "" when a number follows it."""
+    formulas = list(FORMULA.finditer(text))
     if not formulas or re.search(r"\d", text[formulas[-1].end() :]):
-        return None
-    contents = [next(group for group in formulas[-1].groups() if group)]
-    for earlier, later in zip(reversed(formulas[:-1]), reversed(formulas[1:]), strict=True):
-        if not re.fullmatch(r"\s*(?:,|,?\s*(?:and|or)\b)\s*", text[earlier.end() : later.start()]):
+        return ""
+    joined = [formulas[-1]]
+    for earlier in reversed(formulas[:-1]):
+        if not re.fullmatch(r"\s*(?:,|,?\s*(?:and|or)\b)\s*", text[earlier.end() : joined[0].start()]):
             break
-        contents.insert(0, next(group for group in earlier.groups() if group))
-    return ", ".join(content.strip() for content in contents)
-
-
-_FORMULA = re.compile(
-    r"\$\$([^$]+)\$\$|(?<!\\)\$(?![\s$])([^$\n]+?)(?<![\s\\])\$(?!\d)"
-    r"|\\\[((?:[^\\]|\\[^\[\]])+)\\\]|\\\(((?:[^\\]|\\[^()])+)\\\)"
-)
+        joined.insert(0, earlier)
+    return ", ".join((match[1] or match[2]).strip() for match in joined)
 
 
 def strip_reasoning(text: str) -> tuple[str, bool]:
@@ -131,16 +127,16 @@ def boxed_groups(text: str) -> list[tuple[int, list[str]]]:
     groups: list[tuple[int, list[str]]] = []
     end = -1
     for match in _BOX.finditer(text):
-        opening = match.end() - 1
-        stop = closing.get(opening) if match[1] == "{" else opening
-        if stop is None or match.start() < end:
+        start = match.start(1)
+        stop = closing.get(start) if match[1] == "{" else start
+        if stop is None or start < end:
             continue
-        content = text[opening + 1 : stop] if match[1] == "{" else match[1]
-        between = text[end : match.start()] if groups else None
-        if between is not None and len(between) < 120 and _BOX_LINK.fullmatch(_MATH_NOISE.sub("", between)):
-            groups[-1][1].append(content.strip())
+        content = text[start + 1 : stop].strip() if match[1] == "{" else match[1]
+        between = text[end : match.start()]
+        if groups and len(between) < 120 and _BOX_LINK.fullmatch(_MATH_NOISE.sub("", between)):
+            groups[-1][1].append(content)
         else:
-            groups.append((match.start(), [content.strip()]))
+            groups.append((match.start(), [content]))
         end = stop + 1
     return groups
 
@@ -170,32 +166,34 @@ def unbox(text: str) -> str:
     return text.strip()
 
 
-def _after_last(anchor: re.Pattern, text: str) -> tuple[int, str] | None:
-    """(position, rest of the line) after the last anchor; the next line when nothing follows on its own."""
-    for match in reversed(list(anchor.finditer(text))):
-        rest = _AFTERTHOUGHT.split(text[match.end() : match.end() + 4000], maxsplit=1)[0].strip()
-        rest = rest.split("\n", 1)[0].strip() if not re.match(r"\$\$|\\\[|\$", rest) else rest.split("\n\n", 1)[0]
-        if rest.strip("*: ."):
-            return match.start(), rest
-    return None
+# ---------------------------------------------------------------------------------------------- options
+
+_LINE_OPTION = re.compile(r"^[ \t]*(?:\(([A-Za-z])\)|([A-Za-z])[.):])[ \t]*(.*)$", re.MULTILINE)
+_INLINE_OPTION = re.compile(r"(?<![\w(])\(([A-Za-z])\)()([^\n]*?)(?=(?<![\w(])\([A-Za-z]\)|$)", re.MULTILINE)
+_CHOICE = re.compile(r"\s*(?:\(\s*([A-Za-z])\s*\)|([A-Za-z])\s*[.):](?!\d))\s*(.*)$", re.DOTALL)
 
 
 def parse_options(question: str | None) -> dict[str, str]:
     """Options named in a question, by upper-case letter in order; empty when there are none.
 
-    Lines "A. text", "A) text", "(a) text", "A: text", or "(a) text (b) text" in a line. Letters run A, B, C, ...
+    Lines "A. text", "A) text", "(a) text", "A: text", or else "(a) text (b) text" in a line. Letters run A, B, C, ...
     without a gap; the last run in the text counts, and one option alone is no list.
     """
-    if not question:
-        return {}
-    question = re.sub(r"\\n(?=\s*\(?[A-Z]\s*[).:])|\\n(?=\s*\([a-z]\))", "\n", question)
-    by_line = _last_run([((m[1] or m[2]).upper(), m[3]) for m in _LINE_OPTION.finditer(question)])
-    marks = list(_INLINE_OPTION.finditer(question))
-    ends = [*(mark.start() for mark in marks), len(question)][1:]
-    inline = _last_run(
-        [(mark[1].upper(), question[mark.end() : end].split("\n")[0]) for mark, end in zip(marks, ends, strict=False)]
-    )
-    return inline if len(inline) > len(by_line) else by_line
+    question = re.sub(r"\\n(?=\s*\(?[A-Z]\s*[).:]|\s*\([a-z]\))", "\n", question or "")
+    return _last_run(_LINE_OPTION, question) or _last_run(_INLINE_OPTION, question)
+
+
+def _last_run(option: re.Pattern, question: str) -> dict[str, str]:
+    run: dict[str, str] = {}
+    best: dict[str, str] = {}
+    for match in option.finditer(question):
+        letter = (match[1] or match[2]).upper()
+        if letter == "A":
+            run = {}
+        if letter == chr(ord("A") + len(run)):
+            run[letter] = match[3].strip()
+            best = run if len(run) > 1 else best
+    return best
 
 
 def options_of(choices: Sequence[Any] | Mapping[str, Any] | None, question: str | None) -> dict[str, str]:
@@ -203,30 +201,11 @@ def options_of(choices: Sequence[Any] | Mapping[str, Any] | None, question: str 
     if isinstance(choices, Mapping):
         return {str(letter).upper(): as_text(text) for letter, text in choices.items()}
     if isinstance(choices, Iterable) and not isinstance(choices, str) and (choices := list(choices)):
-        texts = [as_text(choice) for choice in choices][:26]
+        options = {chr(65 + i): as_text(choice) for i, choice in enumerate(choices[:26])}
         # Choices such as "(a) Open" bring their letter along.
-        parts = [split_choice(text) for text in texts]
-        if all(part and part[0] == chr(65 + i) and part[1] for i, part in enumerate(parts)):
-            texts = [part[1] for part in parts]
-        return {chr(65 + i): text for i, text in enumerate(texts)}
+        parts = [split_choice(text) for text in options.values()]
+        return dict(parts) if all(parts) and [letter for letter, _ in parts] == list(options) else options
     return parse_options(question if isinstance(question, str) else None)
-
-
-def as_text(value: Any) -> str:
-    """A value as text, None as none at all."""
-    return value if isinstance(value, str) else "" if value is None else str(value)
-
-
-def _last_run(found: list[tuple[str, str]]) -> dict[str, str]:
-    run: dict[str, str] = {}
-    best: dict[str, str] = {}
-    for letter, text in found:
-        if letter == "A":
-            run = {}
-        if letter == chr(ord("A") + len(run)):
-            run[letter] = text.strip()
-            best = run if len(run) > 1 else best
-    return best
 
 
 def split_choice(text: str) -> tuple[str, str] | None:
@@ -235,16 +214,60 @@ def split_choice(text: str) -> tuple[str, str] | None:
     return ((match[1] or match[2]).upper(), match[3].strip()) if match else None
 
 
+# ------------------------------------------------------------------------------------------------ words
+
+_MARKUP = re.compile(  # but not the stars of 2*3, 2 * 3 and x**2
+    r"(?<![A-Za-z0-9)}\]\\*])[*`]+(?=\S)|(?<=\S)[*`]++(?![A-Za-z0-9(\\{])|(?<![A-Za-z0-9])_+|_+(?![A-Za-z0-9{(])"
+)
+_PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3002: ". ", 0x2212: "-", 0x3000: " "}
+_QUOTES = re.compile(r"[\"“”]|(?<=\w)['’](?=\w)|(?<!\S)['‘]|['’](?!\S)(?<=[\w.]['’])")
+
+# Words that deny what follows, in the languages that models answer in.
+NOT = (
+    r"(?:(?<!\w)(?:not|neither|nor|never|cannot|nicht|kein|pas|non|no|não|nao|niet|geen|nie|hindi|ne|не|нет)(?!\w)"
+    r"|n['’]t(?!\w)|rather than|instead of|except|excluding|other than|all but|không phải|không|değil|ليس|وليس|ليست"
+    r"|不是|不选|不選|不为|不能|并非|並非|而非|不會|不会)"
+)
+_NOT_BEFORE = re.compile(rf"(?i){NOT}(?:(?!\bbut\b)[^.,;:!?\n\d]){{0,20}}$")
+_NOT_AFTER = re.compile(  # but "B is not A" and "B不是A" name B
+    r"(?i)[)\]*\"']*\s*(?:(?:is|are|was|can|could|would|does|ist|est|es|é|è)\s*)?"
+    r"(?:not\b|n['’]t\b|cannot\b|wrong\b|incorrect|false\b|(?:be )?(?:excluded|ruled out|eliminated)"
+    r"|nicht\b|falsch|faux\b|no es\b|n['’]est pas|невер|неправ|değil"
+    r"|不对|不是|不正确|错|ではない|ではありません|(?:가|이|는|은) 아[니닙]|नहीं)"
+    r"(?!\s*\(?[A-Z](?![A-Za-z]))"
+)
+_JOIN = re.compile(r"[*$\s()]*(?:[,/&]|,?\s*\b(?:and|or|et|ou|und|oder|y|o|e|и|или)\b|[和或、])[*$\s()]*")
+
+
+def stated(text: str, found: Sequence[re.Match], last: bool) -> tuple[re.Match | None, bool]:
+    """The first or last of some parts of a text that is not denied ("not A but B"), and whether it stands alone (not
+    "A or B"). What is joined to a denied part is denied too: "not A, B or C".
+    """
+    said: list[tuple[re.Match, bool]] = []  # each with whether it is joined to the one before
+    denied = False
+    for before, match in zip([None, *found], found, strict=False):
+        joined = before is not None and bool(_JOIN.fullmatch(text[before.end() : match.start()]))
+        denied = (denied and joined) or bool(_NOT_BEFORE.search(text[max(0, match.start() - 40) : match.start()]))
+        if not denied and not _NOT_AFTER.match(text[match.end() : match.end() + 30]):
+            said.append((match, joined and bool(said) and said[-1][0] is before))
+    if not said:
+        return None, True
+    at = len(said) - 1 if last else 0
+    return said[at][0], not said[at][1] and not (at + 1 < len(said) and said[at + 1][1])
+
+
+def as_text(value: Any) -> str:
+    """A value as text, None as none at all."""
+    return value if isinstance(value, str) else "" if value is None else str(value)
+
+
 def plain(text: str) -> str:
     """Full-width characters, the minus sign and Markdown emphasis made plain; nothing else changes."""
-    return _MARKUP.sub("", text.translate(_FULLWIDTH))
+    return _MARKUP.sub("", text.translate(_PLAIN))
 
 
 def normalize_text(text: str) -> str:
     """Text for comparison: lower case, no Markdown, quotes, articles or sentence punctuation, single spaces."""
-    text = re.sub(r"\\(?:text|textbf|textit|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}", r"\1", plain(text))
-    text = re.sub(r"(?<!\w)(?:a|an|the)\s+(?=\w)", "", text.casefold())
-    text = re.sub(r"\$|\\[()\[\]]", "", text)
-    text = re.sub(r"[\"“”]|(?<=\w)['’](?=\w)|(?<!\S)['‘]|['’](?!\S)(?<=[\w.]['’])", "", text)
-    text = re.sub(r"(?<=\w)[,;:!?.]+(?=\s|$)|(?<=\s)[,;:!?.]+(?=\s|$)|(?<=[)\]])[.,;:](?=\s|$)", " ", text)
-    return " ".join(text.split())
+    text = re.sub(r"\$|\\[()\[\]]", "", MACRO.sub(r"\1", plain(text)).casefold())
+    text = _QUOTES.sub("", re.sub(r"(?<!\w)(?:a|an|the)\s+(?=\w)", "", text))
+    return " ".join(re.sub(r"[,;:!?.]+(?=\s|$)", " ", text).split())

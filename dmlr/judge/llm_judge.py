@@ -29,18 +29,14 @@ from anyio.from_thread import start_blocking_portal
 
 from dmlr.config import locate
 from dmlr.judge import Verdict
-from dmlr.judge.llm_prompt import Reply, clean, data_message, messages, output_of, read_reply, response_format
+from dmlr.judge.llm_prompt import RESPONSE_FORMAT, Reply, clean, data_message, messages, output_of, read_reply
 from dmlr.judge.llm_settings import JudgeError, JudgeSettings
 
 STATUSES = ("correct", "wrong", "unparsed", "judge_failed")
 
 # Ways to ask, from the one that binds the reply most to the one that every server understands.
-_FORMS: tuple[dict[str, Any], ...] = (
-    {"temperature": 0, "response_format": response_format()},
-    {"temperature": 0},
-    {},
-)
-_REFUSED = (400, 404, 415, 422)  # what servers answer to a parameter that they do not know
+_FORMS = ({"temperature": 0, "response_format": RESPONSE_FORMAT}, {"temperature": 0}, {})
+_REFUSED = re.compile("http_4(?:00|04|15|22)")  # what servers answer to a parameter that they do not know
 _UNANSWERED = re.compile(r"timeout|connection|http_(?:403|408|429|5\d\d)")  # reasons that lie with the server alone
 _CACHE_ERRORS = (OSError, ValueError, sqlite3.Error, zlib.error, diskcache.Timeout)
 _SHOWN = 300
@@ -99,10 +95,8 @@ class LLMJudge:
 
     def report(self) -> dict[str, Any]:
         """What the judging cost so far, for the run's report: usage, dollars (None: no price given), failures."""
-        cost = None
-        if self.settings.price is not None:
-            prompt, completion = self.settings.price
-            cost = (prompt * self.usage["prompt_tokens"] + completion * self.usage["completion_tokens"]) / 1e6
+        tokens, price = (self.usage["prompt_tokens"], self.usage["completion_tokens"]), self.settings.price
+        cost = None if price is None else sum(n * dollars for n, dollars in zip(tokens, price, strict=True)) / 1e6
         return {"model": self.settings.model, **self.usage, "cost_usd": cost, "failures": dict(self.failures)}
 
     async def _ask_all(self, waiting: Mapping[str, str], progress: Callable[[], object]) -> dict[str, Verdict]:
@@ -137,50 +131,34 @@ class LLMJudge:
         for form in range(self._form, len(_FORMS)):
             try:
                 completion = await client.chat.completions.create(
-                    model=self.settings.model, messages=messages(data, as_json=form == 0), **_FORMS[form]
+                    model=self.settings.model, messages=messages(data), **_FORMS[form]
                 )
                 reply = read_reply(self._content(completion))
-            except openai.APIStatusError as error:
-                reason, message = f"http_{error.status_code}", error.message
-                if error.status_code not in _REFUSED:
-                    break
-                refused = True
-            except openai.APITimeoutError:
-                reason, message = "timeout", f"no whole reply within {self.timeout:g} s"
-                break
-            except openai.APIConnectionError as error:
-                reason, message = "connection", f"{type(error.__cause__).__name__}: {error.__cause__}"
-                break
-            except ValueError as error:  # no JSON, another protocol, or no verdict: worth another way to ask
-                reason, message = "unreadable_reply", str(error)
             except Exception as error:  # whatever it is, it is not the fault of the output that is judged
-                reason, message = type(error).__name__, str(error)
-                break
+                reason, message = _reason(error)
+                refused = refused or bool(_REFUSED.fullmatch(reason))
+                if not (_REFUSED.fullmatch(reason) or reason == "unreadable_reply"):
+                    break  # another way to ask would not help
             else:
                 self._fruitless = 0
                 self._form = form if refused else self._form
                 reply = Reply(answer=self._shown(reply.answer), verdict=reply.verdict)
                 await anyio.to_thread.run_sync(self._keep, key, reply)
                 return self._verdict(reply)
+        self._fruitless = self._fruitless + 1 if _UNANSWERED.fullmatch(reason) else 0
         if reason == "http_401":
             self._fruitless = 3 * self.concurrency
-        else:
-            self._fruitless = self._fruitless + 1 if _UNANSWERED.fullmatch(reason) else 0
         return self._failed(reason, message)
 
     def _content(self, completion: Any) -> str:
         """Text of a completion, its tokens counted. ValueError for what is none: the client checks no types."""
-        usage = getattr(completion, "usage", None)
         for name in ("prompt_tokens", "completion_tokens"):
-            count = getattr(usage, name, None)
+            count = getattr(getattr(completion, "usage", None), name, None)
             self.usage[name] += count if isinstance(count, int) else 0
         try:
-            content = completion.choices[0].message.content
+            return "" + completion.choices[0].message.content
         except (AttributeError, IndexError, TypeError, KeyError):
-            content = None
-        if not isinstance(content, str):
-            raise ValueError("the server's reply is no chat completion with text")
-        return content
+            raise ValueError("the server's reply is no chat completion with text") from None
 
     def _verdict(self, reply: Reply) -> Verdict:
         return Verdict(reply.status, f"llm:{self.settings.model}", reply.answer)
@@ -198,7 +176,7 @@ class LLMJudge:
 
     def _key(self, data: str) -> str:
         # A model's name means something on its own server only.
-        question = json.dumps([self.settings.base_url, self.settings.model, messages(data, as_json=True)])
+        question = json.dumps([self.settings.base_url, self.settings.model, messages(data)])
         return hashlib.sha256(question.encode()).hexdigest()
 
     def _recall(self, key: str) -> Verdict | None:
@@ -212,6 +190,20 @@ class LLMJudge:
             self._cache[key] = reply.model_dump()
         except _CACHE_ERRORS as error:
             warnings.warn(f"{self._cache.directory}: LLM verdicts are not kept: {error}", stacklevel=2)
+
+
+def _reason(error: Exception) -> tuple[str, str]:
+    """Why there is no verdict, as one word and as a message."""
+    match error:
+        case openai.APIStatusError():
+            return f"http_{error.status_code}", error.message
+        case openai.APITimeoutError():
+            return "timeout", "no whole reply in time"
+        case openai.APIConnectionError():
+            return "connection", f"{type(error.__cause__).__name__}: {error.__cause__}"
+        case ValueError():  # no JSON, another protocol, or no verdict
+            return "unreadable_reply", str(error)
+    return type(error).__name__, str(error)
 
 
 class _WholeTimeout(openai.DefaultAsyncHttpxClient):
@@ -230,41 +222,29 @@ class _WholeTimeout(openai.DefaultAsyncHttpxClient):
             raise httpx2.ReadTimeout("no whole reply in time", request=request) from None
 
 
-def decide(
-    cases: Sequence[Mapping[str, Any]],
-    by_rules: Sequence[Verdict],
-    llm: LLMJudge,
-    *,
-    always: bool = False,
-    progress: Callable[[], object] | None = None,
+def judge_cases(
+    cases: Sequence[Mapping[str, Any]], by_rules: Iterable[Verdict], *, always: bool = False
 ) -> list[Verdict]:
-    """The rules' verdicts, the LLM's in place of those that are unparsed, or of all of them."""
+    """The rules' verdicts, the LLM's in place of those that are unparsed, or of all of them: for the command line.
+
+    Settings from the environment, the shared cache; cost and agreement go to stderr. JudgeError before any case is
+    judged when the settings or the cache cannot be used.
+    """
+    llm = LLMJudge(JudgeSettings.from_environment(), shared_cache())
+    by_rules = list(by_rules)
     asked = [i for i, verdict in enumerate(by_rules) if always or verdict.status == "unparsed"]
-    verdicts = list(by_rules)
-    for i, verdict in zip(asked, llm.judge_many([cases[i] for i in asked], progress), strict=True):
-        verdicts[i] = verdict
-    return verdicts
+    verdicts = dict(enumerate(by_rules)) | dict(zip(asked, llm.judge_many([cases[i] for i in asked]), strict=True))
+    print(json.dumps(llm.report()), file=sys.stderr)
+    if always:
+        table = agreement([v.status for v in by_rules], [v.status for v in verdicts.values()])
+        print(json.dumps({"rules, then llm": table}), file=sys.stderr)
+    return list(verdicts.values())
 
 
 def agreement(by_rules: Sequence[str], by_llm: Sequence[str]) -> dict[str, dict[str, int]]:
     """Counts of cases by status, the rules' first and then the LLM's; every pair of STATUSES is there, if with 0."""
     counts = Counter(zip(by_rules, by_llm, strict=True))
     return {rules: {llm: counts[rules, llm] for llm in STATUSES} for rules in STATUSES if rules != "judge_failed"}
-
-
-def judge_cases(cases: Sequence[Mapping[str, Any]], by_rules: Iterable[Verdict], *, always: bool) -> list[Verdict]:
-    """`decide` for the command line: settings from the environment, the shared cache, cost and failures on stderr.
-
-    JudgeError before any case is judged when the settings or the cache cannot be used.
-    """
-    llm = LLMJudge(JudgeSettings.from_environment(), shared_cache())
-    by_rules = list(by_rules)
-    verdicts = decide(cases, by_rules, llm, always=always)
-    print(json.dumps(llm.report()), file=sys.stderr)
-    if always:
-        table = agreement([v.status for v in by_rules], [v.status for v in verdicts])
-        print(json.dumps({"rules, then llm": table}), file=sys.stderr)
-    return verdicts
 
 
 def shared_cache() -> Path:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from string import ascii_uppercase
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dmlr.judge.extract import strip_reasoning
+from dmlr.judge.extract import as_text, options_of, strip_reasoning
 
 MAX_CHARACTERS = 8_000  # of each part: a question's beginning, an output's end, where its answer stands
 
@@ -35,25 +34,14 @@ numbers, expressions and units in another notation, and other words for the same
 are compared after rounding to that many; with a tolerance given, numbers are equal that differ by at most that share \
 of the ground truth.
 - wrong: it means something else, names more than one answer where one was asked for, or leaves out part of it.
-- no_answer: the output commits to no answer, or breaks off before one."""
-
-_AS_JSON = """
+- no_answer: the output commits to no answer, or breaks off before one.
 
 Reply with one JSON object and nothing else: {"answer": "the final answer as the output words it, empty if there is \
 none", "verdict": "correct", "wrong" or "no_answer"}."""
 
-_AS_LINES = """
-
-Reply with exactly two lines and nothing else:
-answer: the final answer as the output words it, in one line
-verdict: correct, wrong or no_answer"""
-
 _STATUS = {"correct": "correct", "wrong": "wrong", "no_answer": "unparsed"}
-_WORDS = {"correct": "correct", "wrong": "wrong", "incorrect": "wrong", "no_answer": "no_answer"}
-_VERDICT_LINE = re.compile(
-    r"^[^\w\n]*(?:verdict[^\w\n]+)?(correct|incorrect|wrong|no[ _]answer)[^\w\n]*$", re.IGNORECASE | re.MULTILINE
-)
-_ANSWER_LINE = re.compile(r"^[^\w\n]*answer[*\"'` ]*:[* ]*(.*)$", re.IGNORECASE | re.MULTILINE)
+_VERDICT_LINE = re.compile(r"(?im)^[^\w\n[{]*(?:verdict[^\w\n]+)?(correct|incorrect|wrong|no[ _]answer)[^\w\n]*$")
+_ANSWER_LINE = re.compile(r"(?im)^[^\w\n]*answer[^\w\n]*:[* ]*(.*)$")
 
 
 class Reply(BaseModel):
@@ -69,12 +57,11 @@ class Reply(BaseModel):
         return _STATUS[self.verdict]
 
 
-def response_format() -> dict[str, Any]:
-    """Structured output as the chat-completions protocol asks for it: a strict JSON schema of Reply."""
-    return {
-        "type": "json_schema",
-        "json_schema": {"name": "verdict", "strict": True, "schema": Reply.model_json_schema()},
-    }
+# Structured output as the chat-completions protocol asks for it.
+RESPONSE_FORMAT = {
+    "type": "json_schema",
+    "json_schema": {"name": "verdict", "strict": True, "schema": Reply.model_json_schema()},
+}
 
 
 def data_message(case: Mapping[str, Any]) -> str:
@@ -82,9 +69,10 @@ def data_message(case: Mapping[str, Any]) -> str:
 
     The id is a digest of all parts, so no part can contain it, and the same case is the same message.
     """
+    options = options_of(case.get("choices"), None)
     parts = {
         "question": clean(case.get("question"))[:MAX_CHARACTERS],
-        "options": "\n".join(_options(case.get("choices")))[:MAX_CHARACTERS],
+        "options": clean("\n".join(f"{letter}. {text}" for letter, text in options.items()))[:MAX_CHARACTERS],
         "decimals": clean(case.get("precision")),
         "tolerance": clean(case.get("relative_tolerance")),
         "ground_truth": clean(case.get("ground_truth"))[:MAX_CHARACTERS],
@@ -99,15 +87,14 @@ def output_of(case: Mapping[str, Any]) -> str:
     return strip_reasoning(clean(case.get("prediction")))[0].strip()
 
 
-def messages(data: str, *, as_json: bool) -> list[dict[str, str]]:
-    """Instructions and data; the reply is asked for as JSON, or as two lines of text."""
-    instructions = SYSTEM + (_AS_JSON if as_json else _AS_LINES)
-    return [{"role": "system", "content": instructions}, {"role": "user", "content": data}]
+def messages(data: str) -> list[dict[str, str]]:
+    """Instructions and data."""
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": data}]
 
 
 def read_reply(text: str) -> Reply:
-    """A reply in either form, after reasoning, prose or a code fence too. ValueError for anything else, and for two
-    verdicts at once."""
+    """A reply as JSON, after reasoning, prose or a code fence too, or as a line of its own. ValueError for anything
+    else, and for two verdicts at once."""
     text, complete = strip_reasoning(text)
     if not complete:
         raise ValueError("reasoning that breaks off")
@@ -119,9 +106,8 @@ def read_reply(text: str) -> Reply:
             return Reply.model_validate(judged[0])
         except ValidationError:
             raise ValueError("JSON of another schema") from None
-    if text.lstrip().startswith("["):
-        raise ValueError("JSON of another schema")
-    verdicts = {_WORDS[found.lower().replace(" ", "_")] for found in _VERDICT_LINE.findall(text)}
+    found = _VERDICT_LINE.findall(text.lower())
+    verdicts = {verdict.replace(" ", "_").replace("incorrect", "wrong") for verdict in found}
     if len(verdicts) != 1:
         raise ValueError("more than one verdict" if verdicts else "no verdict")
     answers = _ANSWER_LINE.findall(text)
@@ -150,12 +136,4 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def clean(value: Any) -> str:
     """Text of any value that every server can be sent: no lone surrogates; empty for None."""
-    return "" if value is None else str(value).encode("utf-8", "replace").decode("utf-8")
-
-
-def _options(choices: Any) -> list[str]:
-    if isinstance(choices, Mapping):
-        return [f"{clean(letter)}. {clean(text)}" for letter, text in choices.items()]
-    if isinstance(choices, Sequence) and not isinstance(choices, str):
-        return [f"{letter}. {clean(text)}" for letter, text in zip(ascii_uppercase, choices, strict=False)]
-    return []
+    return as_text(value).encode("utf-8", "replace").decode("utf-8")

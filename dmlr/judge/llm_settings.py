@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import re
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, HttpUrl, SecretStr, TypeAdapter, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from dmlr.config import root
@@ -17,41 +16,28 @@ class JudgeError(RuntimeError):
 
 
 def _key(key: SecretStr) -> SecretStr:
-    text = key.get_secret_value()
-    if not (text.isascii() and text.isprintable()) or " " in text:
+    if not re.fullmatch("[!-~]+", key.get_secret_value()):
         raise ValueError("holds blanks or characters that no key has")
     return key
 
 
 def _address(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # such as a port that is no number
-        usable = False
-    if not usable:
-        raise ValueError("is no http:// or https:// address")
+    TypeAdapter(HttpUrl).validate_python(url)
     return url
 
 
-def _price(value: Any) -> Any:
-    """Dollars per million prompt and completion tokens from "2,8"."""
-    if not isinstance(value, str):
-        return value
-    try:
-        prompt, completion = (float(part) for part in value.split(","))
-    except ValueError:
-        prompt = completion = math.nan
-    if not (0 <= prompt < math.inf and 0 <= completion < math.inf):
-        raise ValueError('is no price: expected dollars per million prompt and completion tokens, such as "2,8"')
-    return prompt, completion
+def _pair(value: Any) -> Any:
+    return value.split(",") if isinstance(value, str) else value
+
+
+Dollars = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class JudgeSettings(BaseSettings):
     """Where the judge is and what it is called. The key is a SecretStr: printed, logged or dumped, it is stars.
 
-    `price` is in US dollars per million tokens, (prompt, completion); None when nobody said it: prices change, and this
-    code knows none.
+    `price` is in US dollars per million tokens, (prompt, completion), "2,8" in the environment; None when nobody said
+    it: prices change, and this code knows none.
     """
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True, populate_by_name=True)
@@ -61,7 +47,7 @@ class JudgeSettings(BaseSettings):
         "https://api.openai.com/v1", validation_alias="OPENAI_API_BASE_URL"
     )
     model: str = Field("gpt-4.1-2025-04-14", validation_alias="MODEL_TYPE")
-    price: Annotated[tuple[float, float] | None, NoDecode, BeforeValidator(_price)] = Field(
+    price: Annotated[tuple[Dollars, Dollars] | None, NoDecode, BeforeValidator(_pair)] = Field(
         None, validation_alias="MODEL_PRICE"
     )
 
@@ -74,12 +60,14 @@ class JudgeSettings(BaseSettings):
         try:
             return cls(_env_file=(".env", root() / ".env"))  # the later one wins
         except ValidationError as error:
-            (name, *_), problem = error.errors()[0]["loc"], error.errors()[0]
+            problem = error.errors(include_input=False)[0]
         except (OSError, ValueError) as error:
             raise JudgeError(f".env cannot be read: {type(error).__name__}") from None
+        name = problem["loc"][0]
         if problem["type"] == "missing":
             raise JudgeError(
                 f"the LLM judge needs {name}, in the environment or in a file .env in the project's root or in the "
                 "working folder (for a server that checks no key, any word will do)"
             )
-        raise JudgeError(f"{name} {problem['msg'].removeprefix('Value error, ')}")
+        example = ': expected dollars per million prompt and completion tokens, such as "2,8"'
+        raise JudgeError(f"{name} cannot be used: {problem['msg']}{example if name == 'MODEL_PRICE' else ''}")

@@ -7,72 +7,52 @@ import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
-from dmlr.judge.extract import plain
+from dmlr.judge.extract import MACRO, plain, stated
 
 _MAX_CHARACTERS = 400  # of a number: exact arithmetic on longer ones helps nobody
-_VULGAR = "".join(chr(c) for c in (0xBC, 0xBD, 0xBE, *range(0x2150, 0x215F)))
-_POWERS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
+_LATEX_THOUSANDS = re.compile(r"(?<=\d)\s?(?:\{,\}|,\\[!,;:]|\\[,!;: ]|~)\s?(?=\d{3}(?!\d))")
+_REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{(\d{1,20})\}")
 _BLANK = r"[ \u00a0\u2009\u202f'’_]"
-_BODY = (
-    r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?"  # 1,234.5
-    rf"|[1-9]\d{{0,2}}(?:{_BLANK}\d{{3}})+(?![\d/]|{_BLANK}\d)(?:[.,]\d+)?"  # 1 234,5
-    r"|[1-9]\d{0,2}(?:(?:\.\d{3})+,\d+|(?:\.\d{3}){2,})(?!\.?\d)"  # 1.234,5
-    r"|\d+,\d{2}(?![\d,])|0,\d+(?![\d,])"  # 2,74; "1,2" is rather a list
-    rf"|\d+\s+\d+/\d+(?!\.?\d)|\d+[{_POWERS}]+"  # 1 1/2, 10²
-    rf"|\d+(?:\.\d+)?(?:[eE][-+]?\d{{1,3}}(?![\dA-Za-z]))?(?:\s?[{_VULGAR}]|\s*/\s*\d+(?!\.?\d))?|\.\d+|[{_VULGAR}])"
+_GROUPED = re.compile(  # 1,234 and 1 234 and 1.234,5
+    rf"(?<![\w.,])[1-9]\d{{0,2}}(?:(?:,\d{{3}})+(?!\d)|(?:{_BLANK}\d{{3}})+(?![\d/]|{_BLANK}\d)"
+    r"|(?:\.\d{3})+(?=,\d)|(?:\.\d{3}){2,}(?!\.?\d))"
+)
+_DECIMAL_COMMA = re.compile(r"(?<![\d.,])(\d+),(?=\d{2}(?![\d,]))|(?<![\d.,])(0|\d{4,}),(?=\d+(?![\d,]))")
+
+_MONEY = r"(?:USD|EUR|GBP|US)?\s?\\?[$€£¥₹¢]|(?:USD|EUR|GBP)\s"
+# In "5-3", "x - 3" and "- 3" at the head of a line the minus is no sign.
+_SIGN = r"(?P<sign>(?<![A-Za-z0-9)\]}%°!])[-–](?=[\d.$€£¥₹\\])|(?<=[=≈:(])\s*[-–]\s|\A[-–]\s|(?i:minus|negative)\s+)"
+_NUMBER = (
+    rf"(?:\+\s?|{_SIGN})?(?:{_MONEY})?\s?"
+    r"(?P<body>\d+\s+\d+\s*/\s*\d+(?!\.?\d)|\d+(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?![\dA-Za-z])|\s*/\s*\d+(?!\.?\d))?|\.\d+)"
     r"(?P<times>\s?(?:thousand|million|billion|trillion)\b|k\b)?"
 )
-_TIMES = {"thousand": 10**3, "k": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_SIGN = r"(?P<sign>[-+–]\s?|(?i:minus|negative)\s+)?"
-_MONEY = r"[$€£¥₹¢]"
-_CURRENCY = rf"(?:(?:USD|EUR|GBP|US)?\s?\\?{_MONEY}|(?:USD|EUR|GBP)\s)?"
-_NUMBER = re.compile(rf"(?<![A-Za-z0-9_.,^{{}}\\]){_SIGN}{_MONEY}?\s?(?P<body>{_BODY})(?P<pct>\s*\\?%)?")
+_IN_PROSE = re.compile(rf"(?<![A-Za-z0-9_.,^{{}}\\]){_NUMBER}(?P<percent>\s*(?:\\?%|percent\b|pct\b))?")
 _POWER = r"(?:[²³]|\^\{?-?\d\}?)?"
-_UNIT = (
-    rf"(?:\\?%|°|\^\\circ|\^\{{\\circ\}}|\\circ|\\Omega|\\?{_MONEY}"
-    rf"|[A-Za-zµμΩ°\u4e00-\u9fff]+\.?{_POWER}(?:[/ ·*][A-Za-z]+\.?{_POWER}){{0,3}})"
-)
-_PURE = re.compile(rf"{_SIGN}{_CURRENCY}\s?(?P<body>{_BODY})(?P<space>\s*)(?P<unit>{_UNIT})?")
-_TEXT_MACRO = re.compile(r"\\(?:text|mathrm|textrm|operatorname|mbox)\s*\{([^{}]*)\}")
-THOUSANDS = re.compile(r"(?<=\d)\s?(?:\{,\}|,\\[!,;:]|\\[,!;: ]|~)\s?(?=\d{3}(?!\d))")  # LaTeX's ways to write them
-REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{(\d{1,20})\}")
+_UNIT = rf"[A-Za-zµμΩ°\u4e00-\u9fff]+\.?{_POWER}(?:[/ ·*][A-Za-z]+\.?{_POWER}){{0,3}}"
+_SYMBOL = r"\\?%|°|\^\\circ|\^\{\\circ\}|\\circ|\\Omega|\\?[$€£¥₹¢]|[\u4e00-\u9fff]+"
+_ALONE = re.compile(rf"{_NUMBER}(?P<space>\s*)(?P<unit>{_SYMBOL}|{_UNIT})?")
 
+_TIMES = {"thousand": 10**3, "k": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _UNITS = {
-    alias: name
-    for name, aliases in {
-        "%": "% \\% percent pct percentage",
-        "deg": "° ^\\circ ^{\\circ} \\circ degree degrees deg",
-        "mm": "mm millimeter millimeters millimetre millimetres",
-        "cm": "cm centimeter centimeters centimetre centimetres",
-        "m": "m meter meters metre metres",
-        "km": "km kilometer kilometers kilometre kilometres",
-        "in": "in inch inches",
-        "ft": "ft foot feet",
-        "mg": "mg milligram milligrams",
-        "g": "g gram grams",
-        "kg": "kg kilogram kilograms",
-        "ml": "ml mL milliliter milliliters millilitre millilitres",
-        "l": "l L liter liters litre litres",
-        "s": "s sec second seconds",
-        "min": "min minute minutes",
-        "h": "h hr hour hours",
-        "cm2": "cm2",
-        "m2": "m2",
-        "cm3": "cm3",
-        "m3": "m3",
-    }.items()
+    alias: aliases.split()[0]
+    for aliases in (
+        *("% \\% percent pct percentage", "deg ° ^\\circ ^{\\circ} \\circ degree", "mm millimeter millimetre"),
+        *("cm centimeter centimetre", "m meter metre", "km kilometer kilometre", "in inch inches", "ft foot feet"),
+        *("mg milligram", "g gram", "kg kilogram", "ml mL milliliter millilitre", "l L liter litre"),
+        *("s sec second", "min minute", "h hr hour", "cm2", "m2", "cm3", "m3"),
+    )
     for alias in aliases.split()
 }
-_LETTER_UNITS = "JNVKWΩ"  # after a space: "5 V" is a voltage, "5 x" a product
 
-_ONES = (
+_SMALL = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen"
 ).split()
-_TENS = {word: 10 * (i + 2) for i, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split())}
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_WORDS = dict(zip([*_SMALL, *_TENS], [*range(20), *range(20, 100, 10)], strict=True))
 _IN_WORDS = re.compile(
-    rf"(?i)\b(?:({'|'.join(_TENS)})(?:[- ]({'|'.join(_ONES[1:10])}))?|({'|'.join(reversed(_ONES))}))\b"
-    r"(?!\s+(?:of|half)\b)"
+    rf"\b(?:(?:{'|'.join(_TENS)})(?: (?:{'|'.join(_SMALL[1:10])}))?|{'|'.join(_SMALL)})\b(?!\s+(?:of|half)\b)"
 )
 
 
@@ -111,142 +91,91 @@ class Number:
 def _same(a: Fraction, b: Fraction, tolerance: Tolerance) -> bool:
     if abs(a - b) <= Fraction(tolerance.relative) * abs(b):
         return True
-    decimals = tolerance.decimals
-    if decimals is None:
-        return a == b
+    if (decimals := tolerance.decimals) is None:
+        return False
     # A value halfway between two roundings is rounded either way by honest programs: both are accepted.
-    return a == b or abs(a - b) * 10**decimals <= Fraction(1, 2) or round(a, decimals) == round(b, decimals)
+    return abs(a - b) * 10**decimals <= Fraction(1, 2) or round(a, decimals) == round(b, decimals)
 
 
 def parse_number(text: str) -> Number | None:
     """The number that a text *is* (with currency, percent or unit, in dollars or not); None for anything more."""
     if len(text) > _MAX_CHARACTERS:
         return None
-    text = _spelled(_TEXT_MACRO.sub(r" \1", text)).strip().strip("$").strip()
-    text = re.sub(r"^\\\(|\\\)$|^\\\[|\\\]$|\\[;!:, ]|~", " ", text).strip().rstrip(".").strip()
-    if match := REPEATING.fullmatch(text):
-        return Number(repeating(match))
-    match = _PURE.fullmatch(text)
-    if match is None:
+    text = spelled(MACRO.sub(r" \1", text)).strip().strip("$").strip()
+    text = western(re.sub(r"^\\\(|\\\)$|^\\\[|\\\]$|\\[;!:, ]|~", " ", text)).strip().rstrip(".").strip()
+    if (match := _ALONE.fullmatch(text)) is None:
         return None
-    unit = re.sub(r"(?<=[A-Za-z])\^\{?(\d)\}?", r"\1", match["unit"] or "").strip().rstrip(".")
+    unit = re.sub(r"(?<=[A-Za-z])\^\{?(\d)\}?", r"\1", match["unit"] or "").rstrip(".")
     unit = unit.replace("²", "2").replace("³", "3")
-    # "2x" and "3 i" are expressions; a unit is known, or a word of two letters at least after a space.
-    unknown = unit and unit not in _UNITS and not re.fullmatch(rf"\\Omega|\\?{_MONEY}|[\u4e00-\u9fff]+", unit)
-    if unknown and not (match["space"] and (len(unit) > 1 or unit in _LETTER_UNITS)):
+    name = _UNITS.get(unit) or _UNITS.get(unit.removesuffix("s"), "")
+    # "2x" and "3 i" are expressions; a unit is known, a symbol, or a word or a capital after a space.
+    word = match["space"] and (len(unit) > 1 or unit.isupper())
+    value = _value(match)
+    if value is None or not (name or word or not unit or re.fullmatch(_SYMBOL, unit)):
         return None
-    value = _value(match, match["sign"])
-    name = _UNITS.get(unit, "")
-    return None if value is None else Number(value, name == "%", "" if name == "%" else name)
-
-
-def repeating(match: re.Match) -> Fraction:
-    """The value of a decimal with a period, as REPEATING finds it."""
-    whole, start, period = match.groups()
-    tail = len(start) + len(period)
-    return Fraction(int(f"{whole}{start}{period}") - int(f"{whole}{start}" or 0), 10**tail - 10 ** len(start))
-
-
-def number_in_words(text: str) -> Number | None:
-    """The only number of a text that writes it as a word, up to ninety-nine; "one" counts only where it stands alone.
-
-    None with digits, or with several numbers.
-    """
-    if re.search(r"\d|(?i:hundred|thousand|million)", text) or len(text) > _MAX_CHARACTERS:
-        return None
-    if part := re.fullmatch(r"(?i)\W*(?:(?:one|a)[- ])?(half|third|quarter)\W*", text):
-        return Number(Fraction(1, {"half": 2, "third": 3, "quarter": 4}[part[1].lower()]))
-    found = set()
-    for tens, ones, small in _IN_WORDS.findall(text):
-        value = _TENS.get(tens.lower(), 0) + (_ONES.index(ones.lower()) if ones else 0)
-        found.add(_ONES.index(small.lower()) if small else value)
-    alone = re.fullmatch(r"\W*\w+\W*", text)
-    found -= set() if alone else {1}
-    return Number(Fraction(found.pop())) if len(found) == 1 else None
+    return Number(value, name == "%", "" if name == "%" else name)
 
 
 def find_numbers(text: str) -> list[Number]:
     """Every number in prose, in order; digits inside words (H2O), exponents and subscripts are none."""
-    return [number for number, _, _ in _spans(_spelled(text))]
+    return [Number(value, bool(match["percent"])) for match, value in _found(western(spelled(text)))]
 
 
 def find_number(text: str, last: bool) -> Number | None:
     """The first or last number in prose that is not denied ("not 5"); None without one, or if it is one of several
     ("5 or 12").
 
-    Members of a tuple, set or list in brackets are not looked at.
+    Members of a tuple, set or list in brackets are not looked at. A number written as a word counts where there are
+    no digits.
     """
-    text = _BRACKETS.sub(_blank_tuple, _spelled(text))
-    spans = _spans(text)
-    said = [i for i, (_, start, _) in enumerate(spans) if not _DENIED.search(text[max(0, start - 24) : start])]
-    if not said:
+    text = western(spelled(text))
+    text = re.sub(r"[\[({][^\[\](){}]*,[^\[\](){}]*[\])}]", lambda match: " " * len(match[0]), text)
+    found = dict(_found(text))
+    if not found:
+        return _number_in_words(text)
+    match, alone = stated(text, list(found), last)
+    return Number(found[match], bool(match["percent"])) if match and alone else None
+
+
+def _number_in_words(text: str) -> Number | None:
+    """The only number that a text writes in words, up to ninety-nine; "one" counts only where it stands alone."""
+    text = text.lower().replace("-", " ")
+    if re.search(r"\d|hundred|thousand|million", text) or len(text) > _MAX_CHARACTERS:
         return None
-    at = said[-1 if last else 0]
-    number, start, end = spans[at]
-    if at > 0 and _JOIN.fullmatch(text[spans[at - 1][2] : start]):
-        return None
-    if not last and at + 1 < len(spans) and _JOIN.fullmatch(text[end : spans[at + 1][1]]):
-        return None
-    return number
+    found = {sum(_WORDS[word] for word in words.split()) for words in _IN_WORDS.findall(text)}
+    found -= set() if re.fullmatch(r"\W*\w+\W*", text) else {1}
+    return Number(Fraction(found.pop())) if len(found) == 1 else None
 
 
-def _spelled(text: str) -> str:
-    """Plain characters, and LaTeX's thousands separators as commas."""
-    return THOUSANDS.sub(",", plain(text))
+def spelled(text: str) -> str:
+    """Plain characters; LaTeX's thousands separators left out, its repeating decimals and "½" as fractions."""
+    text = re.sub(r"(?<=\d)\s?(?=[¼-¾⅐-⅞])", " ", plain(text))
+    text = re.sub("[¼-¾⅐-⅞]", lambda match: unicodedata.normalize("NFKC", match[0]).replace("⁄", "/"), text)
+    return _REPEATING.sub(_fraction, _LATEX_THOUSANDS.sub("", text))
 
 
-NOT = (  # words that deny what follows, in the languages that models answer in
-    r"(?:(?<![\w])(?:not|neither|nor|never|cannot|nicht|kein|pas|non|no|não|nao|niet|geen|nie|hindi|ne|не|нет)(?!\w)"
-    r"|n['’]t(?!\w)|rather than|instead of|không phải|không|değil|ليس|وليس|ليست"
-    r"|不是|不选|不選|不为|不能|并非|並非|而非|不會|不会)"
-)
-_DENIED = re.compile(rf"(?i){NOT}(?:\s+(?:be|equal\s+to|think|believe|(?:it|that)(?:['’]s|\s+is)))*[\s*$]*$")
-_BRACKETS = re.compile(r"[\[({][^\[\](){}]*[\])}]")
+def _fraction(repeating: re.Match) -> str:
+    whole, start, period = repeating.groups()
+    digits = int(f"{whole}{start}{period}") - int(f"{whole}{start}" or 0)
+    return str(Fraction(digits, 10 ** (len(start) + len(period)) - 10 ** len(start)))
 
 
-def _blank_tuple(match: re.Match) -> str:
-    return " " * len(match[0]) if re.search(r",(?!\d{3}(?!\d))", match[0]) else match[0]
+def western(text: str) -> str:
+    """Numbers without separators, and with a decimal point: of 1,234.5 and 1 234,5 and 1.234,5 the same text."""
+    text = _GROUPED.sub(lambda match: re.sub(r"\D", "", match[0]), text)
+    return _DECIMAL_COMMA.sub(r"\1\2.", text)
 
 
-_JOIN = re.compile(r"[*$\s]*(?:,|,?\s*\b(?:and|or|et|ou|und|oder|y|o|e|и|или)\b|[和或、])[*$\s]*")
-# In "5-3", "x - 3" and "8 cm - 3 cm" the minus is an operator, not a sign; at the start of a line it is a bullet.
-_OPERAND = re.compile(r"(?:\d[^\s,;:]*|[)\]}%°!]|(?<![\w'’])[A-Za-z])\s+$|[A-Za-z\d)\]}%°]$")
-_UNIT_BEFORE = re.compile(r"\d\s?[A-Za-z]{1,12}\s+$")
+def _found(text: str) -> list[tuple[re.Match, Fraction]]:
+    values = ((match, _value(match)) for match in _IN_PROSE.finditer(text))
+    return [(match, value) for match, value in values if value is not None]
 
 
-def _spans(text: str) -> list[tuple[Number, int, int]]:
-    found = []
-    for match in _NUMBER.finditer(text):
-        sign, before = match["sign"], text[max(0, match.start() - 24) : match.start()]
-        bullet = sign in ("- ", "+ ", "– ") and "\n" in text and re.search(r"(?:^|\n)\s*$", before)
-        apart = sign and sign[-1].isspace() and _UNIT_BEFORE.search(before)
-        if sign and (bullet or apart or _OPERAND.search(before)):
-            sign = ""
-        if (value := _value(match, sign)) is not None:
-            found.append((Number(value, bool(match["pct"])), match.start(), match.end()))
-    return found
-
-
-def _value(match: re.Match, sign: str | None) -> Fraction | None:
-    body, times = match["body"], (match["times"] or "").strip()
-    digits = re.sub(r"\s+(?=\d+/)", "+", body.removesuffix(match["times"] or ""))
-    if re.fullmatch(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?", digits) and not digits.startswith("0,"):
-        digits = digits.replace(",", "")
-    if re.fullmatch(r"\d{1,3}(?:(?:\.\d{3})+,\d+|(?:\.\d{3}){2,})", digits):
-        digits = digits.replace(".", "")
-    digits = re.sub(_BLANK, "", digits.replace(",", "."))
-    if len(digits) > _MAX_CHARACTERS:
+def _value(match: re.Match) -> Fraction | None:
+    if len(match["body"]) > _MAX_CHARACTERS:
         return None
     try:
-        if digits[-1] in _VULGAR:
-            part = Fraction(unicodedata.numeric(digits[-1])).limit_denominator(1000)
-            value = part + (int(digits[:-1]) if digits[:-1] else 0)
-        elif digits[-1] in _POWERS:
-            base, power = re.fullmatch(rf"(\d+)([{_POWERS}]+)", digits).groups()
-            value = Fraction(int(base)) ** int("".join(str(_POWERS.index(p)) for p in power[:3]))
-        else:
-            value = sum(Fraction(part) for part in digits.split("+"))
+        value = sum(Fraction(part) for part in re.sub(r"\s*/\s*", "/", match["body"]).split())
     except (ValueError, ZeroDivisionError):
         return None
-    negative = sign and sign.strip().lower() in ("-", "–", "minus", "negative")
-    return (-value if negative else value) * _TIMES.get(times, 1)
+    return (-value if match["sign"] else value) * _TIMES.get((match["times"] or "").strip(), 1)

@@ -6,7 +6,6 @@ against accuracy but is told apart from a wrong answer, and it is what a further
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 from dmlr.judge.choice import as_choice, compare_choice, compare_yes_no
 from dmlr.judge.expressions import LATEX, equal, formulas_in, is_prose, looks_like_math
 from dmlr.judge.extract import Candidate, as_text, candidates, normalize_text, options_of, unbox
-from dmlr.judge.quantities import Number, Tolerance, find_number, find_numbers, number_in_words, parse_number
+from dmlr.judge.quantities import Number, Tolerance, find_number, find_numbers, parse_number
 
 MAX_CHARACTERS = 20_000  # of a prediction, its end, where answers stand; and of a ground truth
 _SHOWN = 300
@@ -29,7 +28,6 @@ _KINDS = {
     "text": "text string free_text",
 }
 _KIND = {alias: kind for kind, aliases in _KINDS.items() for alias in aliases.split()}
-_YES_NO = {"yes", "no", "true", "false"}
 
 
 @dataclass(frozen=True)
@@ -65,10 +63,10 @@ def judge(
     if not found:
         return Verdict("unparsed", "no_answer", "")
     tolerance = Tolerance(_decimals(precision), _share(relative_tolerance))
-    compare, rule = _comparison(truth, options_of(choices, question), kind, tolerance, question)
-    decided = ((candidate, outcome) for candidate in found if (outcome := compare(candidate)) is not None)
+    rule, compare = _comparison(unbox(truth), options_of(choices, question), kind, tolerance, question)
+    decided = [(candidate, outcome) for candidate in found if (outcome := compare(candidate)) is not None]
     if rule == "text":  # "The answer is 42" may be all of the truth, or 42 may: any part that equals it will do
-        decided = sorted(decided, key=lambda pair: not pair[1][0])
+        decided.sort(key=lambda pair: not pair[1][0])
     for candidate, (right, answer) in decided:
         return Verdict("correct" if right else "wrong", f"{rule}:{candidate.rule}", _clip(answer))
     return Verdict("unparsed", rule, _clip(found[0].text))
@@ -81,7 +79,7 @@ def _tidy(text: str) -> str:
 
 def _decimals(precision: Any) -> int | None:
     try:
-        return None if precision is None else min(max(int(float(precision)), 0), 15)
+        return min(max(int(float(precision)), 0), 15)
     except (TypeError, ValueError, OverflowError):
         return None
 
@@ -96,90 +94,70 @@ def _clip(text: str) -> str:
 
 
 def _comparison(truth: str, options: dict[str, str], kind: str | None, tolerance: Tolerance, question: str | None):
-    """(compare, name of the rule) for the kind of this ground truth; compare(candidate) -> (right, answer) | None."""
+    """(name of the rule, compare) for the kind of this ground truth; compare(candidate) -> (right, answer) | None."""
     kind = _KIND.get(as_text(kind).strip().lower())
-    inner = unbox(truth)
-    if (choice := as_choice(inner, options, kind)) is not None:
-        letter, text = choice
-        return (lambda c: compare_choice(c, letter, text, options)), "choice"
-    if (word := normalize_text(inner)) in _YES_NO and kind != "math":
-        asked = as_text(question)[-MAX_CHARACTERS:]
-        return (lambda c: compare_yes_no(c, word, asked)), "yesno"
-    if kind == "list" or (kind != "math" and _as_list(inner) is not None):
-        return (lambda c: _compare_list(c, inner, tolerance)), "list"
-    number = parse_number(inner)
-    if kind != "text" and number is not None:
-        return (lambda c: _compare_number(c, number, inner, tolerance)), "number"
-    if kind in ("math", "number") or (kind is None and looks_like_math(inner)):
-        return (lambda c: _compare_math(c, inner, tolerance)), "math"
-    return (lambda c: _compare_text(c, inner)), "text"
-
-
-# ------------------------------------------------------------------------------------------------ lists
-
-
-def _as_list(text: str) -> list | None:
-    if not re.fullmatch(r"\s*\[.*\]\s*", text, re.DOTALL) or len(text) > 10_000:
-        return None
-    try:
-        value = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-        return None
-    return value if isinstance(value, list) and value else None
-
-
-_COMMA_OR_AND = re.compile(r"\s*[,;]\s*(?:and\s+)?|\s+and\s+")
+    if (choice := as_choice(truth, options, kind)) is not None:
+        return "choice", lambda c: compare_choice(c, *choice, options)
+    if (word := normalize_text(truth)) in ("yes", "no", "true", "false") and kind != "math":
+        return "yesno", lambda c: compare_yes_no(c, word, as_text(question)[-MAX_CHARACTERS:])
+    if kind == "list" or (kind != "math" and re.fullmatch(r"\[.*\S.*\]", truth, re.DOTALL)):
+        return "list", lambda c: _compare_list(c, truth, tolerance)
+    if kind != "text" and (number := parse_number(truth)) is not None:
+        return "number", lambda c: _compare_number(c, number, truth, tolerance)
+    if kind in ("math", "number") or (kind is None and looks_like_math(truth)):
+        return "math", lambda c: _compare_math(c, truth, tolerance)
+    return "text", lambda c: _compare_text(c, truth)
 
 
 def _compare_list(candidate: Candidate, truth: str, tolerance: Tolerance):
-    expected = _as_list(truth) or [part for part in _COMMA_OR_AND.split(truth.strip("[](){} ")) if part]
-    literal = re.findall(r"\[[^\[\]]*\]", candidate.text)
-    answer = (_as_list(literal[-1]) if literal else None) or None
-    numeric = all(parse_number(str(item)) for item in expected)
-    if answer is None and (candidate.explicit or not (is_prose(candidate.text) or candidate.text.startswith("("))):
-        answer = [part for part in _COMMA_OR_AND.split(candidate.text.strip("[](){} .")) if part]
-    if numeric and (answer is None or not all(parse_number(str(item)) for item in answer)):
-        numbers = find_numbers(candidate.text)
-        answer = numbers if candidate.explicit or len(numbers) == len(expected) else None
+    """Item by item, in order; where all are numbers, prose may name them: "between 2007 and 2008"."""
+    text, expected = candidate.text, _items(truth)
+    literal = re.findall(r"\[[^\[\]]*\]", text)
+    answer: list = _items(literal[-1] if literal else text)
+    if all(parse_number(item) for item in expected):
+        answer = answer if all(parse_number(item) for item in answer) else find_numbers(text)
+        if not candidate.explicit and len(answer) != len(expected):
+            return None
+    elif not literal and not candidate.explicit and is_prose(text):
+        return None
     if not answer:
         return None
-    right = len(answer) == len(expected) and all(
-        _same_item(a, e, tolerance) for a, e in zip(answer, expected, strict=True)
-    )
-    return right, candidate.text
+    return len(answer) == len(expected) and all(map(_same_item(tolerance), answer, expected)), text
 
 
-def _same_item(answer: Any, expected: Any, tolerance: Tolerance) -> bool:
-    a = answer if isinstance(answer, Number) else parse_number(str(answer))
-    b = parse_number(str(expected))
-    if a is not None and b is not None:
-        return a.matches(b, tolerance)
-    return normalize_text(str(answer)) == normalize_text(str(expected))
+def _items(text: str) -> list[str]:
+    return [part.strip("'\"") for part in re.split(r"\s*[,;]\s*(?:and\s+)?|\s+and\s+", text.strip("[](){} .")) if part]
 
 
-# ------------------------------------------------------------------------------ numbers and expressions
+def _same_item(tolerance: Tolerance):
+    def same(answer: str | Number, expected: str) -> bool:
+        a, b = answer if isinstance(answer, Number) else parse_number(answer), parse_number(expected)
+        return a.matches(b, tolerance) if a and b else normalize_text(str(answer)) == normalize_text(expected)
+
+    return same
+
 
 _ASSIGNED = re.compile(r"[$\s]*(?:so\s+)?\\?[A-Za-z∠][\w\\{}()'∠ ]{0,20}[=≈]\s*([^=]+)")
 
 
 def _compare_number(candidate: Candidate, truth: Number, shown: str, tolerance: Tolerance):
-    assigned = _ASSIGNED.fullmatch(candidate.text)
-    answer = parse_number(candidate.text) or (parse_number(assigned[1]) if assigned else None)
-    if answer is None and re.fullmatch(r"[-+−]?\d+,\d+\.?", candidate.text):
-        answer = parse_number(candidate.text.replace(",", "."))  # where one number is asked for: a decimal comma
-    if answer is not None:
-        return answer.matches(truth, tolerance), candidate.text
-    prose = is_prose(candidate.text)
-    if LATEX.search(candidate.text) or not prose:
+    text = candidate.text
+    assigned = _ASSIGNED.fullmatch(text)
+    answer = parse_number(text) or (parse_number(assigned[1]) if assigned else None)
+    if answer is None and re.fullmatch(r"[-+−]?\d+,\d+\.?", text):
+        answer = parse_number(text.replace(",", "."))  # where one number is asked for: a decimal comma
+    prose = is_prose(text)
+    if answer is None and (LATEX.search(text) or not prose):
         value = shown if truth.percent or truth.unit else str(truth.value)
-        if (right := equal(value, candidate.text, tolerance)) is not None:
-            return right, candidate.text
-    if not prose or candidate.rule == "boxed":
-        return None
-    # "The answer is 12 because ..." gives its number first, a derivation or a worked text gives it last.
-    answer = find_number(candidate.text, last=not candidate.explicit or "=" in candidate.text)
-    answer = answer or number_in_words(candidate.text)
-    return None if answer is None else (answer.matches(truth, tolerance), candidate.text)
+        if (right := equal(value, text, tolerance)) is not None:
+            return right, text
+    if answer is None and prose and candidate.rule != "boxed":
+        # "The answer is 12 because ..." gives its number first, a derivation or a worked text gives it last.
+        answer = find_number(text, last=not candidate.explicit or "=" in text)
+    return None if answer is None else (answer.matches(truth, tolerance), text)
+
+
+_TOP_COMMA = re.compile(r",(?!\d{3}(?!\d))\s*(?![^{}()\[\]]*[})\]])")
 
 
 def _compare_math(candidate: Candidate, truth: str, tolerance: Tolerance):
@@ -189,29 +167,9 @@ def _compare_math(candidate: Candidate, truth: str, tolerance: Tolerance):
     right = equal(truth, text, tolerance)
     if not right and tolerance.relative:  # several answers, each within the tolerance, in order
         parts = [_TOP_COMMA.split(part) for part in (truth, text[: len(truth) + _SHOWN])]
-        if len(parts[0]) == len(parts[1]) > 1 and all(equal(*pair, tolerance) for pair in zip(*parts, strict=True)):
-            right = True
+        if len(parts[0]) == len(parts[1]) > 1:
+            right = all(equal(*pair, tolerance) for pair in zip(*parts, strict=True)) or right
     return None if right is None else (right, candidate.text)
-
-
-_TOP_COMMA = re.compile(r",(?!\d{3}(?!\d))\s*(?![^{}()\[\]]*[})\]])")
-
-
-# ------------------------------------------------------------------------------------------------- text
-
-
-def _compare_text(candidate: Candidate, truth: str):
-    expected, answer = _as_words(truth), _as_words(candidate.text)
-    stated = _COPULA.search(candidate.text)
-    if answer == expected or (stated and _as_words(stated[1]) == expected):
-        return True, candidate.text
-    # An explicit answer in other words may still mean the same only to a reader; in rules it is wrong. Prose that
-    # merely does not equal the truth says nothing.
-    if candidate.rule == "formula":
-        return None
-    if candidate.explicit or len(candidate.text.split()) <= max(3, len(expected.split())):
-        return False, candidate.text
-    return None
 
 
 # "The capital is Paris": what the only sentence, or the last one, says of its subject.
@@ -219,6 +177,18 @@ _COPULA = re.compile(
     r"(?:^|[.!?\n])(?:(?!\b(?:not|no)\b|n['’]t\b)[^.!?\n])*?"
     r"(?:\b(?:is|are|was|were|says|reads)|['’]s)\s+([^.!?\n]+)[.!]?\s*$"
 )
+
+
+def _compare_text(candidate: Candidate, truth: str):
+    """Other words in an explicit or a short answer are wrong, though a reader may take them for the same; prose that
+    merely does not equal the truth says nothing."""
+    text, expected = candidate.text, _as_words(truth)
+    said = _COPULA.search(text)
+    if _as_words(text) == expected or (said and _as_words(said[1]) == expected):
+        return True, text
+    if candidate.rule != "formula" and (candidate.explicit or len(text.split()) <= max(3, len(expected.split()))):
+        return False, text
+    return None
 
 
 def _as_words(text: str) -> str:
