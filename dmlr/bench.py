@@ -27,12 +27,11 @@ from dmlr.config import Config, check_names, locate, root
 from dmlr.json_files import write_json
 from dmlr.loop.optimize import optimize
 from dmlr.loop.reference import Reference, eager
-from dmlr.machine import environment
+from dmlr.machine import environment, peak_bytes
 from dmlr.methods.answers import Question
 from dmlr.methods.latent import append_latents, question_noise
 from dmlr.model.decode import decode
 from dmlr.model.vlm import VLM, Encoded
-from dmlr.peak_memory import peak_bytes
 from dmlr.random_weights import SHAPES, random_prompt, random_vlm
 
 SIDES = {64: 8, 256: 16, 1024: 32}  # of square images, by their tokens

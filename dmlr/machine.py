@@ -1,21 +1,21 @@
-"""What a run runs on: versions, device, memory. Knows nothing about runs."""
+"""What a run runs on: versions, device, memory. Knows nothing about runs and models."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import platform
 import resource
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
-
-
-def peak_memory() -> int:
-    """Most bytes so far: allocated on the GPU, or of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def environment() -> dict[str, str]:
@@ -36,3 +36,40 @@ def environment() -> dict[str, str]:
         "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "revision": revision or "unknown",
     }
+
+
+def peak_memory() -> int:
+    """Most bytes so far: allocated on the GPU, or of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_bytes(device: torch.device, work: Callable[[], Any]) -> int:
+    """Most memory that a call adds: of the GPU, or of this process on a CPU (sampled every millisecond)."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with suppress(OSError, AttributeError):  # freed memory that glibc keeps would be used again without being seen
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    process, done = psutil.Process(), threading.Event()
+    seen = [process.memory_info().rss]
+
+    def sample():
+        while not done.wait(0.001):
+            seen.append(process.memory_info().rss)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        work()
+    finally:
+        done.set()
+        thread.join()
+    return max(seen) - seen[0]

@@ -21,6 +21,7 @@ from dmlr.data.check import check_dataset, report
 from dmlr.data.examples import DatasetError, load_dataset
 from dmlr.data.images import ImageError, open_image
 from dmlr.judge import judge
+from dmlr.run.evaluate import shown_path
 
 OFFICIAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "official"
 
@@ -355,6 +356,7 @@ def test_a_damaged_png_and_pixels_that_are_no_number_are_found(tmp_path, write):
 def test_a_password_in_a_url_is_not_shown():
     assert images.without_password("see HTTPS://me:pw@host/a.png") == "see HTTPS://host/a.png"
     assert images.without_password("https://host/a@b.png") == "https://host/a@b.png"
+    assert shown_path(("https://me:pw@host/a.png", "b.png")) == ["https://host/a.png", "b.png"], "nor is it in records"
     with pytest.raises(ImageError) as error:
         open_image("http://me:secret@127.0.0.1:9/a.png")
     assert "127.0.0.1:9/a.png" in str(error.value) and "secret" not in str(error.value)

@@ -10,6 +10,7 @@ from tiny_families import TINY
 
 from dmlr.config import Config
 from dmlr.loop.optimize import optimize
+from dmlr.machine import peak_bytes
 from dmlr.methods.answers import Question
 from dmlr.methods.latent import append_latents, question_noise
 from dmlr.methods.workload import workload
@@ -17,7 +18,6 @@ from dmlr.model.decode import decode
 from dmlr.model.encode import encode
 from dmlr.model.memory import MOST, USABLE, Parameters, Shape, Work, fitting_batch, peak, seconds, stages
 from dmlr.model.vlm import VLM
-from dmlr.peak_memory import peak_bytes
 from dmlr.planning import Model
 from dmlr.random_weights import random_prompt, random_vlm
 

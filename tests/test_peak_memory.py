@@ -2,7 +2,7 @@
 
 import torch
 
-from dmlr.peak_memory import peak_bytes
+from dmlr.machine import peak_bytes
 
 CPU = torch.device("cpu")
 

@@ -223,5 +223,8 @@ def _archived_rows(folder: Path) -> Iterator[dict[str, Any]]:
         for line in stack.enter_context(open(tables[0], "rb")):
             if line.strip():
                 row = json.loads(line)
-                archive, info = members.get(row.get("file_name"), (None, None))
-                yield {**row, "image": archive and {"bytes": archive.read(info), "path": info.filename}}
+                content = None
+                with contextlib.suppress(Exception):  # not there, damaged or encrypted: a row that has lost its image
+                    archive, info = members[row["file_name"]]
+                    content = archive.read(info)
+                yield {**row, "image": {"bytes": content}}
