@@ -114,7 +114,10 @@ def _work(rank: int, world: int, folder: Path, recipe: Recipe, state_folder: Pat
     def keep(step: int, seconds: float) -> None:
         learner.save_state(state_folder, {"step": step, "seconds": seconds})
         parameters = sum(p.numel() for p in learner.model.parameters())
+        log = state_folder / "log.jsonl"
+        curve = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
         numbers = {"recipe": asdict(recipe), "steps": step, "seconds": round(seconds), "parameters": parameters}
+        numbers |= {"curve": curve}
         save_checkpoint(learner.model, processor, folder, numbers)
 
     start, window = time.time(), []
