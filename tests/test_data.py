@@ -362,15 +362,20 @@ def test_a_password_in_a_url_is_not_shown():
     assert "127.0.0.1:9/a.png" in str(error.value) and "secret" not in str(error.value)
 
 
-def test_images_from_a_server(tmp_path, monkeypatch):
+@pytest.fixture
+def server():
+    """Address of a server with a good image, one whose bytes drip, and one whose headers do."""
     content = io.BytesIO()
     Image.new("RGB", (3, 2), "lime").save(content, "PNG")
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200 if self.path in ("/good.png", "/drips.png") else 404)
-            self.end_headers()
-            for byte in content.getvalue() if self.path == "/drips.png" else ():
+            head = b"HTTP/1.0 200 OK\r\nX-Filler: dripping\r\n\r\n"
+            drips = {"/good.png": b"", "/body.png": content.getvalue(), "/head.png": head}.get(self.path)
+            if self.path != "/head.png":
+                self.send_response(404 if drips is None else 200)
+                self.end_headers()
+            for byte in drips or b"":
                 self.wfile.write(bytes([byte]))
                 time.sleep(0.05)
             self.wfile.write(content.getvalue())
@@ -378,15 +383,30 @@ def test_images_from_a_server(tmp_path, monkeypatch):
         def log_message(self, *args):
             pass
 
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        root = f"http://127.0.0.1:{server.server_port}"
-        assert pixel(open_image(f"{root}/good.png")) == (0, 255, 0)
-        with pytest.raises(ImageError, match="404"):
-            open_image(f"{root}/none.png")
-        monkeypatch.setattr(images, "_DOWNLOAD_SECONDS", 0.2)
-        with pytest.raises(ImageError, match="not fetched within 0.2 seconds"):
-            open_image(f"{root}/drips.png")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+def test_an_image_comes_from_a_server_within_a_time_or_not_at_all(server, monkeypatch):
+    assert pixel(open_image(f"{server}/good.png")) == (0, 255, 0)
+    with pytest.raises(ImageError, match="404"):
+        open_image(f"{server}/none.png")
+    monkeypatch.setattr(images, "_DOWNLOAD_SECONDS", 0.2)
+    for dripping in ("body", "head"):
+        start = time.monotonic()
+        with pytest.raises(ImageError, match="not fetched within 0.2 seconds"):
+            open_image(f"{server}/{dripping}.png")
+        assert time.monotonic() - start < 1.5
+
+
+def test_a_large_file_is_fetched_up_to_the_limit(server, monkeypatch):
+    monkeypatch.setattr(images, "MAX_DOWNLOAD", 50)
+    with pytest.raises(ImageError, match="larger than"):
+        open_image(f"{server}/good.png")
+
+
+def test_a_server_that_is_not_there_is_an_error():
     with pytest.raises(ImageError, match="cannot be fetched"):
-        open_image(f"{root}/good.png")
+        open_image("http://127.0.0.1:9/good.png")

@@ -163,18 +163,16 @@ def _whole_characters(row: dict, notes: Notes) -> dict:
 
 
 def _checked_idx(row: dict, seen: dict[str, int], notes: Notes) -> int | str:
-    number, idx = notes.row, row.get("idx")
-    if isinstance(idx, float) and idx.is_integer():
-        idx = int(idx)
+    idx = row.get("idx")
+    idx = int(idx) if isinstance(idx, float) and idx.is_integer() else idx
     if idx is None:
         notes.add("idx_missing", "no idx: its position is used")
-        idx = number
+        idx = notes.row
     elif isinstance(idx, bool) or not isinstance(idx, int | str) or idx == "":
         notes.add("idx_invalid", f"idx must be an integer or a string, found {idx!r}", True)
-        return number
+        return notes.row
     notes.idx = idx
-    first = seen.setdefault(str(idx), number)
-    if first != number:
+    if (first := seen.setdefault(str(idx), notes.row)) != notes.row:
         notes.add("idx_doubled", f"idx {idx!r} is already taken by row {first}", True)
     return idx
 
@@ -183,24 +181,25 @@ def _checked_prompt(row: dict, notes: Notes) -> str:
     prompt = row.get("prompt")
     if prompt is None:
         notes.add("prompt_missing", "no prompt", True)
-        return ""
-    if not isinstance(prompt, str) or not prompt.strip():
-        notes.add("prompt_empty", "the prompt is empty" if isinstance(prompt, str) else "the prompt is not text", True)
-        return ""
-    text = _LITERAL_NEWLINE.sub("\n", prompt)
-    if text != prompt:
-        notes.add("literal_newline", "the prompt holds a literal backslash-n; it is read as a new line")
-    if _CONTROL.search(text):
-        notes.add("control_characters", "the prompt holds control characters")
-    return text
+    elif not isinstance(prompt, str):
+        notes.add("prompt_empty", "the prompt is not text", True)
+    elif not prompt.strip():
+        notes.add("prompt_empty", "the prompt is empty", True)
+    else:
+        text = _LITERAL_NEWLINE.sub("\n", prompt)
+        if text != prompt:
+            notes.add("literal_newline", "the prompt holds a literal backslash-n; it is read as a new line")
+        if _CONTROL.search(text):
+            notes.add("control_characters", "the prompt holds control characters")
+        return text
+    return ""
 
 
 def _checked_solution(row: dict, notes: Notes) -> str:
-    solution = row.get("solution")
-    if solution is None:
+    if row.get("solution") is None:
         notes.add("solution_missing", "no solution: the row cannot be judged")
         return ""
-    text = solution if isinstance(solution, str) else str(solution)
+    text = str(row["solution"])
     if not text.strip():
         notes.add("solution_empty", "the solution is empty: the row cannot be judged")
         return ""

@@ -6,8 +6,11 @@ import base64
 import binascii
 import io
 import re
+import threading
 import time
 import warnings
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -18,7 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 MAX_ASPECT_RATIO = 200  # beyond it the Qwen2-VL family refuses an image (qwen-vl-utils, smart_resize)
 MAX_IMAGE_PIXELS = 178_956_970  # twice Pillow's warning level: above it lies a decompression bomb
 MAX_DOWNLOAD = 64 * 2**20  # bytes
-_DOWNLOAD_SECONDS = 60  # from the first byte to the last, however steadily they drip
+_DOWNLOAD_SECONDS = 60  # in all, however steadily bytes drip
 
 
 class ImageError(ValueError):
@@ -117,6 +120,23 @@ def _read(source: str, name: str) -> bytes:
 
 
 def _download(url: str, name: str) -> bytes:
+    """In a thread that is left behind when time is up: a server may drip its headers too, which no time-out ends."""
+    fetched: Future[bytes] = Future()
+
+    def fetch() -> None:
+        try:
+            fetched.set_result(_fetch(url, name))
+        except Exception as error:
+            fetched.set_exception(error)
+
+    threading.Thread(target=fetch, daemon=True).start()
+    try:
+        return fetched.result(_DOWNLOAD_SECONDS)
+    except FutureTimeout:
+        raise ImageError(f"{name}: not fetched within {_DOWNLOAD_SECONDS} seconds") from None
+
+
+def _fetch(url: str, name: str) -> bytes:
     import requests
     import urllib3
 
