@@ -10,6 +10,8 @@ from dmlr.cli import main
 from dmlr.config import LOOP, Config
 from dmlr.data.benchmarks import BENCHMARKS
 from dmlr.judge import judge
+from dmlr.methods import METHODS
+from dmlr.methods.controls import CONTROLS
 from dmlr.methods.prompting import prompts_of
 from dmlr.parameters import check_parameters, config_of, read_parameters
 from dmlr.planning import PAPER_MODELS
@@ -84,6 +86,12 @@ def test_a_benchmarks_file_is_what_its_command_writes(name, monkeypatch):
 def test_of_hallusionbench_the_rows_with_an_image_are_asked():
     assert BENCHMARKS["hallusionbench"].splits == ("image", "non_image"), "they come last"
     assert read_parameters(DATA["hallusionbench"])["end_data_idx"] == BENCHMARKS["hallusionbench"].rows - 178
+
+
+def test_the_battery_asks_every_control_that_needs_no_truth():
+    methods = read_parameters(PARAMS / "battery.yaml")["methods"].split(",")
+    assert len(set(methods)) == len(methods) and set(methods) < set(METHODS)
+    assert {"dmlr", "unoptimised", *CONTROLS} - set(methods) == {"true-patches", "oracle-latents"}
 
 
 def test_the_embedded_suites_are_there():
