@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from dmlr.judge.expressions import equal, is_prose, latex_key, looks_like_math
-from dmlr.judge.extract import FORMULA, MACRO, Candidate, normalize_text, plain, split_choice, stated
+from dmlr.judge.expressions import equal, is_prose, looks_like_math
+from dmlr.judge.extract import DENIES, MACRO, Candidate, normalize_text, plain, split_choice, stated
 from dmlr.judge.quantities import parse_number
 
 _BARE = re.compile(r"(?:(?i:option|choice|answer)\s+)?[(\[{]?\s*([A-Za-z])\s*[)\]}]?[.,:;!]?")
@@ -56,7 +56,7 @@ def _picked(candidate: Candidate, known: dict[str, str], letters: str) -> str | 
     sentences = [part for part in re.split(r"(?<=[.!?])\s+|\n+", answer) if part.strip()] or [""]
     said = answer if candidate.explicit else " ".join(sentences[-3:])
     part = split_choice(answer)
-    if part and part[0] in letters and (answer[0] == "(" or answer[0].isupper() or part[1]):
+    if part and part[0] in letters:
         named = _letter_of_text(part[1].split("\n")[0], known)
         return part[0] if named in (None, part[0]) else ""
     mentions = [match for match in _MENTION.finditer(said) if (match[1] or match[2]).upper() in letters]
@@ -70,8 +70,6 @@ def _picked(candidate: Candidate, known: dict[str, str], letters: str) -> str | 
         named = None  # "2 + 3" names neither of the options 2 and 3: what it is worth decides
     else:
         named = _named_in(answer.split("\n")[0] if candidate.explicit else sentences[-1], known)
-    if letter and named and letter != named:
-        return None
     return letter or named or _meant(candidate, known)
 
 
@@ -88,7 +86,8 @@ def _meant(candidate: Candidate, known: dict[str, str]) -> str | None:
 
 def _letter_of_text(answer: str, known: dict[str, str]) -> str | None:
     """The option whose whole text this is: as it stands, else normalised, else by numeric value."""
-    texts = {letter: text for letter, text in known.items() if text.strip()}
+    if not (texts := {letter: text for letter, text in known.items() if text.strip()}):
+        return None
     normal, number = normalize_text(answer), parse_number(answer)
     values = {letter: parse_number(text) for letter, text in texts.items()} if number else {}
     return (
@@ -105,7 +104,7 @@ def _only(letters) -> str | None:
 
 def _named_in(sentence: str, known: dict[str, str]) -> str | None:
     """The only option whose text occurs, as whole words, in a sentence that denies nothing; None otherwise."""
-    if _NEGATION.search(sentence):
+    if DENIES.search(sentence):
         return None
     words = f" {_words(sentence)} "
     inside = {letter: text for letter, t in known.items() if (text := _words(t)) and f" {text} " in words}
@@ -114,11 +113,7 @@ def _named_in(sentence: str, known: dict[str, str]) -> str | None:
 
 
 def _words(text: str) -> str:
-    """Words between single spaces; of a formula in dollars what follows its last equals sign, as one word.
-
-    So the 2 in a fraction is no word, and no option's text.
-    """
-    text = FORMULA.sub(lambda match: f" {latex_key(match[0]).rpartition('=')[2]} ", text)
+    """Words between single spaces; a fraction is one, so the 2 in it is no option's text."""
     text = re.sub(r"\\[dt]frac", r"\\frac", re.sub(r"\^?\{?\\circ\}?|°|\\(?![A-Za-z])", "", text))
     text = re.sub(r"(?<!\s)\s+(?=[{}])|(?<=\{)\s+", "", text)
     return normalize_text(re.sub(r"[^\w.%/\\{}^-]+", " ", text))
@@ -126,7 +121,6 @@ def _words(text: str) -> str:
 
 # ----------------------------------------------------------------------------------------------- yes, no
 
-_NEGATION = re.compile(r"(?i)\b(?:not|no|never|neither|nor|cannot|without|except|rather than)\b|n't\b")
 _SAYS = {
     "yes": "yes yep yeah true correct right indeed oui ja sí si sim да はい 네 예 是 是的 对 对的 對 正确",
     "no": "no nope false incorrect wrong non nein não нет いいえ 아니요 아니오 否 不 不是 不对 没有",
@@ -166,20 +160,18 @@ def compare_yes_no(candidate: Candidate, truth: str, question: str = "") -> tupl
 def _said_of(text: str, question: str) -> str | None:
     """What a sentence answers to a question of which it repeats the words ("yes"), or denies them ("no")."""
     asked = _QUESTION.findall(question)
-    if not asked or len(text) > 300 or _HEDGED.search(text) or _NEGATION.search(asked[-1]):
+    if not asked or len(text) > 300 or _HEDGED.search(text) or DENIES.search(asked[-1]):
         return None
-    denied = bool(_NEGATION.search(text))
+    denied = bool(DENIES.search(text))
     words, repeated = _stems(asked[-1]), _stems(text)
     if quoted := _QUOTED.search(asked[-1].strip()):
         if f" {normalize_text(quoted[1])} " in f" {normalize_text(re.sub(_QUOTE, '', text))} ":
             return "no" if denied else "yes"
         return "no" if _QUOTED.search(text) and not denied else None
-    if repeated == words or (not denied and len(words) > 2 and repeated[: len(words)] == words):
-        return "no" if denied else "yes"
-    return None
+    return ("no" if denied else "yes") if repeated == words else None
 
 
 def _stems(text: str) -> list[str]:
     """Words that carry meaning, in order, without plural and verb endings."""
-    text = _LITTLE.sub(" ", _NEGATION.sub(" ", text.casefold().replace("n't", " not")))
+    text = _LITTLE.sub(" ", DENIES.sub(" ", text.casefold().replace("n't", " not")))
     return [re.sub(r"(?<=\w\w)e?s$", "", word) for word in re.findall(r"[^\W_]+", text)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from dmlr.judge import mathcheck
-from dmlr.judge.extract import MACRO, NOT
+from dmlr.judge.extract import DENIES, MACRO
 from dmlr.judge.quantities import EXACT, Tolerance, spelled
 
 LATEX = re.compile(r"\\[A-Za-z]|\$[^$]+\$|\\[(\[]")
@@ -66,7 +66,7 @@ def formulas_in(text: str) -> list[str]:
     found = []
     for run in runs:
         word, formula = (run[0], run[1:]) if run and is_prose(f"{run[0]} ") else ("", run)
-        if looks_like_math(joined := " ".join(formula).strip(".,;:")) and not re.search(rf"(?i){NOT}", word):
+        if looks_like_math(joined := " ".join(formula).strip(".,;:")) and not DENIES.search(word):
             found.append(joined)
     return found
 

@@ -31,7 +31,7 @@ _AFTERTHOUGHT = re.compile(r"(?i)\.?\s*I hope (?:it|this) is correct")
 # Where a chat goes on after the answer: control tokens of chat templates, or a user's turn that the model wrote itself.
 _MARKER = r"(?:<\|(?!begin_of_box|end_of_box)[\w ]{1,30}\|>|</?s>|<(?:eos|pad|(?:start|end)_of_turn)>|\[/?INST\])"
 _NEXT_TURN = re.compile(rf"{_MARKER}|\n\s*(?:#+\s*)?(?:Human|User)\s*:")
-FORMULA = re.compile(
+_FORMULA = re.compile(
     r"(?:\$\$|\\[\[(])((?:\\[^\[\]()]|[^\\$]|\$(?!\$))+)(?:\$\$|\\[\])])"
     r"|(?<!\\)\$(?![\s$])([^$\n]+?)(?<![\s\\])\$(?!\d)"
 )
@@ -88,7 +88,7 @@ def _after_last(rule: str, text: str) -> list[tuple[int, Candidate]]:
 
 def _last_formula(text: str) -> str:
     """The last LaTeX formula, or the last ones joined by a comma or "and"; "" when a number follows it."""
-    formulas = list(FORMULA.finditer(text))
+    formulas = list(_FORMULA.finditer(text))
     if not formulas or re.search(r"\d", text[formulas[-1].end() :]):
         return ""
     joined = [formulas[-1]]
@@ -223,12 +223,13 @@ _PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3002: ". "
 _QUOTES = re.compile(r"[\"“”]|(?<=\w)['’](?=\w)|(?<!\S)['‘]|['’](?!\S)(?<=[\w.]['’])")
 
 # Words that deny what follows, in the languages that models answer in.
-NOT = (
-    r"(?:(?<!\w)(?:not|neither|nor|never|cannot|nicht|kein|pas|non|no|não|nao|niet|geen|nie|hindi|ne|не|нет)(?!\w)"
+_NOT = (
+    r"(?:(?<!\w)(?:not|neither|nor|never|cannot|without|nicht|kein|pas|non|no|não|nao|niet|geen|nie|hindi|ne|не|нет)(?!\w)"
     r"|n['’]t(?!\w)|rather than|instead of|except|excluding|other than|all but|không phải|không|değil|ليس|وليس|ليست"
     r"|不是|不选|不選|不为|不能|并非|並非|而非|不會|不会)"
 )
-_NOT_BEFORE = re.compile(rf"(?i){NOT}(?:(?!\bbut\b)[^.,;:!?\n\d]){{0,20}}$")
+DENIES = re.compile(rf"(?i){_NOT}")
+_NOT_BEFORE = re.compile(rf"(?i){_NOT}(?:(?!\b(?:but|doubt|more|less|only)\b)[^.,;:!?\n\d]){{0,20}}$")
 _NOT_AFTER = re.compile(  # but "B is not A" and "B不是A" name B
     r"(?i)[)\]*\"']*\s*(?:(?:is|are|was|can|could|would|does|ist|est|es|é|è)\s*)?"
     r"(?:not\b|n['’]t\b|cannot\b|wrong\b|incorrect|false\b|(?:be )?(?:excluded|ruled out|eliminated)"

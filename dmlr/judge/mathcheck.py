@@ -7,9 +7,13 @@ worker that is late or dies, and ends with this process. Safe to call from any t
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import multiprocessing
 import os
 import re
+import resource
+import signal
 import sys
 import threading
 from concurrent import futures
@@ -67,47 +71,31 @@ def _after_fork() -> None:
     _pool, _lock = None, threading.Lock()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(after_in_child=_after_fork)
 
 
 # ------------------------------------------------------------------------------- in the worker
 
 
 def _prepare() -> None:
-    import logging
-    import warnings
-
     logging.disable(logging.CRITICAL)
-    warnings.simplefilter("ignore")
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):  # whatever the library prints is not this program's output
         os.dup2(nowhere, stream)
-    try:
-        import resource
-
+    with contextlib.suppress(ValueError, OSError):  # no such limit on this system: the time limit remains
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-    except (ImportError, ValueError, OSError):
-        pass  # no such limit on this system: the time limit remains
     _compare("$x=1/2$", "$\\frac{2}{4}$", 6, 0.0)  # loads what math-verify loads lazily
 
 
 def _equal(truth: str, answer: str, decimals: int, relative: float) -> bool | None:
     try:
-        _limit_cpu(CPU_S)
+        # SIGPROF's default action ends the process, also inside a long operation on big integers.
+        signal.setitimer(signal.ITIMER_PROF, CPU_S)
         return _compare(truth, answer, decimals, relative)
     except Exception:  # RecursionError and MemoryError too
         return None
     finally:
-        _limit_cpu(0)
-
-
-def _limit_cpu(seconds: float) -> None:
-    """End this process after so much CPU time, also inside a long operation on big integers; 0 switches it off."""
-    import signal
-
-    if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF's default action ends the process
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _compare(truth: str, answer: str, decimals: int, relative: float) -> bool | None:
@@ -124,12 +112,6 @@ def _compare(truth: str, answer: str, decimals: int, relative: float) -> bool | 
     return None not in values and abs(values[1] - values[0]) <= relative * abs(values[0])
 
 
-def _value(parsed: list) -> float | None:
-    """What an expression is worth, of an equation its right side; None when it is no real number."""
-    expression = getattr(parsed[0], "rhs", parsed[0])
-    return float(expression) if getattr(expression, "is_real", False) and expression.is_number else None
-
-
 def _understood(text: str) -> list:
     """What math-verify makes of a text, taken as mathematics and then as prose; empty when nothing was understood."""
     from math_verify import parse
@@ -139,3 +121,9 @@ def _understood(text: str) -> list:
         if any(not isinstance(item, str) for item in parsed):  # its last element is the text itself
             return parsed
     return []
+
+
+def _value(parsed: list) -> float | None:
+    """What an expression is worth, of an equation its right side; None when it is no real number."""
+    expression = getattr(parsed[0], "rhs", parsed[0])
+    return float(expression) if getattr(expression, "is_real", False) and expression.is_number else None

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 from dmlr.judge.extract import MACRO, plain, stated
 
@@ -97,6 +98,7 @@ def _same(a: Fraction, b: Fraction, tolerance: Tolerance) -> bool:
     return abs(a - b) * 10**decimals <= Fraction(1, 2) or round(a, decimals) == round(b, decimals)
 
 
+@lru_cache(1024)
 def parse_number(text: str) -> Number | None:
     """The number that a text *is* (with currency, percent or unit, in dollars or not); None for anything more."""
     if len(text) > _MAX_CHARACTERS:

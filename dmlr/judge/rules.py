@@ -146,12 +146,11 @@ def _compare_number(candidate: Candidate, truth: Number, shown: str, tolerance: 
     answer = parse_number(text) or (parse_number(assigned[1]) if assigned else None)
     if answer is None and re.fullmatch(r"[-+−]?\d+,\d+\.?", text):
         answer = parse_number(text.replace(",", "."))  # where one number is asked for: a decimal comma
-    prose = is_prose(text)
-    if answer is None and (LATEX.search(text) or not prose):
+    if answer is None and (LATEX.search(text) or not is_prose(text)):
         value = shown if truth.percent or truth.unit else str(truth.value)
         if (right := equal(value, text, tolerance)) is not None:
             return right, text
-    if answer is None and prose and candidate.rule != "boxed":
+    if answer is None and is_prose(text):
         # "The answer is 12 because ..." gives its number first, a derivation or a worked text gives it last.
         answer = find_number(text, last=not candidate.explicit or "=" in text)
     return None if answer is None else (answer.matches(truth, tolerance), text)
