@@ -49,19 +49,19 @@ def _settings(kind: type[PretrainedConfig], sizes: tuple, vocabulary: int, conte
 
 
 # Of the paper's models, the numbers of their config.json on the hub; fine-tunes share what they were made from.
-_2_5 = partial(_settings, Qwen2_5_VLConfig, context=128_000, hidden_size=1280)
-_2_5_3B = partial(_2_5, (2048, 36, 16, 2, 11_008), vocabulary=151_936, tied=True)
-_2_5_7B = partial(_2_5, (3584, 28, 28, 4, 18_944), vocabulary=152_064, tied=False)
-_3 = partial(_settings, Qwen3VLConfig, vocabulary=151_936, context=262_144)
-_3_4B = partial(_3, (2560, 36, 32, 8, 9728), tied=True, depth=24, hidden_size=1024, intermediate_size=4096)
+_qwen2_5 = partial(_settings, Qwen2_5_VLConfig, context=128_000, hidden_size=1280)
+_QWEN2_5_3B = partial(_qwen2_5, (2048, 36, 16, 2, 11_008), vocabulary=151_936, tied=True)
+_QWEN2_5_7B = partial(_qwen2_5, (3584, 28, 28, 4, 18_944), vocabulary=152_064, tied=False)
+_qwen3 = partial(_settings, Qwen3VLConfig, vocabulary=151_936, context=262_144)
+_QWEN3_4B = partial(_qwen3, (2560, 36, 32, 8, 9728), tied=True, depth=24, hidden_size=1024, intermediate_size=4096)
 PAPER_MODELS = {
-    "Qwen/Qwen2.5-VL-3B-Instruct": _2_5_3B,
-    "Qwen/Qwen2.5-VL-7B-Instruct": _2_5_7B,
-    "Qwen/Qwen3-VL-4B-Instruct": partial(_3_4B, deepstack_visual_indexes=[5, 11, 17]),
-    "Qwen/Qwen3-VL-8B-Instruct": partial(_3, (4096, 36, 32, 8, 12_288), tied=False),
-    "Fancy-MLLM/R1-Onevision-7B": _2_5_7B,
-    "UCSC-VLAA/VLAA-Thinker-Qwen2.5VL-3B": _2_5_3B,
-    "UCSC-VLAA/VLAA-Thinker-Qwen2.5VL-7B": _2_5_7B,
+    "Qwen/Qwen2.5-VL-3B-Instruct": _QWEN2_5_3B,
+    "Qwen/Qwen2.5-VL-7B-Instruct": _QWEN2_5_7B,
+    "Qwen/Qwen3-VL-4B-Instruct": partial(_QWEN3_4B, deepstack_visual_indexes=[5, 11, 17]),
+    "Qwen/Qwen3-VL-8B-Instruct": partial(_qwen3, (4096, 36, 32, 8, 12_288), tied=False),
+    "Fancy-MLLM/R1-Onevision-7B": _QWEN2_5_7B,
+    "UCSC-VLAA/VLAA-Thinker-Qwen2.5VL-3B": _QWEN2_5_3B,
+    "UCSC-VLAA/VLAA-Thinker-Qwen2.5VL-7B": _QWEN2_5_7B,
 }
 
 

@@ -108,7 +108,7 @@ CASES = {  # which stage is the largest differs: prefill, loop (every patch afte
     "prefill": ({"max_num_steps": 2, "max_new_tokens": 4}, "prefill", 5, 140, 8),
     "loop": ({"max_num_steps": 1, "max_new_tokens": 4, "initial_patch_count": None, "num_selected_patches": None,
               "max_total_patches": None, "num_thought_tokens": 8}, "loop", 5, 140, 4),
-    "decode": ({"max_num_steps": 1, "max_new_tokens": 70}, "decode", 2, 30, 2),
+    "decode": ({"max_num_steps": 1, "max_new_tokens": 40}, "decode", 2, 30, 2),
 }  # fmt: skip
 
 
