@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.fields import FieldInfo
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Reward = Literal["entropy", "logprob", "self-certainty", "progress"]
+Reward = Literal["entropy", "logprob", "self-certainty", "progress", "ulr"]
 RewardPosition = Literal["think", "think_next", "group_end", "answer"]
 AcceptAt = Literal["updated", "candidate"]
 Generation = Literal["checkpoint", "plain"]
@@ -140,6 +140,13 @@ class Config(BaseModel):
     ltpo_sigma_decay: float = Field(
         0.99, ge=0, le=1, description="ltpo: factor on its noise scale after each iteration"
     )
+    ulr_thought_tokens: int = Field(4, ge=2, le=256, description="ulr: think tokens")
+    ulr_steps: int = Field(20, ge=0, description="ulr: iterations of both stages")
+    ulr_alignment_steps: int = Field(5, ge=0, description="ulr: of them, those of stage I")
+    ulr_lr: float = Field(1e-3, ge=0, description="ulr: learning rate of both stages")
+    ulr_sigma: float = Field(25.0, ge=0, description="ulr: noise scale, absolute in embedding units")
+    ulr_sigma_decay: float = Field(0.95, ge=0, le=1, description="ulr: factor on its noise scale after each iteration")
+    ulr_temperature: float = Field(0.2, ge=0.001, description="ulr: temperature of the alignment loss")
     consistency_samples: int | None = Field(
         None, ge=1, description="self-consistency: sampled answers; none: what dmlr costs, 3 to 40"
     )
@@ -196,6 +203,8 @@ class Config(BaseModel):
             )
         if self.ltpo_sigma == 0 and self.ltpo_steps > 0 and not self.use_auto_grad:
             raise ConfigError("ltpo_sigma = 0 gives LTPO nothing to learn from; use ltpo_sigma > 0")
+        if self.ulr_sigma == 0 and self.ulr_steps > 0:
+            raise ConfigError("ulr_sigma = 0 gives ULR's stage II nothing to learn from; use ulr_sigma > 0")
         if self.num_samples > 1 and (self.num_samples % 2 or self.use_auto_grad):
             raise ConfigError(
                 f"num_samples = {self.num_samples}: samples come in antithetic pairs, so 1 or an even number, "

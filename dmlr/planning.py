@@ -28,6 +28,7 @@ from dmlr.data.examples import Example, ImageError, open_image
 from dmlr.json_files import as_plain
 from dmlr.machine import environment
 from dmlr.methods.latent import ltpo_config
+from dmlr.methods.ulr import ulr_config
 from dmlr.methods.workload import workload
 from dmlr.model.families import ModelError, check_known
 from dmlr.model.memory import MOST, Parameters, Shape, fitting_batch, peak, seconds
@@ -193,7 +194,8 @@ def settings_pace(config: Config, needs: Needs, method: str) -> Pace | None:
     unknown = not (needs.model and needs.free and needs.batch) or config.ray_address
     if unknown or method in ("self-consistency", "random"):
         return None
-    alone = ltpo_config(config).replace(methods="dmlr") if method == "ltpo" else config.replace(methods=method)
+    as_loop = {"ltpo": ltpo_config, "ulr": ulr_config}.get(method)
+    alone = as_loop(config).replace(methods="dmlr") if as_loop else config.replace(methods=method)
     work, model = workload(alone, needs.model.context, needs.images), needs.model
     flops, bandwidth = measured_rates(needs.device, needs.itemsize)
     return Pace(

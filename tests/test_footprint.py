@@ -13,6 +13,7 @@ from dmlr.loop.optimize import optimize
 from dmlr.machine import peak_bytes
 from dmlr.methods.answers import Question
 from dmlr.methods.latent import append_latents, question_noise
+from dmlr.methods.ulr import two_stages, ulr_config
 from dmlr.methods.workload import workload
 from dmlr.model.decode import decode
 from dmlr.model.encode import encode
@@ -74,13 +75,13 @@ def test_every_family_has_the_parameters_and_the_cache_that_its_settings_say(fam
     )
 
 
-def example(vlm, config, prompt, batch):
+def example(vlm, config, prompt, batch, loop=optimize):
     """One batch from prefill to the last token."""
     noise = torch.stack([question_noise(vlm, Question(i, "", []), config) for i in range(batch)])
 
     def work():
         prefix = vlm.prefill([prompt] * batch)
-        trace = optimize(vlm, prefix, config, noise, NO_IDS)
+        trace = loop(vlm, prefix, config, noise, NO_IDS)
         append_latents(vlm, prefix, trace.final.latents, trace.final.patches)
         decode(vlm, prefix, config.max_new_tokens)
 
@@ -90,7 +91,8 @@ def example(vlm, config, prompt, batch):
 def asked_for(config, prompt):
     asked = workload(config.replace(max_pixels=len(prompt.image_columns)))
     assert asked.image_tokens == len(prompt.image_columns)
-    return dataclasses.replace(asked, prompt=len(prompt.input_ids))
+    text = len(prompt.input_ids) - asked.image_tokens
+    return dataclasses.replace(asked, prompt=len(prompt.input_ids), probed=asked.probed and text)
 
 
 def estimate(vlm, config, prompt, batch):
@@ -122,6 +124,16 @@ def test_tensors_take_what_is_estimated_within_a_factor_of_one_and_a_half(case):
     assert max(parts, key=parts.get) == stage
     with LiveTensors(vlm.model) as live:
         example(vlm, config, prompt, batch)()
+    assert guess / 1.5 < live.peak < guess * 1.5
+
+
+@pytest.mark.parametrize(("side", "length"), [(2, 230), (5, 140)])
+def test_tensors_of_ulrs_two_stages_too(side, length):
+    vlm, config = random_small(), ulr_config(Config.make("paper", methods="ulr", max_new_tokens=4, ulr_steps=7))
+    prompt = random_prompt(vlm, side, length, config.num_thought_tokens)
+    guess = estimate(vlm, config, prompt, 4)
+    with LiveTensors(vlm.model) as live:
+        example(vlm, config, prompt, 4, two_stages)()
     assert guess / 1.5 < live.peak < guess * 1.5
 
 
@@ -160,11 +172,12 @@ def test_a_models_own_batch_is_by_what_the_gpu_has_free(embedded, monkeypatch):
 
 
 def test_methods_decide_what_is_asked_for():
-    asks = {methods: workload(Config.make("paper", methods=methods)) for methods in ("vanilla", "dmlr", "ltpo")}
+    asks = {methods: workload(Config.make("paper", methods=methods)) for methods in ("vanilla", "dmlr", "ltpo", "ulr")}
     assert (asks["vanilla"].slots, asks["vanilla"].passes, asks["vanilla"].reads) == (0, 0, 0)
     assert asks["dmlr"].slots == 4 * (1 + 4)  # sixteen patches over four think tokens
     assert asks["dmlr"].passes == 30
-    assert asks["ltpo"].slots == 10
+    assert asks["ltpo"].slots == 10 and not asks["ltpo"].graph
+    assert asks["ulr"].slots == 4 and asks["ulr"].graph and asks["ulr"].probed == 256
     released = workload(Config.make("released", methods="dmlr"))
     assert released.slots == 8 * (1 + 256)
     assert workload(Config.make("paper", methods="vanilla,self-consistency")).copies == 2

@@ -350,7 +350,7 @@ def test_all_methods_in_one_run(vlm, tmp_path):
     def results(name, rows, batch_size, methods):
         (tmp_path / name).write_text(json.dumps(rows))
         config = Config(
-            **BASE | {"scene_graph_tokens": 120, "max_num_steps": 2, "ltpo_steps": 2},
+            **BASE | {"scene_graph_tokens": 120, "max_num_steps": 2, "ltpo_steps": 2, "ulr_steps": 7},
             methods=",".join(methods),
             dataset=str(tmp_path / name),
             output_dir=str(tmp_path / "out"),

@@ -108,7 +108,9 @@ def questions(count):
 @pytest.mark.parametrize("method", METHODS)
 def test_an_answer_does_not_depend_on_its_neighbours(vlm, method):
     budgets = {"rationale_tokens": 9, "rationale_answer_tokens": 7, "scene_graph_tokens": 9, "consistency_samples": 3}
-    config = Config(max_num_steps=4, lr=0.02, sigma=0.05, max_new_tokens=8, icot_newlines=1, ltpo_steps=3, **budgets)
+    config = Config(
+        max_num_steps=4, lr=0.02, sigma=0.05, max_new_tokens=8, icot_newlines=1, ltpo_steps=3, ulr_steps=7, **budgets
+    )
     asked = questions(6)
     together = METHODS[method](vlm, asked, config)
     backwards = METHODS[method](vlm, asked[::-1], config)[::-1]

@@ -15,7 +15,7 @@ from dmlr.look.what_if import try_changes, usual_changes
 from dmlr.methods import METHODS
 from dmlr.methods.answers import Question
 
-BRIEF = {"rationale_tokens": 4, "rationale_answer_tokens": 4, "scene_graph_tokens": 4, "ltpo_steps": 2}
+BRIEF = {"rationale_tokens": 4, "rationale_answer_tokens": 4, "scene_graph_tokens": 4, "ltpo_steps": 2, "ulr_steps": 7}
 
 
 @pytest.fixture(autouse=True)

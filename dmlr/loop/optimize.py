@@ -111,6 +111,7 @@ def optimize(
     score: Score | None = None,
     update: Update | None = None,
     ranking: torch.Tensor | None = None,
+    start: torch.Tensor | None = None,
 ) -> Trace:
     """Algorithm 1 over a prefilled batch. The model and the prefix are left as they were.
 
@@ -129,19 +130,20 @@ def optimize(
 
     What a control changes are plain functions: `score` (another reward), `update` (another step: `reinforce`,
     `ascent`, or `stay`, a search at random whose best candidate itself is tried and kept), and `ranking`
-    [B, T, L, N], numbers that rank the patches of an iteration in attention's place.
+    [B, T, L, N], numbers that rank the patches of an iteration in attention's place. start: latents [B, L, D] to begin
+    with (none: `initial_latents`).
     """
     config = config.absolute(vlm.embedding_rms)
     score = score or scorer(vlm, prefix, config, score_ids)
     update = update or (ascent if config.use_auto_grad else reinforce)(config.lr)
     single = config.accept_at == "candidate" or update is stay  # one reward for exploration and acceptance
     retrieve = Retrieval(prefix.image_mask, config)
-    latents = last = initial_latents(vlm, prefix, config)  # T, [B, L, D]
+    latents = last = initial_latents(vlm, prefix, config) if start is None else start  # T, [B, L, D]
     noise, rows = noise.to(latents.device), torch.arange(len(latents), device=latents.device)
     budget, kept = retrieve.first_budget, retrieve.nothing  # kept is V_best
 
-    start = score(latents[:, None], kept)
-    attention, best_reward, best_step = start.attention, start.reward[:, 0], torch.zeros_like(budget)
+    began = score(latents[:, None], kept)
+    attention, best_reward, best_step = began.attention, began.reward[:, 0], torch.zeros_like(budget)
     best = scored = State(latents, kept)
     threshold = torch.zeros_like(best_reward) if config.accept_at == "candidate" else best_reward  # r_best
     active = torch.ones_like(budget, dtype=torch.bool)
@@ -190,7 +192,7 @@ def optimize(
         sigma *= config.sigma_decay
 
     final = State(last, kept) if config.disable_best_reward else best
-    return Trace(start.reward[:, 0], start.attention, best_reward, best_step, final, scored, steps)
+    return Trace(began.reward[:, 0], began.attention, best_reward, best_step, final, scored, steps)
 
 
 def reinforce(lr: float) -> Update:

@@ -45,6 +45,11 @@ def progress(logits: torch.Tensor, k: int) -> torch.Tensor:
     return confidence.log().diff(dim=-1).mean(dim=-1)
 
 
+def confidence_and_progress(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """ULR's reward: `logprob_confidence` with .05 times its `progress`; ValueError for a single position."""
+    return logprob_confidence(logits, k) + 0.05 * progress(logits, k)
+
+
 def parse_score(text: str) -> float:
     """The model's own score of its latents: the first number of its reply, if it lies in [0, 1]; else nan."""
     match = re.search(r"(?<![\d.])\d*\.?\d+", text)
@@ -57,6 +62,7 @@ REWARDS = {
     "logprob": logprob_confidence,
     "self-certainty": self_certainty,
     "progress": progress,
+    "ulr": confidence_and_progress,
 }
 
 

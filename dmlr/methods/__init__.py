@@ -14,6 +14,7 @@ from dmlr.methods.icot import icot
 from dmlr.methods.latent import dmlr, ltpo
 from dmlr.methods.prompting import ccot, multimodal_cot, vanilla
 from dmlr.methods.self_consistency import self_consistency
+from dmlr.methods.ulr import ulr
 
 __all__ = ["METHODS", "Answer", "Question"]
 
@@ -23,6 +24,7 @@ _METHODS = {
     "ccot": ccot,
     "icot": icot,
     "ltpo": ltpo,
+    "ulr": ulr,
     "dmlr": dmlr,
     "self-consistency": self_consistency,
     **CONTROLS,

@@ -31,7 +31,8 @@ def workload(config: Config, context: int | None = None, images: int | None = No
         prompt = prompt + TEXT if prompt else images + TEXT
     methods = {method.strip() for method in config.methods.split(",")}
     length = config.num_thought_tokens
-    slots = {"ltpo": config.ltpo_thought_tokens} if "ltpo" in methods else {}
+    alone = {"ltpo": config.ltpo_thought_tokens, "ulr": config.ulr_thought_tokens}  # without patches
+    slots = {method: count for method, count in alone.items() if method in methods}
     if methods & INTERLEAVED:
         slots["dmlr"] = length * (1 + int(caps_of(config, torch.tensor([images])).max()))
     loop = bool(methods & INTERLEAVED - {"unoptimised"})
@@ -44,11 +45,12 @@ def workload(config: Config, context: int | None = None, images: int | None = No
         prompt=prompt,
         image_tokens=images,
         slots=max(slots.values(), default=0) * samples,
-        reads=(max(length, config.ltpo_thought_tokens) + 1) * samples if slots else 0,
+        reads=(max(length, *alone.values()) + 1) * samples if slots else 0,
         loop_positions=loop_positions(config, images) if loop else 0,
         passes=2 * config.max_num_steps if loop else 0,
         new_tokens=max(1, min(longest, (context or longest + prompt) - prompt)),
         copies=1 + ("self-consistency" in methods),  # it samples from a copy of the prefix
-        graph=config.use_auto_grad,
+        graph=config.use_auto_grad or "ulr" in methods,
+        probed=min(TEXT, prompt - images) if "ulr" in methods else 0,
         buffers=MOST if config.cuda_graphs and slots else 0,
     )

@@ -141,6 +141,7 @@ class Prefix:
     next_position: torch.Tensor  # [B], position of the first token after the prefix
     logits: torch.Tensor  # [B, V], float32, after the last committed position
     images: torch.Tensor  # [B, N, D], merged visual features, right-padded ([B, N, (1 + n) D] with n deep ones)
+    image_states: torch.Tensor  # [B, N, D], what the last layer made of the image tokens
     image_mask: torch.Tensor  # [B, N]
     image_columns: torch.Tensor  # [B, N], their columns among the P
     prompt_ids: torch.Tensor  # [B, P + S], whole prompts, suffix included; left-padded by a row's own first token
@@ -148,7 +149,16 @@ class Prefix:
 
     def select(self, rows: torch.Tensor) -> Prefix:
         """These rows [B'] of the batch only."""
-        names = ("mask", "next_position", "logits", "images", "image_mask", "image_columns", "prompt_ids")
+        names = (
+            "mask",
+            "next_position",
+            "logits",
+            "images",
+            "image_states",
+            "image_mask",
+            "image_columns",
+            "prompt_ids",
+        )
         return replace(self, cache=self.cache.select(rows), **{name: getattr(self, name)[rows] for name in names})
 
     def branch(self) -> Prefix:
@@ -165,6 +175,7 @@ class Prefix:
             next_position=torch.zeros_like(self.next_position),
             logits=self.logits.new_empty(batch, 0),
             images=self.images.new_zeros(batch, image_tokens, width),
+            image_states=self.image_states[:, :0],
             image_mask=self.image_mask.new_zeros(batch, image_tokens),
             image_columns=self.image_columns.new_zeros(batch, image_tokens),
             prompt_ids=self.prompt_ids[:, :0],

@@ -11,9 +11,10 @@ at a time without gradient, the terms are
     logits         16 · vocabulary                           a row that is read: float32, and copies of it
 
 A stage holds the weights, its share of the cache and its own terms: `vision` (all images of a batch at once),
-`prefill`, `loop`, `decode` (the cache grows by half when it is full; rows that finish leave a copy behind). A run peaks
-at its largest stage; caches that recorded kernels read are there in each. The sum is that of tensors, within a factor
-of 1.5 (tests/test_footprint.py); what an allocator loses and libraries take comes on top, on a CPU about as much again.
+`prefill`, `probe` (a prompt's text once more, for its attention), `loop`, `decode` (the cache grows by half when it is
+full; rows that finish leave a copy behind). A run peaks at its largest stage; caches that recorded kernels read are
+there in each. The sum is that of tensors, within a factor of 1.5 (tests/test_footprint.py); what an allocator loses and
+libraries take comes on top, on a CPU about as much again.
 Knows nothing about devices, files or data.
 """
 
@@ -132,6 +133,7 @@ class Work:
     new_tokens: int = 1
     copies: int = 1  # of the cache while answers are decoded
     graph: bool = False  # the exact gradient keeps every layer's activations
+    probed: int = 0  # positions of the prompt that go through once more, for their attention
     buffers: int = 0  # copies of the cache that stay between batches (recorded kernels read them)
 
 
@@ -147,10 +149,13 @@ def stages(shape: Shape, itemsize: int, work: Work) -> dict[str, int]:
     rows = 16 * shape.vocabulary
     loop = work.slots * activations * (shape.layers if work.graph else 1) + maps + work.reads * rows
     held = work.buffers * (work.prompt + max(work.slots, work.new_tokens)) * cache
+    # scores, weights and what is between; the masks of forward and probe
+    scores = (12 * shape.heads + 8 * shape.heads // shape.kv_heads) * (work.prompt + work.probed)
     parts = {
         "vision": work.image_tokens * shape.vision(itemsize) + work.prompt * shape.hidden * itemsize,
         "prefill": work.prompt * (cache + activations + work.prompt * (itemsize + 2)),
         "loop": work.slots and (min(capacity, 3 * work.prompt // 2) * cache * (1 + work.graph) + loop),
+        "probe": work.probed and (work.prompt + work.probed) * cache + work.probed * (activations + scores),
         "decode": round(capacity * cache * (work.copies + 0.5)) + activations + rows,
     }
     return {stage: size and size + held for stage, size in parts.items()}

@@ -214,6 +214,7 @@ class VLM:
             next_position=torch.stack([e.positions.max() + 1 for e in batch]).to(self.device),
             logits=self._logits(hidden[:, -1]),
             images=images,
+            image_states=hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[2])),
             image_mask=image_mask,
             image_columns=columns,
             prompt_ids=torch.stack(prompts).to(self.device),
@@ -221,6 +222,13 @@ class VLM:
         )
 
     def extend(
+        self, prefix: Prefix, embeds: torch.Tensor, filled: torch.Tensor, read: torch.Tensor, **how
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `states`, with next-token logits [B, R, V] in float32 in place of hidden states."""
+        states, attention = self.states(prefix, embeds, filled, read, **how)
+        return (self._logits if how.get("commit") else self._exact_logits)(states), attention
+
+    def states(
         self,
         prefix: Prefix,
         embeds: torch.Tensor,
@@ -234,13 +242,13 @@ class VLM:
 
         embeds: [B, S, D], or [B, S, (1 + n) D] with what n deep levels add.
         filled: [B, S], False for slots that nothing may attend to and that take no position.
-        read: [B, R], slots whose next-token logits are wanted.
+        read: [B, R], slots whose last hidden states are wanted.
         probe_rows: [A], slots whose attention over the image tokens is wanted.
         samples: M sequences of S / M slots each that all follow the prefix and do not see each other (they share its
         keys and values instead of repeating them).
 
-        Returns logits [B, R, V] in float32 and attention [B, A, N], mean over layers and heads (None without
-        probe_rows). Differentiable in `embeds`.
+        Returns states [B, R, D] and attention [B, A, N], mean over layers and heads (None without probe_rows).
+        Differentiable in `embeds`.
         """
         batch, slots, _ = embeds.shape
         assert filled.shape == (batch, slots) and read.shape[0] == batch
@@ -261,13 +269,12 @@ class VLM:
             prefix.cache.commit(slots)
             prefix.mask = torch.cat([prefix.mask, filled], dim=1)
             prefix.next_position = prefix.next_position + order[:, -1]
-        rows = hidden.gather(1, read[..., None].expand(-1, -1, hidden.shape[2]))
-        logits = self._logits(rows) if commit else self._exact_logits(rows)  # [B, R, V]
+        states = hidden.gather(1, read[..., None].expand(-1, -1, hidden.shape[2]))  # [B, R, D]
         if probe is None:
-            return logits, None
+            return states, None
         weights = probe.total / len(prefix.cache.layers)  # [B, A, T], each row sums to one
         index = prefix.image_columns[:, None].expand(-1, weights.shape[1], -1)
-        return logits, weights.gather(2, index.to(weights.device)).masked_fill(~prefix.image_mask[:, None], 0.0)
+        return states, weights.gather(2, index.to(weights.device)).masked_fill(~prefix.image_mask[:, None], 0.0)
 
     @torch.no_grad()
     def append(self, prefix: Prefix, embeds: torch.Tensor, filled: torch.Tensor) -> None:
