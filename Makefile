@@ -10,7 +10,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 export MPLBACKEND := agg
 
-.PHONY: help setup demo bench test test-all lint format notebooks table1 report lab clean
+.PHONY: help setup demo bench lmms-eval test test-all lint format notebooks table1 report lab clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -56,6 +56,10 @@ notebooks: $(INSTALLED)  ## run every analysis notebook with its defaults, store
 table1: $(INSTALLED)  ## every method on the embedded benchmark, in the form of Table 1; six minutes on two cores
 	@HF_HUB_OFFLINE=1 $(RUN) table1 shapes-vl --benchmarks shapes-mathematics,shapes-visual,shapes-composition \
 	  -p methods vanilla,multimodal-cot,ccot,icot,self-consistency,ltpo,unoptimised,random,dmlr
+
+lmms-eval:       ## an environment for lmms-eval with this package as its model `dmlr`: .venv-lmms
+	@$(PYTHON) -m venv .venv-lmms
+	@.venv-lmms/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[lmms-eval]'
 
 report: $(INSTALLED)  ## write reports/index.html again from the runs that are there
 	@$(RUN) report

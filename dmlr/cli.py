@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -195,6 +196,34 @@ def table1(args: argparse.Namespace) -> int:
     if failures:
         print(f"\n{len(failures)} failed, for the reasons above: {', '.join(failures)}", file=sys.stderr)
     return 1 if failures else 0
+
+
+@_command(
+    _argument("model", help="hub id or folder"),
+    _argument("--name", help="what requests call it, NAME:METHOD (default: the last part of MODEL)"),
+    _argument("--preset", help="paper, released, demo or search (default: the paper's values)"),
+    PARAMETERS[1],
+    _argument("--host", default="127.0.0.1", help="0.0.0.0: other machines may ask (default: 127.0.0.1)"),
+    _argument("--port", type=int, default=8000, help="default: 8000"),
+    _argument("--fetch", action="store_true", help="images by http(s) too, not only data URIs"),
+    _argument("--quiet", type=float, default=0.015, metavar="S", help="a batch leaves when none came for S seconds,"),
+    _argument("--longest", type=float, default=0.1, metavar="S", help="after S seconds in any case,"),
+    _argument("--batch", type=int, default=16, metavar="N", help="and with N requests"),
+    _argument("--requests", type=int, default=128, metavar="N", help="most under way; one more gets a 429"),
+    _argument("--body", type=int, default=2**25, metavar="BYTES", help="most of a request"),
+    _argument("--pixels", type=int, default=2**24, metavar="N", help="most of an image"),
+    _argument("--seconds", type=float, default=600, metavar="S", help="most for a request"),
+)
+def serve(args: argparse.Namespace) -> int:
+    """a model behind OpenAI's chat completions; a DMLR_API_KEY in the environment is demanded of clients"""
+    from dmlr.api import load
+    from dmlr.serve import Limits, serve
+
+    names = ("quiet", "longest", "batch", "requests", "body", "pixels", "seconds", "fetch")
+    limits = Limits(**{name: getattr(args, name) for name in names}, key=os.environ.get("DMLR_API_KEY", ""))
+    model = load(args.model, args.preset, **dict(args.parameter))
+    serve(model, args.name or Path(args.model).name, limits, args.host, args.port)
+    return 0
 
 
 @_command(

@@ -8,7 +8,7 @@ import pytest
 
 from dmlr import cli
 
-COMMANDS = "run demo bench check judge data table1 doctor report".split()
+COMMANDS = "run demo bench check judge data table1 serve doctor report".split()
 
 
 def test_help_lists_every_command(capsys):
@@ -22,7 +22,14 @@ def test_a_command_has_its_help_and_refuses_an_unknown_option(command, capsys):
     assert cli.main([command, "--help"]) == 0
     assert f"usage: python -m dmlr {command}" in capsys.readouterr().out
     assert cli.main([command, "--no-such-option"]) == 2
-    assert "--no-such-option" in capsys.readouterr().err or command in ("run", "check", "judge", "data", "table1")
+    assert "--no-such-option" in capsys.readouterr().err or command in (
+        "run",
+        "check",
+        "judge",
+        "data",
+        "table1",
+        "serve",
+    )
 
 
 def test_no_command_and_an_unknown_one_are_status_2(capsys):

@@ -51,12 +51,12 @@ def without_password(source: str) -> str:
     return re.sub(r"(?i)(https?://)[^/?#\s]*@", r"\1", source)
 
 
-def open_image(source: str | Path | ImageFile | Image.Image) -> Image.Image:
+def open_image(source: str | Path | ImageFile | Image.Image, most: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """An RGB image from a path, file:// or http(s) URL, `data:image/...;base64,` string, image file or PIL image.
 
     Transparency is laid on white, 16-bit greyscale is scaled to 8 bit, EXIF orientation is applied. Raises
     ImageError when the source cannot be read, is no image, is truncated or damaged as far as the format can tell, has
-    more than MAX_IMAGE_PIXELS pixels or pixels that are no number, or has sides that differ by more than
+    more than `most` pixels or pixels that are no number, or has sides that differ by more than
     MAX_ASPECT_RATIO times.
     """
     name = _name(source)
@@ -70,7 +70,7 @@ def open_image(source: str | Path | ImageFile | Image.Image) -> Image.Image:
                 if image.format == "PNG":  # whose checksums loading does not look at
                     image.verify()
                     image = Image.open(io.BytesIO(content))
-            _check_size(image, name)
+            _check_size(image, name, most)
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except ImageError:
@@ -94,10 +94,10 @@ def _name(source: str | Path | ImageFile | Image.Image) -> str:
     return source.name if isinstance(source, ImageFile) else shorten(without_password(str(source)))
 
 
-def _check_size(image: Image.Image, name: str) -> None:
+def _check_size(image: Image.Image, name: str, most: int) -> None:
     width, height = image.size
-    if width * height > MAX_IMAGE_PIXELS:
-        raise ImageError(f"{name}: {width} x {height} pixels are more than {MAX_IMAGE_PIXELS} (decompression bomb?)")
+    if width * height > most:
+        raise ImageError(f"{name}: {width} x {height} pixels are more than {most} (decompression bomb?)")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ImageError(f"{name}: {width} x {height}: sides differ by more than {MAX_ASPECT_RATIO} times; crop or pad")
 

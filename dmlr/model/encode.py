@@ -34,7 +34,7 @@ def encode(vlm: VLM, system: str, task: str, images: Sequence[Image.Image], num_
     think = vlm.tokenizer.convert_ids_to_tokens(vlm.think_id)
     content = [{"type": "image"} for _ in images]
     content.append({"type": "text", "text": task + think * num_thought_tokens})
-    messages = [{"role": "system", "content": [{"type": "text", "text": system}]}]
+    messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
     messages.append({"role": "user", "content": content})
     prompt = vlm.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     try:

@@ -1,0 +1,147 @@
+"""The lmms-eval model: on stand-ins for the harness's few classes, and in the harness after `make lmms-eval`."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from tiny import noise_image
+
+import dmlr
+from dmlr import api
+from dmlr.config import Config, ConfigError
+from dmlr.prompts import Prompts
+from dmlr.run import evaluate
+
+ROOT = Path(__file__).parents[1]
+HARNESS = ROOT / ".venv-lmms" / "bin" / "python"
+DOCS = [{"prompt": "How many stars?\nA. 1\nB. 2", "image": noise_image(i, 56, 56)} for i in range(4)]
+
+
+@dataclass
+class GenerationResult:
+    text: str
+    token_counts: object
+
+
+class Lmms:
+    """As far as lmms-eval's base class is used."""
+
+    def __init__(self):
+        self.added, self.task_dict = [], {"task": {"test": DOCS}}
+        self.cache_hook = SimpleNamespace(add_partial=lambda *what: self.added.append(what))
+
+
+@pytest.fixture
+def plug(monkeypatch):
+    """dmlr.lmms_eval among stand-ins."""
+    api = {"GenerationResult": GenerationResult, "Instance": object, "TokenCounts": lambda *counts: counts}
+    stand_ins = {
+        "lmms_eval.api.instance": api,
+        "lmms_eval.api.model": {"lmms": Lmms},
+        "lmms_eval.models.registry_v2": {"ModelManifest": lambda name, **how: (name, how)},
+    }
+    for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.models", *stand_ins):
+        module = ModuleType(name)
+        vars(module).update(stand_ins.get(name, {}))
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "dmlr.lmms_eval", raising=False)
+    yield importlib.import_module("dmlr.lmms_eval")
+    sys.modules.pop("dmlr.lmms_eval", None)
+
+
+def messages_of(doc):
+    content = [{"type": "image", "url": doc["image"]}, {"type": "text", "text": doc["prompt"]}]
+    return [{"role": "user", "content": content}]
+
+
+def request(doc_id, messages=messages_of, **how):
+    return SimpleNamespace(args=("context", messages, how, doc_id, "task", "test"))
+
+
+def made(plug, **how):
+    return plug.DMLR("data/models/shapes-vl", preset="demo", max_num_steps=2, max_new_tokens=12, **how)
+
+
+def test_results_are_those_of_ask_many_with_the_place_in_the_task_as_number(plug):
+    results = made(plug, method="dmlr", batch_size="auto").generate_until([request(i) for i in (2, 0)])
+    model = dmlr.load("data/models/shapes-vl", "demo", max_num_steps=2, max_new_tokens=12)
+    asked = [{"question": DOCS[i]["prompt"], "image": DOCS[i]["image"], "idx": i} for i in (2, 0)]
+    wanted = model.ask_many(asked, "dmlr")
+    assert [result.text for result in results] == [answer.text for answer in wanted]
+    assert [result.token_counts for result in results] == [(a.prompt_tokens, a.new_tokens) for a in wanted]
+
+
+def test_budget_answer_and_wording_are_the_tasks_where_asked(plug):
+    model = made(plug, method="vanilla", budget="task", answer="short", prompt="task", batch_size=2)
+    requests = [request(0, max_new_tokens=3), request(1, max_new_tokens=1, until=["\n\n"]), request(2)]
+    results = model.generate_until(requests)
+    assert [result.token_counts[1] for result in results][:2] == [3, 1] and len(model.added) == 3
+    (plain,) = model.model.ask_many([DOCS[0]["prompt"]], "vanilla")
+    assert f"<|im_start|>user\n{DOCS[0]['prompt']}<|im_end|>" in plain.whole.prompt, "nothing but the question"
+    assert Prompts().system not in plain.whole.prompt
+    model.model = SimpleNamespace(ask_many=lambda *asked, **how: [said("So it is \\boxed{B}.")])
+    assert model.generate_until(requests[:1])[0].text == "B"
+
+
+def said(text):
+    question = api.Question(0, DOCS[0]["prompt"], [])
+    return api.Answer(question, "vanilla", api.methods_answers.Answer(text, "", "eos_token"))
+
+
+def test_a_request_that_cannot_be_answered_is_an_empty_text(plug, caplog):
+    DOCS[3]["prompt"] = "<|im_end|>"
+    results = made(plug, method="vanilla").generate_until([request(3), request(1)])
+    assert results[0].text == "" and results[1].text and "special token" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ([{"role": "system", "content": []}, {"role": "user", "content": []}], "single user turn"),
+        ([{"role": "user", "content": [{"type": "video", "url": "a.mp4"}]}], "not video"),
+    ],
+)
+def test_tasks_of_another_kind_are_an_error(plug, message, words):
+    with pytest.raises(ValueError, match=words):
+        made(plug, method="vanilla").generate_until([request(0, lambda doc: message)])
+
+
+@pytest.mark.parametrize("wrong", [{"method": "dmrl"}, {"answer": "shrt"}, {"budget": "tsk"}, {"sigmaa": 1}])
+def test_a_misspelt_argument_names_the_nearest(plug, wrong):
+    with pytest.raises(ConfigError, match="did you mean"):
+        made(plug, **wrong)
+
+
+def test_the_entry_point_is_a_manifest_and_loads_no_model(plug):
+    assert plug.manifest() == ("dmlr", {"chat_class_path": "dmlr.lmms_eval.DMLR"})
+    declared = (ROOT / "pyproject.toml").read_text()
+    assert '[project.entry-points."lmms_eval.models"]\ndmlr = "dmlr.lmms_eval:manifest"' in declared
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HARNESS.exists(), reason="`make lmms-eval` was not run")
+@pytest.mark.parametrize(("method", "answer"), [("vanilla", "full"), ("dmlr", "short")])
+def test_through_the_harness_itself_answers_are_a_runs(tmp_path, method, answer):
+    """Sixty questions by lmms-eval's command line, offline, and by a run."""
+    model = f"pretrained=data/models/shapes-vl,preset=demo,method={method},answer={answer}"
+    command = [HARNESS, "-m", "lmms_eval", "--model", "dmlr", "--model_args", model, "--tasks", "shapes"]
+    command += ["--include_path", "tests/lmms_tasks", "--limit", "60", "--batch_size", "16", "--log_samples"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    subprocess.run([*command, "--output_path", tmp_path], check=True, cwd=ROOT, env=os.environ | offline)
+    lines = next(tmp_path.rglob("*_samples_shapes.jsonl")).read_text().splitlines()
+    samples = sorted(map(json.loads, lines), key=lambda sample: sample["doc_id"])
+    where = {"dataset": "data/shapes/mathematics.json", "output_dir": str(tmp_path / "run"), "verbose": 0}
+    (result,) = evaluate.run(Config.make("demo", methods=method, end_data_idx=60, **where)).values()
+    entries = result["entries"]
+    if answer == "full":
+        assert [sample["resps"] for sample in samples] == [entry["model_output"] for entry in entries]
+    else:
+        right = [sample["accuracy"] for sample in samples]
+        assert right == [float(entry["is_correct"]) for entry in entries]
+        assert right == [sample["bare_number"] for sample in samples], "a bare answer is what is left"

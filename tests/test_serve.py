@@ -1,0 +1,385 @@
+"""The endpoint: answers equal a run's, what is not honoured is a typed error, nothing is lost under load."""
+
+import asyncio
+import base64
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx2
+import openai
+import pytest
+from starlette.testclient import TestClient
+from tiny import noise_image
+
+import dmlr
+from dmlr.config import Config, ConfigError
+from dmlr.data.examples import load_dataset
+from dmlr.run import evaluate
+from dmlr.serve import Limits, create_app
+
+ROOT = Path(__file__).parents[1]
+SUITES = ("mathematics", "visual", "composition")
+
+
+def uri(image):
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+PICTURE = uri(noise_image(0, 56, 56))
+
+
+def content(text="How many?", *images):
+    return [*({"type": "image_url", "image_url": {"url": url}} for url in images), {"type": "text", "text": text}]
+
+
+def request(text="How many?", *images, model="shapes:vanilla", **more):
+    return {"model": model, "messages": [{"role": "user", "content": content(text, *images)}], **more}
+
+
+class Scripted:
+    """A model that says each question back once `gate` is open, and remembers who was asked together."""
+
+    def __init__(self):
+        self.gate, self.batches = threading.Event(), []
+
+    def ask_many(self, questions, method, **parameters):
+        self.batches.append(([question["question"] for question in questions], method, parameters))
+        self.gate.wait(20)
+        if parameters.get("seed") == 13:
+            raise ConfigError("seed = 13 brings bad luck")
+        return [self.said(question) for question in questions]
+
+    def said(self, question):
+        error = "RuntimeError: broken" if "break" in question["question"] else None
+        told = {"stop_reason": "length", "idx": question["idx"]}
+        return SimpleNamespace(
+            text=question["question"], error=error, prompt_tokens=7, new_tokens=3, to_dict=lambda: told
+        )
+
+
+@asynccontextmanager
+async def reached(app):
+    """An HTTP client of the app, in this process."""
+    async with (
+        app.router.lifespan_context(app),
+        httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test", timeout=60) as client,
+    ):
+        yield client
+
+
+async def ask(client, *args, **more):
+    return await client.post("/v1/chat/completions", json=request(*args, **more))
+
+
+# answers
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return dmlr.load("data/models/shapes-vl", preset="demo", max_num_steps=3)
+
+
+def asked(count):
+    """Questions of the embedded benchmark, as many of each suite: (idx, text, image URI)."""
+    for suite in SUITES:
+        for example in load_dataset(ROOT / f"data/shapes/{suite}.json")[0][: count // len(SUITES)]:
+            content = Path(example.images[0]).read_bytes()
+            yield example.idx, example.question, f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+async def answers_of(client, questions, method):
+    """Text, prompt tokens and the field `dmlr` of each, all asked at once through OpenAI's client."""
+
+    async def one(idx, text, image):
+        answer = await client.chat.completions.create(
+            **request(text, image, model=f"shapes-vl:{method}"), extra_body={"dmlr": {"idx": idx}}
+        )
+        return answer.choices[0].message.content, answer.usage.prompt_tokens, answer.model_extra["dmlr"]
+
+    return await asyncio.gather(*(one(*question) for question in questions))
+
+
+@pytest.mark.parametrize("method", ["vanilla", "dmlr"])
+def test_answers_are_those_of_ask_many(shapes, method):
+    questions = list(asked(6))
+
+    async def run():
+        async with reached(create_app(shapes, "shapes-vl")) as http:
+            client = openai.AsyncOpenAI(api_key="-", base_url="http://test/v1", http_client=http)
+            return await answers_of(client, questions, method)
+
+    wanted = shapes.ask_many([dict(zip(("idx", "question", "image"), q, strict=True)) for q in questions], method)
+    for (text, tokens, told), want in zip(asyncio.run(run()), wanted, strict=True):
+        assert (text, tokens) == (want.text, want.prompt_tokens)
+        assert told["idx"] == want.question.idx and told["prompt_tokens"] == tokens
+        if method == "dmlr":
+            assert told["trace"]["patches"] == want.trace.patches and len(told["trace"]["steps"]) == 3
+
+
+def test_without_a_number_of_its_own_a_question_has_one_answer(shapes):
+    with TestClient(create_app(shapes, "shapes-vl")) as client:
+        body = request("Is there a star?", PICTURE, model="shapes-vl")
+        first, again = (client.post("/v1/chat/completions", json=body).json() for _ in range(2))
+        other = client.post("/v1/chat/completions", json=request("Is there a ring?", PICTURE, model="shapes-vl")).json()
+    assert first["dmlr"]["idx"] == again["dmlr"]["idx"] != other["dmlr"]["idx"]
+    assert first["choices"] == again["choices"] and first["dmlr"]["trace"] == again["dmlr"]["trace"]
+    usage = first["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] and usage["prompt_tokens"] > 30
+
+
+def test_max_tokens_and_what_clients_send_by_habit(shapes):
+    habits = {"temperature": 0.0, "top_p": 1.0, "n": 1, "stream": False, "stop": None, "tools": None, "user": "me"}
+    with TestClient(create_app(shapes, "shapes-vl")) as client:
+        body = request("How many?", PICTURE, model="shapes-vl:vanilla", max_tokens=2, **habits)
+        answer = client.post("/v1/chat/completions", json=body).json()
+    assert answer["usage"]["completion_tokens"] == 2 and answer["choices"][0]["finish_reason"] == "length"
+
+
+# what is refused
+
+
+@pytest.fixture(scope="module")
+def refusing():
+    """A client of a server whose model must never be asked."""
+    limits = Limits(body=200_000, pixels=56 * 56)
+    with TestClient(create_app(SimpleNamespace(), "shapes", limits)) as client:
+        yield client
+
+
+def with_(**more):
+    return json.dumps(request("How many?", PICTURE, **more))
+
+
+def message(**more):
+    return json.dumps(request() | {"messages": [{"role": "user", "content": "How many?"} | more]})
+
+
+def picture_at(url):
+    return json.dumps(request("How many?", url))
+
+
+BAD = {
+    "no JSON": ("{", 400, None, "Invalid JSON"),
+    "a list": ("[]", 400, None, "request"),
+    "not UTF-8": (b'{"model": "\xff"}', 400, None, "request"),
+    "no model": (json.dumps({"messages": []}), 400, "model", "Field required"),
+    "another model": (with_(model="gpt-4o"), 404, "model", "no model 'gpt-4o'; there are shapes:vanilla, "),
+    "another method": (with_(model="shapes:dmrl"), 404, "model", "shapes:dmlr"),
+    "model of a wrong type": (with_(model=3), 400, "model", "valid string"),
+    "temperature": (with_(temperature=0.7), 400, "temperature", "temperature = 0.7 is not honoured"),
+    "top_p": (with_(top_p=0.9), 400, "top_p", "not honoured"),
+    "n": (with_(n=2), 400, "n", "n = 2 is not honoured"),
+    "stream": (with_(stream=True), 400, "stream", "stream = true is not honoured"),
+    "tools": (with_(tools=[{"type": "function"}]), 400, "tools", "not honoured"),
+    "response_format": (with_(response_format={"type": "json_object"}), 400, "response_format", "not honoured"),
+    "stop": (with_(stop=["\n"]), 400, "stop", "not honoured"),
+    "logprobs": (with_(logprobs=True), 400, "logprobs", "not honoured"),
+    "logit_bias": (with_(logit_bias={"1": 2}), 400, "logit_bias", "not honoured"),
+    "penalty": (with_(frequency_penalty=1), 400, "frequency_penalty", "not honoured"),
+    "a misspelt name": (with_(max_token=1), 400, "max_token", "max_token = 1 is not honoured"),
+    "max_tokens 0": (with_(max_tokens=0), 400, "max_tokens", "greater than or equal to 1"),
+    "max_tokens in words": (with_(max_tokens="many"), 400, "max_tokens", "valid integer"),
+    "negative seed": (with_(seed=-1), 400, "seed", "greater than or equal to 0"),
+    "parameters of ours": (with_(dmlr={"sigma": 1}), 400, "dmlr.sigma", "not honoured"),
+    "idx of a wrong type": (with_(dmlr={"idx": [1]}), 400, "dmlr.idx.int", "valid integer"),
+    "no messages": (with_(messages=[]), 400, "messages", "at least 1 item"),
+    "several turns": (json.dumps(request() | {"messages": request()["messages"] * 2}), 400, "messages", "at most 1"),
+    "a system turn": (message(role="system"), 400, "messages.0.role", "'user'"),
+    "no content": (message(content=[]), 400, "messages", "the question is empty"),
+    "blank text": (message(content=" \n"), 400, "messages", "the question is empty"),
+    "audio": (message(content=[{"type": "input_audio"}]), 400, "messages.0.content", "input_audio"),
+    "a path": (picture_at("/etc/passwd"), 400, "messages", "must begin with data:"),
+    "a file URL": (picture_at("file:///etc/passwd"), 400, "messages", "must begin with data:"),
+    "http unasked": (picture_at("http://127.0.0.1:9/a.png"), 400, "messages", "must begin with data:"),
+    "not base64": (picture_at("data:image/png;base64,!!"), 400, "messages", "base64"),
+    "no image": (picture_at("data:image/png;base64,AAAA"), 400, "messages", "not an image"),
+    "half an image": (picture_at(PICTURE[: len(PICTURE) // 8 * 4 + 2]), 400, "messages", "cannot be read"),
+    "a large image": (picture_at(uri(noise_image(0, 56, 70))), 400, "messages", "pixels are more than"),
+    "a large body": (with_(user="x" * 200_000), 413, None, "larger than 200000 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_request_is_a_typed_error(refusing, name):
+    body, status, param, words = BAD[name]
+    reply = refusing.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert reply.status_code == status, reply.text
+    error = reply.json()["error"]
+    assert error["type"] == "invalid_request_error" and error["code"] and words in error["message"]
+    assert (error["param"] or "").startswith(param or "") and bool(error["param"]) == bool(param)
+
+
+@pytest.mark.parametrize(("verb", "path", "status"), [("GET", "/v1/chat/completions", 405), ("POST", "/v2", 404)])
+def test_another_way_in_is_a_typed_error(refusing, verb, path, status):
+    reply = refusing.request(verb, path)
+    assert reply.status_code == status and reply.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_key_can_be_demanded():
+    with TestClient(create_app(SimpleNamespace(), "shapes", Limits(key="kéy"))) as client:
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "kéy".encode()}):
+            reply = client.get("/v1/models", headers=headers)
+            assert reply.status_code == 401 and reply.json()["error"]["code"] == "invalid_api_key"
+        listed = client.get("/v1/models", headers={"authorization": "Bearer kéy".encode()}).json()["data"]
+    assert {"shapes:vanilla", "shapes:dmlr", "shapes:ulr"} <= {one["id"] for one in listed}
+
+
+# under load
+
+
+def test_what_comes_together_goes_together_and_by_kind():
+    model = Scripted()
+    model.gate.set()
+
+    async def run():
+        async with reached(create_app(model, "shapes", Limits(quiet=0.3, longest=1))) as client:
+            kinds = [{}, {"model": "shapes:dmlr"}, {"max_tokens": 9}, {"seed": 13}, {}]
+            replies = await asyncio.gather(*(ask(client, f"q{i}", **kind) for i, kind in enumerate(kinds)))
+            broken = await asyncio.gather(ask(client, "break"), ask(client, "go"))
+        return replies, broken
+
+    replies, broken = asyncio.run(run())
+    assert [reply.status_code for reply in replies] == [200, 200, 200, 400, 200]
+    assert [reply.json()["choices"][0]["message"]["content"] for reply in replies if reply.status_code == 200] == [
+        "q0",
+        "q1",
+        "q2",
+        "q4",
+    ]
+    assert "bad luck" in replies[3].json()["error"]["message"]
+    assert (["q0", "q4"], "vanilla", {}) in model.batches and len(model.batches) == 5
+    assert [reply.status_code for reply in broken] == [500, 200]
+    assert broken[0].json()["error"]["type"] == "server_error"
+
+
+def test_a_batch_leaves_when_it_is_full_and_when_it_waited_long_enough():
+    model = Scripted()
+    model.gate.set()
+
+    async def run():
+        async with reached(create_app(model, "shapes", Limits(quiet=5, longest=5, batch=2))) as client:
+            await asyncio.gather(*(ask(client, f"q{i}") for i in range(4)))
+        async with reached(create_app(model, "shapes", Limits(quiet=5, longest=0.01))) as client:
+            await ask(client, "alone")
+
+    began = time.monotonic()
+    asyncio.run(run())
+    assert time.monotonic() - began < 5
+    assert [len(questions) for questions, *_ in model.batches] == [2, 2, 1]
+
+
+def test_too_many_requests_and_one_that_waits_too_long():
+    model = Scripted()
+
+    async def run():
+        async with reached(create_app(model, "shapes", Limits(requests=3, seconds=1))) as client:
+            replies = await asyncio.gather(*(ask(client, f"q{i}") for i in range(5)))
+            model.gate.set()
+            return replies, await ask(client, "later")
+
+    replies, later = asyncio.run(run())
+    assert sorted(reply.status_code for reply in replies) == [429, 429, 504, 504, 504]
+    assert {reply.json()["error"]["type"] for reply in replies} == {"rate_limit_error", "server_error"}
+    assert later.status_code == 200, "nobody is under way any more"
+
+
+def test_nothing_is_lost_among_malformed_requests_and_clients_that_hang_up():
+    """200 at once; of ten one is malformed, one hangs up before its turn."""
+    model = Scripted()
+
+    async def run():
+        app = create_app(model, "shapes", Limits(requests=400))
+
+        async def hangs_up(i):
+            told, body = [], json.dumps(request(f"gone {i}")).encode()
+            messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+            async def receive():
+                return next(messages, {"type": "http.disconnect"})
+
+            async def send(event):
+                told.append(event)
+
+            headers = [(b"content-type", b"application/json")]
+            scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
+            await app(scope | {"query_string": b"", "http_version": "1.1", "root_path": ""}, receive, send)
+            return told[0]["status"]
+
+        async def one(i):
+            if i % 10 == 3:
+                return (await client.post("/v1/chat/completions", content=b"{")).status_code
+            if i % 10 == 7:
+                return await hangs_up(i)
+            reply = await ask(client, f"q{i}", dmlr={"idx": i})
+            assert reply.json()["choices"][0]["message"]["content"] == f"q{i}" and reply.json()["dmlr"]["idx"] == i
+            return reply.status_code
+
+        async with reached(app) as client:
+            opening = asyncio.get_running_loop().call_later(0.5, model.gate.set)
+            codes = await asyncio.gather(*(one(i) for i in range(200)))
+            assert opening.when() < asyncio.get_running_loop().time()
+        return codes
+
+    codes = asyncio.run(run())
+    assert codes == [{3: 400, 7: 499}.get(i % 10, 200) for i in range(200)]
+    asked = [question for questions, *_ in model.batches for question in questions]
+    assert len(asked) == 160 and not any("gone" in question for question in asked), (
+        "who hung up costs the model nothing"
+    )
+
+
+# a process of its own
+
+
+@pytest.mark.slow
+def test_a_real_server_answers_as_a_run_does_and_ends_in_good_order(tmp_path):
+    """60 questions of vanilla and dmlr through OpenAI's client; SIGTERM while sixteen are under way."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "dmlr", "serve", "data/models/shapes-vl", "--preset", "demo", "--port", str(port)]
+    environment = os.environ | {"DMLR_API_KEY": "secret"}
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    try:
+        base = f"http://127.0.0.1:{port}/v1"
+        client = openai.AsyncOpenAI(api_key="secret", base_url=base, max_retries=0)
+        for _ in range(600):
+            try:
+                assert httpx2.get(f"{base}/models").status_code == 401
+                break
+            except httpx2.TransportError:
+                assert server.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+        questions = list(asked(60))
+
+        async def run():
+            found = {method: await answers_of(client, questions, method) for method in ("vanilla", "dmlr")}
+            last = asyncio.gather(*(answers_of(client, [question], "dmlr") for question in questions[:16]))
+            await asyncio.sleep(0.5)
+            server.send_signal(signal.SIGTERM)
+            return found, [one for (one,) in await last]
+
+        found, last = asyncio.run(run())
+        assert server.wait(30) in (0, -signal.SIGTERM)
+    finally:
+        server.kill()
+    assert [text for text, *_ in last] == [text for text, *_ in found["dmlr"][:16]]
+    for suite, start in zip(SUITES, range(0, 60, 20), strict=True):
+        where = {"dataset": f"data/shapes/{suite}.json", "output_dir": str(tmp_path / suite), "verbose": 0}
+        results = evaluate.run(Config.make("demo", methods="vanilla,dmlr", end_data_idx=20, **where))
+        for (_, method), result in results.items():
+            answers = [text for text, *_ in found[method][start : start + 20]]
+            assert answers == [entry["model_output"] for entry in result["entries"]]
