@@ -23,6 +23,8 @@ from dmlr.stats import metrics, published
 
 GROUPS = ("category", "l2_category", "pair_id", "figure_group", "question_group")
 _METHODS = tuple(dict.fromkeys(method for _, method, _ in published.TABLE_1))
+_COUNTS = {"judged": "total", "unparsed": "unparsed", "judge failed": "judge_failed"}
+_COUNTS |= {"errors": "errors", "skipped": "skipped"}
 _ALWAYS = {"judge": "judge", "L": "num_thought_tokens", "T": "max_num_steps", "η": "lr", "σ": "sigma"}
 
 
@@ -167,12 +169,11 @@ def runs_table(runs: Sequence[Run]) -> pd.DataFrame:
 
 def outcomes_table(runs: Sequence[Run]) -> pd.DataFrame:
     """A row per run: what is no plain right or wrong, and seconds per example (the mean over its examples)."""
-    counts = {"judged": "total", "unparsed": "unparsed", "judge failed": "judge_failed", "errors": "errors"}
     rows = [
         {
             **run.names,
             "seed": _plain(run.seed),
-            **{shown: run.summary[name] for shown, name in (counts | {"skipped": "skipped"}).items()},
+            **{shown: run.summary[name] for shown, name in _COUNTS.items()},
             "s / example": _shown(run.summary["seconds"], ".2f"),
         }
         for run in runs
@@ -266,9 +267,8 @@ def calibration_table(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def _accuracy(value: float, low: float, high: float, total: int) -> dict[str, Any]:
-    return {
-        "accuracy": _shown(value, ".1%"), "95 % interval": f"{_shown(low, '.1%')} – {_shown(high, '.1%')}", "n": total,
-    }  # fmt: skip
+    interval = f"{_shown(low, '.1%')} – {_shown(high, '.1%')}"
+    return {"accuracy": _shown(value, ".1%"), "95 % interval": interval, "n": total}
 
 
 def _shown(value: float, how: str) -> str:
