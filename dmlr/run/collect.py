@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from dmlr.config import Config
-from dmlr.run.records import FREE_PARAMETERS, ResultsError, differences, find_runs, read_results
+from dmlr.run.records import FREE_PARAMETERS, ResultsError, differences, find_runs, read_results, with_defaults
 from dmlr.stats.comparison import GROUPS, Run, in_order
 
 # The parameters that make a setting; not among them: what stands in a column of its own, and what changes no record.
 _BESIDE = FREE_PARAMETERS | {"dataset", "model_name_or_path", "device", "seed"}
-_DEFAULTS = {name: field.default for name, field in Config.model_fields.items() if name not in _BESIDE}
+_SETTING = [name for name in Config.model_fields if name not in _BESIDE]
 # What two runs of one folder must have in common to be paired: whatever decides the answers of any method.
 _SHARED = (
     *("model_name_or_path", "revision", "dtype", "load_in_bits", "seed", "solver_prompt_idx", "prompts_file"),
@@ -35,28 +35,20 @@ def load_runs(root: str | Path, baseline: str) -> list[Run]:
         except ResultsError as error:
             warnings.warn(f"left out: {error}", stacklevel=2)
             continue
-        config = content.get("config") or {}
+        config = configs[path] = with_defaults(content.get("config"))
         baseline_path = path.parent / baseline
-        if differing := _differing(configs.get(baseline_path, config), config):
+        both = configs.get(baseline_path, config), config
+        if differing := differences(*({name: one[name] for name in _SHARED} for one in both)):
             warnings.warn(f"left unpaired: {path} and its {baseline}: {'; '.join(differing)}", stacklevel=2)
-        configs[path] = config
         runs[path] = Run(
             _label(path, root),
             *(str(content.get(name)) for name in ("model", "dataset", "method")),
-            seed=config.get("seed"),
-            # what the run's version did not have is at its default
-            setting={"judge": _judge(content.get("llm_judge"))}
-            | {name: config.get(name, default) for name, default in _DEFAULTS.items()},
+            seed=config["seed"],
+            setting={"judge": _judge(content.get("llm_judge"))} | {name: config[name] for name in _SETTING},
             entries=[{key: entry[key] for key in (*_KEPT, *GROUPS) if key in entry} for entry in content["entries"]],
             beside=None if differing else runs.get(baseline_path),
         )
     return in_order(list(runs.values()), baseline)
-
-
-def _differing(baseline: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """What the two must have in common and have not; what one of them does not say is not held against it."""
-    both = [{name: one[name] for name in _SHARED if name in baseline and name in config} for one in (baseline, config)]
-    return differences(*both)
 
 
 def _label(path: Path, root: Path) -> str:
