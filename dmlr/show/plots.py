@@ -150,7 +150,8 @@ def intervals(
     axis.set(ylim=(len(rows) - 0.5, -0.5), xlabel=label)
     axis.grid(axis="y", visible=False)
     if len(names) > 1:
-        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(names), borderaxespad=0.2)
+        columns = len(names) if sum(map(len, names)) < 60 else 2
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2)
     return fig
 
 
