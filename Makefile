@@ -55,7 +55,7 @@ notebooks: $(INSTALLED)  ## run every analysis notebook with its defaults, store
 
 table1: $(INSTALLED)  ## every method on the embedded benchmark, in the form of Table 1; six minutes on two cores
 	@HF_HUB_OFFLINE=1 $(RUN) table1 shapes-vl --benchmarks shapes-mathematics,shapes-visual,shapes-composition \
-	  -p methods vanilla,multimodal-cot,ccot,icot,self-consistency,ltpo,unoptimised,random,dmlr
+	  -p methods vanilla,multimodal-cot,ccot,icot,self-consistency,ltpo,ulr,unoptimised,random,dmlr
 
 lmms-eval:       ## an environment for lmms-eval with this package as its model `dmlr`: .venv-lmms
 	@$(PYTHON) -m venv .venv-lmms

@@ -102,8 +102,8 @@ class Completion(_Strict):
 
     model: str
     messages: Annotated[list[Message], Field(min_length=1, max_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
     user: str = ""
     dmlr: Own = Own()
@@ -151,7 +151,7 @@ class Completion(_Strict):
 
 
 def _shown(error: dict[str, Any]) -> str:
-    text = json.dumps(error["input"], default=str)
+    text = json.dumps(error["input"], default=lambda body: body.decode(errors="replace"))
     return text if len(text) <= 80 else text[:79] + "…"
 
 

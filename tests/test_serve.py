@@ -190,6 +190,8 @@ BAD = {
     "penalty": (with_(frequency_penalty=1), 400, "frequency_penalty", "not honoured"),
     "a misspelt name": (with_(max_token=1), 400, "max_token", "max_token = 1 is not honoured"),
     "max_tokens 0": (with_(max_tokens=0), 400, "max_tokens", "greater than or equal to 1"),
+    "max_tokens beyond all bounds": (with_(max_tokens=10**30), 400, "max_tokens", "less than"),
+    "half a character": (b'{"model": "\\ud83d"}', 400, None, "Invalid JSON"),
     "max_tokens in words": (with_(max_tokens="many"), 400, "max_tokens", "valid integer"),
     "negative seed": (with_(seed=-1), 400, "seed", "greater than or equal to 0"),
     "parameters of ours": (with_(dmlr={"sigma": 1}), 400, "dmlr.sigma", "not honoured"),

@@ -10,7 +10,7 @@ Knows transformers' interface for caches. Knows nothing about the model that mad
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -149,16 +149,7 @@ class Prefix:
 
     def select(self, rows: torch.Tensor) -> Prefix:
         """These rows [B'] of the batch only."""
-        names = (
-            "mask",
-            "next_position",
-            "logits",
-            "images",
-            "image_states",
-            "image_mask",
-            "image_columns",
-            "prompt_ids",
-        )
+        names = [each.name for each in fields(self) if each.name not in ("cache", "suffix_ids")]
         return replace(self, cache=self.cache.select(rows), **{name: getattr(self, name)[rows] for name in names})
 
     def branch(self) -> Prefix:
