@@ -12,8 +12,6 @@ from judge_server import JudgeServer, says
 from notebook_files import external_requests
 
 from dmlr import notebooks
-from dmlr.config import Config
-from dmlr.run.evaluate import run
 from dmlr.run.records import find_runs, read_results
 from dmlr.show import llm_report
 
@@ -79,18 +77,15 @@ def test_the_report_shows_what_the_judge_did_and_cost_and_where_the_rules_disagr
     assert sentence.startswith(f"Rules and LLM give the same verdict on {same} of 6 answers: ")
     assert f"no capacity {ATTACK}" in text and "http_403" in text and "sk-very-secret" not in text
 
-    # judging again: what was answered comes from the cache, what failed is asked; nobody says a price
-    server.behave = says({"answer": "x", "verdict": "correct"})
-    monkeypatch.delenv("MODEL_PRICE")
-    before = len(server.requests)
-    saved = results["vanilla"]["config"]
-    again = run(Config.make(None, **{**saved, "output_dir": str(tmp_path / "run"), "verify_only": True, "verbose": 0}))
-    rows, _, table, text = shown(llm_report.llm_report(again))
-    assert [row[9] for row in rows] == ["price not given"] * 2
-    vanilla, dmlr = ([int(cell) for cell in row[3:7]] for row in rows)
-    assert vanilla == [4, 3, 1, 0] and dmlr[0] == dmlr[1] + dmlr[2] and dmlr[3] == 0
-    assert len(server.requests) - before == vanilla[2] + dmlr[2]
-    assert all(row[-1] == "0" for row in table) and "http_403" not in text
+
+def test_without_a_price_and_without_failures_the_tables_say_so():
+    agreement = {rules: {llm: int(rules == llm) for llm in COLUMNS} for rules in COLUMNS[:3]}
+    asked = {"model": "m", "requests": 3, "cached": 1, "failed": 0, "prompt_tokens": 300, "completion_tokens": 30}
+    asked |= {"cost_usd": None, "failures": {}, "agreement": agreement}
+    rows, sentence, table, text = shown(llm_report.llm_report({("d", "vanilla"): {"llm_judge": asked}}))
+    assert rows == [["d", "vanilla", "m", "3", "1", "3", "0", "300", "30", "price not given"]]
+    assert "same verdict on 3 of 3" in sentence and table[0][1:] == ["1", "0", "0", "0"]
+    assert "Why calls failed" not in text
 
 
 def test_a_run_without_an_llm_says_nothing_of_one():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from dmlr.judge.expressions import equal, is_prose, looks_like_math
 from dmlr.judge.extract import DENIES, MACRO, Candidate, normalize_text, plain, split_choice, stated
@@ -14,6 +15,8 @@ _MENTION = re.compile(
     r"(?<![A-Za-z0-9'’\\_^$-])(?:\(([A-Za-z])\)|([A-Z])(?![A-Za-z0-9'’_^-])"
     r"(?:(?<![AI])|(?!\s+[a-z])|(?=\s+(?:is|are|because|since|as|answer|option|choice|and|or|which|with|for)\b)))"
 )
+
+_OPENING = re.compile(r"[A-Z](?:\s+(?:is the|answer|option|choice)\b|\s*[-–—]\s)")
 
 
 def as_choice(inner: str, options: dict[str, str], kind: str | None) -> tuple[str, str] | None:
@@ -52,25 +55,21 @@ def _picked(candidate: Candidate, known: dict[str, str], letters: str) -> str | 
         return letter
     if bare := _BARE.fullmatch(answer):
         return bare[1].upper() if bare[1].upper() in letters else None
-    # Without an explicit answer the end of the text counts.
-    sentences = [part for part in re.split(r"(?<=[.!?])\s+|\n+", answer) if part.strip()] or [""]
-    said = answer if candidate.explicit else " ".join(sentences[-3:])
-    part = split_choice(answer)
-    if part and part[0] in letters:
+    if (part := split_choice(answer)) and part[0] in letters:
         named = _letter_of_text(part[1].split("\n")[0], known)
         return part[0] if named in (None, part[0]) else ""
+    # An explicit answer says first what it picks, and so does "B is the ..."; else the end of the text counts.
+    sentences = [part for part in re.split(r"(?<=[.!?])\s+|\n+", answer) if part.strip()] or [""]
+    first = candidate.explicit or _OPENING.match(answer)
+    said = answer if first else " ".join(sentences[-3:])
     mentions = [match for match in _MENTION.finditer(said) if (match[1] or match[2]).upper() in letters]
-    mention, alone = stated(said, mentions, last=not candidate.explicit)
-    if not alone:
-        return ""
-    letter = (mention[1] or mention[2]).upper() if mention else None
-    if candidate.explicit and letter:
-        return letter
+    mention, alone = stated(said, mentions, last=not first)
+    if mention:
+        return (mention[1] or mention[2]).upper() if alone else ""
     if candidate.explicit and looks_like_math(answer) and not is_prose(answer):
-        named = None  # "2 + 3" names neither of the options 2 and 3: what it is worth decides
-    else:
-        named = _named_in(answer.split("\n")[0] if candidate.explicit else sentences[-1], known)
-    return letter or named or _meant(candidate, known)
+        return _meant(candidate, known)  # "2 + 3" names neither of the options 2 and 3: what it is worth decides
+    sentence = answer.split("\n")[0] if candidate.explicit else sentences[-1]
+    return _named_in(sentence, known) or _meant(candidate, known)
 
 
 def _meant(candidate: Candidate, known: dict[str, str]) -> str | None:
@@ -97,7 +96,7 @@ def _letter_of_text(answer: str, known: dict[str, str]) -> str | None:
     )
 
 
-def _only(letters) -> str | None:
+def _only(letters: Iterable[str]) -> str | None:
     found = list(letters)
     return found[0] if len(found) == 1 else None
 

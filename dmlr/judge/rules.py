@@ -122,19 +122,17 @@ def _compare_list(candidate: Candidate, truth: str, tolerance: Tolerance):
         return None
     if not answer:
         return None
-    return len(answer) == len(expected) and all(map(_same_item(tolerance), answer, expected)), text
+    right = len(answer) == len(expected) and all(map(_same_item, answer, expected, [tolerance] * len(answer)))
+    return right, text
 
 
 def _items(text: str) -> list[str]:
     return [part.strip("'\"") for part in re.split(r"\s*[,;]\s*(?:and\s+)?|\s+and\s+", text.strip("[](){} .")) if part]
 
 
-def _same_item(tolerance: Tolerance):
-    def same(answer: str | Number, expected: str) -> bool:
-        a, b = answer if isinstance(answer, Number) else parse_number(answer), parse_number(expected)
-        return a.matches(b, tolerance) if a and b else normalize_text(str(answer)) == normalize_text(expected)
-
-    return same
+def _same_item(answer: str | Number, expected: str, tolerance: Tolerance) -> bool:
+    a, b = answer if isinstance(answer, Number) else parse_number(answer), parse_number(expected)
+    return a.matches(b, tolerance) if a and b else normalize_text(str(answer)) == normalize_text(expected)
 
 
 _ASSIGNED = re.compile(r"[$\s]*(?:so\s+)?\\?[A-Za-z∠][\w\\{}()'∠ ]{0,20}[=≈]\s*([^=]+)")

@@ -20,69 +20,42 @@ _WORDS = {"correct": "correct", "wrong": "wrong", "unparsed": "no answer", "judg
 
 def llm_report(results: Results) -> str:
     """The section for the results of a run, by (dataset, method); "" when no LLM judged."""
-    used = {key: result["llm_judge"] for key, result in results.items() if result.get("llm_judge")}
+    used = [
+        {"dataset": dataset, "method": method, **result["llm_judge"]}
+        for (dataset, method), result in results.items()
+        if result.get("llm_judge")
+    ]
     if not used:
         return ""
-    parts = [
-        "<h3>The LLM judge</h3>",
-        table(cost_table(used), "Tokens and dollars of this pass; the cache costs none."),
-    ]
-    if any(asked["failures"] for asked in used.values()):
-        parts.append(
-            table(failure_table(used), "Why calls failed: first message of each kind. A failed call is no verdict.")
-        )
-    counts = agreement_counts(used)
-    parts += ["<h3>Rules against LLM</h3>", f"<p>{agreement_in_words(counts)}</p>", table(agreement_table(counts))]
-    return "\n".join(parts)
-
-
-def cost_table(used: Mapping[tuple[str, str], Mapping[str, Any]]) -> pd.DataFrame:
-    """A row per dataset and method: what was put to the judge, where the verdicts came from, what they cost."""
-    rows = []
-    for (dataset, method), asked in used.items():
-        cost = asked["cost_usd"]
-        rows.append(
-            {
-                "dataset": dataset,
-                "method": method,
-                "judge": asked["model"],
-                "answers": sum(sum(row.values()) for row in asked["agreement"].values()),
-                "from the cache": asked["cached"],
-                "requests": asked["requests"],
-                "failed": asked["failed"],
-                "prompt tokens": asked["prompt_tokens"],
-                "completion tokens": asked["completion_tokens"],
-                "cost": "price not given" if cost is None else f"${cost:.4f}",
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def failure_table(used: Mapping[tuple[str, str], Mapping[str, Any]]) -> pd.DataFrame:
-    """A row per dataset, method and kind of failure, with the server's first message."""
-    rows = [
-        {"dataset": dataset, "method": method, "failure": kind, "message": message}
-        for (dataset, method), asked in used.items()
+    parts = ["<h3>The LLM judge</h3>", table(costs(used), "Tokens and dollars of this pass; the cache costs none.")]
+    failures = [
+        {"dataset": asked["dataset"], "method": asked["method"], "failure": kind, "message": message}
+        for asked in used
         for kind, message in asked["failures"].items()
     ]
-    return pd.DataFrame(rows)
-
-
-def agreement_counts(used: Mapping[tuple[str, str], Mapping[str, Any]]) -> Counter[tuple[str, str]]:
-    """Answers of all datasets and methods by (verdict of the rules, verdict of the LLM)."""
+    if failures:
+        caption = "Why calls failed: first message of each kind. A failed call is no verdict."
+        parts.append(table(pd.DataFrame(failures), caption))
     counts: Counter[tuple[str, str]] = Counter()
-    for asked in used.values():
+    for asked in used:
         counts.update({(rules, llm): n for rules, row in asked["agreement"].items() for llm, n in row.items()})
-    return counts
-
-
-def agreement_table(counts: Mapping[tuple[str, str], int]) -> pd.DataFrame:
-    """Rows: what the rules said; columns: what the LLM said."""
     rows = [
         {"rules": _WORDS[rules]} | {f"LLM: {word}": counts[rules, llm] for llm, word in _WORDS.items()}
         for rules in ("correct", "wrong", "unparsed")
     ]
-    return pd.DataFrame(rows)
+    parts += ["<h3>Rules against LLM</h3>", f"<p>{agreement_in_words(counts)}</p>", table(pd.DataFrame(rows))]
+    return "\n".join(parts)
+
+
+def costs(used: list[dict[str, Any]]) -> pd.DataFrame:
+    """A row per dataset and method: what was put to the judge, where the verdicts came from, what they cost."""
+    frame = pd.DataFrame(used).rename(columns={"model": "judge", "cached": "from the cache"})
+    frame = frame.rename(columns=lambda name: name.replace("_tokens", " tokens"))
+    frame["answers"] = [sum(sum(row.values()) for row in asked["agreement"].values()) for asked in used]
+    dollars = [asked["cost_usd"] for asked in used]
+    frame["cost"] = ["price not given" if cost is None else f"${cost:.4f}" for cost in dollars]
+    first = ["dataset", "method", "judge", "answers", "from the cache", "requests", "failed"]
+    return frame[[*first, "prompt tokens", "completion tokens", "cost"]]
 
 
 def agreement_in_words(counts: Mapping[tuple[str, str], int]) -> str:
@@ -91,7 +64,7 @@ def agreement_in_words(counts: Mapping[tuple[str, str], int]) -> str:
     total = sum(both.values())
     if not total:
         return "No answer has a verdict of both."
-    if sum(n for (rules, _), n in both.items() if rules != "unparsed"):
+    if any(n for (rules, _), n in both.items() if rules != "unparsed"):
         same = wilson(sum(n for (rules, llm), n in both.items() if rules == llm), total)
         return f"Rules and LLM give the same verdict on {same.correct} of {total} answers: {same}."
     right, wrong = both.get(("unparsed", "correct"), 0), both.get(("unparsed", "wrong"), 0)
