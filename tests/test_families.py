@@ -3,6 +3,8 @@
 `python tests/families_table.py` runs this file and writes the table from what passed.
 """
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -143,16 +145,16 @@ def test_image_tokens_are_numbered_as_they_lie_on_the_picture(local, size):
     dark = Image.new("RGB", size[::-1], (40, 40, 40))
     encoded = encode(vlm, "", "?", [dark])
     before = vlm.prefill([encoded]).images[0]
-    (height, width), off = encoded.patch_grid, []
-    for cell in range(height * width):
-        row, column = divmod(cell, width)
+    (height, width), bright, off = encoded.patch_grid, [], []
+    for row, column in product(range(height), range(width)):
         pixels = np.array(dark)
         top, bottom = row * size[0] // height, (row + 1) * size[0] // height
         left, right = column * size[1] // width, (column + 1) * size[1] // width
         pixels[top:bottom, left:right] = 255
-        after = vlm.prefill([encode(vlm, "", "?", [Image.fromarray(pixels)])]).images[0]
+        bright.append(encode(vlm, "", "?", [Image.fromarray(pixels)]))
+    for cell, after in enumerate(vlm.prefill(bright).images):
         hit = divmod(int((after - before).norm(dim=1)[: height * width].argmax()), width)
-        off.append(max(abs(hit[0] - row), abs(hit[1] - column)))
+        off.append(max(abs(hit[0] - cell // width), abs(hit[1] - cell % width)))
     # LLaVA-OneVision pads a picture to its tiles and cuts whole columns of padding away: half a cell may stay
     assert max(off) <= (vlm.model.config.model_type == "llava_onevision" and size == TALL)
 

@@ -62,6 +62,7 @@ class Walk:
     ids: torch.Tensor  # tokens that ask for a self score
 
     def verdict(self, answer: Answer) -> bool | None:
+        """As `is_right`, of an answer as its method gave it."""
         return self.is_right(answer.text, answer.stop_reason)
 
     def is_right(self, text: str, stop_reason: str = "eos_token") -> bool | None:
