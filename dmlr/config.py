@@ -218,10 +218,12 @@ class Config(BaseModel):
 
     @classmethod
     def make(cls, preset: str | None = None, **overrides: Any) -> Config:
-        """Preset (none: the defaults), then overrides. Unknown names are errors that name the nearest parameter."""
+        """Preset (none: the defaults), then overrides; sigma or lr among them stands in place of the preset's relative
+        one. Unknown names are errors that name the nearest parameter."""
         if preset is not None:
             check_names([preset], PRESETS, what="preset")
-        return cls(**{**(PRESETS[preset] if preset else {}), **overrides})
+        absolute = {f"{name}_relative": None for name in ("sigma", "lr") if name in overrides}
+        return cls(**{**(PRESETS[preset] if preset else {}), **absolute, **overrides})
 
     @classmethod
     def of_cell(cls, cell: Mapping[str, Any]) -> Config:

@@ -111,6 +111,7 @@ def test_relative_scales_are_multiples_of_rms_and_sigma_squared():
     config = Config(sigma_relative=15, lr_relative=5).absolute(0.02)
     assert (config.sigma, config.lr) == (pytest.approx(0.3), pytest.approx(0.45))
     assert Config.make("paper").absolute(0.02) == Config.make("paper")
+    assert Config.make("search", sigma=0.3).absolute(0.02).sigma == 0.3, "what is given is what runs"
 
 
 # the benchmark notebook, its parameter files and Config agree
