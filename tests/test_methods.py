@@ -339,6 +339,7 @@ def test_random(vlm, how):
 # what all methods share
 
 
+@pytest.mark.slow  # a prompt as long as the context, through every method
 def test_all_methods_in_one_run(vlm, tmp_path):
     """By name, beside each other; what one call cannot take costs that record; place and batch change none."""
     short = encode(vlm, PROMPTS.system, PROMPTS.task(""), []).input_ids
