@@ -77,7 +77,8 @@ CASES = [
     # LaTeX
     (r"2\sqrt{3}", {}, "2√3", "", ""),
     (r"\frac{\pi}{2}", {}, "pi/2", "", ""),
-    ("1+x^2", {}, "x**2+1", "", ""),
+    ("1+x^2", {}, "x**2+1|x ** 2 + 1|**x^2 + 1**", "x*2 + 1", ""),
+    ("300", {}, "3 x 10^2|3*10^2|**3 \\times 10^2**", "", ""),
     (r"(-\infty, 2]", {}, "x ≤ 2", "x < 2", ""),
     ("x=2", {}, "so x = 2", "so x != 2", ""),
     ("10_3", {}, "10_{3}", "10_2", ""),
@@ -108,6 +109,7 @@ CASES = [
     ),
     ("B. dark red", COLOURS, "dark red|B", "A. dark red", ""),
     ("C", COLOURS, "A cat is on the mat, so it must be C.", "either C or D", "It is not A, B or C."),
+    ("B", COLOURS, "B\n\nExplanation: A is bad, C is bad.|B is the best of A, B, C, D", "", ""),
     ("D", {}, "The answer is surely D, it can't be A or B", "It is C or D", ""),
     ("(a) Open", WINGS, "open", "The wings are closed.", ""),
     ("blue", {"choices": ["red", "dark red", "blue"]}, "C", "B", ""),

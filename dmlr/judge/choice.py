@@ -53,7 +53,7 @@ def _picked(candidate: Candidate, known: dict[str, str], letters: str) -> str | 
     answer = MACRO.sub(r"\1", plain(candidate.text)).strip().strip("$\"'“” ")
     if letter := _letter_of_text(answer, known):
         return letter
-    if bare := _BARE.fullmatch(answer):
+    if bare := _BARE.fullmatch(answer.split("\n")[0].strip()):
         return bare[1].upper() if bare[1].upper() in letters else None
     if (part := split_choice(answer)) and part[0] in letters:
         named = _letter_of_text(part[1].split("\n")[0], known)

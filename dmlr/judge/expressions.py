@@ -29,6 +29,8 @@ _SPELLINGS = [  # of one operation, in code and in handwriting
     (re.compile(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)|√\s*\(([^()]*)\)|√\s*(\w+)"), r"\\sqrt{\1\2\3}"),
     (re.compile(r"!="), r"\\neq "),
     (re.compile(r"\*\*"), "^"),
+    (re.compile(r"(?<=[\w)}])\s*\*\s*(?=[\w(\\])"), r"\\cdot "),
+    (re.compile(r"(?<=\d)\s+x\s+(?=\d)"), r"\\times "),
     (re.compile(r"(?<![A-Za-z\\])(pi|infty)(?![A-Za-z])"), r"\\\1 "),
     (re.compile(r"\\varnothing"), r"\\emptyset "),
 ]
