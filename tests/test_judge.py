@@ -55,13 +55,7 @@ CASES = [
     (r"\frac{1}{3}", {}, r"0.\overline{3}", "0.3", ""),
     ("10", {}, "So $x+1=4$, hence the result is\n\\[ 10\\text{ cm} \\]", "", ""),
     ("6", {}, "Not 5, it is 6.|So there are 6 cups, not 5.|It isn't 5 but 6 cups.", "", "The answer is not 5 or 6."),
-    (
-        "5",
-        {},
-        "",
-        "The answer is not 5, it is 6.|So there are 6 cups, not 5.",
-        "It is not 5.|I don't think it's 5.",
-    ),
+    ("5", {}, "", "It is not 5, it is 6.|So there are 6 cups, not 5.", "It is not 5.|I don't think it's 5."),
     # a tolerance in shares of the truth, for numbers alone
     ("3.14159", PERCENT, "3.17", "3.18", ""),
     ("100", PERCENT, "99", "-100|98.9", ""),
@@ -100,13 +94,7 @@ CASES = [
     ("['a', 'b']", {}, '["a", "b"]|a, b', "b, a", ""),
     # options
     ("A", COLOURS, "red", "dark red", "A cat is on the mat."),
-    (
-        "B",
-        COLOURS,
-        "The shape is dark red.|It is not A, so I think it's B",
-        "B. green|red",
-        "It is not dark red.|At $B$.",
-    ),
+    ("B", COLOURS, "The shape is dark red.|It is not A, so I say B", "B. green|red", "It is not dark red.|At $B$."),
     ("B. dark red", COLOURS, "dark red|B", "A. dark red", ""),
     ("C", COLOURS, "A cat is on the mat, so it must be C.", "either C or D", "It is not A, B or C."),
     ("B", COLOURS, "B\n\nExplanation: A is bad, C is bad.|B is the best of A, B, C, D", "", ""),
@@ -119,13 +107,7 @@ CASES = [
     # the numbers in a formula are not the options that read like them
     ("B", HALVES, r"\boxed{\dfrac{1}{2}}|So it is $\dfrac{1}{2}$.", "So we get $x = 2$ here.", ""),
     ("A", HALVES, "So we get $x = 2$ here.", r"\boxed{\dfrac{1}{2}}", r"So it is \frac { 1 }{ 3 } of it."),
-    (
-        "A",
-        {"choices": ["2", "5"]},
-        r"\boxed{2}",
-        r"\boxed{2 + 3}|\boxed{x = 5}",
-        r"\boxed{\dfrac{1}{2} \text{ of it}}",
-    ),
+    ("A", {"choices": ["2", "5"]}, "2", r"\boxed{2 + 3}|\boxed{x = 5}", r"\boxed{\dfrac{1}{2} \text{ of it}}"),
     ("B", {"choices": ["80", "90"]}, r"The angle is $90^\circ$.", "", ""),
     ("B", {"choices": ["4%", "5%"]}, r"The share is 5\% of it.", "", ""),
     ("B", {"choices": ["$4", "$5"]}, r"It costs \$5 or so.", "", ""),
@@ -133,13 +115,7 @@ CASES = [
     ("Paris", {}, "The capital is Paris.|paris.", "London", "The capital is not Paris.|I think of the city of Paris"),
     ("red, blue", {}, "red and blue", "", ""),
     # where the answer stands
-    (
-        "42",
-        {},
-        r"\boxed{41}? No, \boxed{42}|<think>\boxed{41}</think><answer>42</answer>|**Answer:** 42|答案是42。",
-        "",
-        "",
-    ),
+    ("42", {}, r"\boxed{41}? No, \boxed{42}|<think>41</think><answer>42</answer>|**Answer:** 42|答案是42。", "", ""),
     ("42", {}, "", r"\boxed{42}? No, \boxed{41}|\boxed{42} and \boxed{43}", r"<think>perhaps 42|\boxed{42"),
     (r"\boxed{blue}", {}, r"\boxed{\boxed{blue}}", "", ""),
     ("B", COLOURS, "A? <(begin_of_box)>B<(end_of_box)>|<(channel)>final<(message)>B<(return)>", "", ""),

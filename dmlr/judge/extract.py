@@ -168,9 +168,10 @@ def unbox(text: str) -> str:
 
 # ---------------------------------------------------------------------------------------------- options
 
-_LINE_OPTION = re.compile(r"^[ \t]*(?:\(([A-Za-z])\)|([A-Za-z])[.):])[ \t]*(.*)$", re.MULTILINE)
+_LETTER = r"(?:\([ \t]*([A-Za-z])[ \t]*\)|([A-Za-z])[ \t]*[.):])"
+_CHOICE = re.compile(rf"\s*{_LETTER}(?!\d)\s*(.*)$", re.DOTALL)
+_LINE_OPTION = re.compile(rf"^[ \t]*{_LETTER}[ \t]*(.*)$", re.MULTILINE)
 _INLINE_OPTION = re.compile(r"(?<![\w(])\(([A-Za-z])\)()([^\n]*?)(?=(?<![\w(])\([A-Za-z]\)|$)", re.MULTILINE)
-_CHOICE = re.compile(r"\s*(?:\(\s*([A-Za-z])\s*\)|([A-Za-z])\s*[.):](?!\d))\s*(.*)$", re.DOTALL)
 
 
 def parse_options(question: str | None) -> dict[str, str]:
