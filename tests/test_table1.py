@@ -77,6 +77,7 @@ class _NoModel:
     """Enough of a model for a run to come to the place where it looks at its folder."""
 
     dtype, device, context_length = "torch.float32", type("Device", (), {"type": "cpu"}), 1024
+    embedding_rms = 1.0
 
     def fitting_batch(self, *args):
         return 1
