@@ -51,12 +51,12 @@ def without_password(source: str) -> str:
     return re.sub(r"(?i)(https?://)[^/?#\s]*@", r"\1", source)
 
 
-def open_image(source: str | Path | ImageFile | Image.Image, most: int = MAX_IMAGE_PIXELS) -> Image.Image:
+def open_image(source: str | Path | ImageFile | Image.Image, most: int | None = None) -> Image.Image:
     """An RGB image from a path, file:// or http(s) URL, `data:image/...;base64,` string, image file or PIL image.
 
     Transparency is laid on white, 16-bit greyscale is scaled to 8 bit, EXIF orientation is applied. Raises
     ImageError when the source cannot be read, is no image, is truncated or damaged as far as the format can tell, has
-    more than `most` pixels or pixels that are no number, or has sides that differ by more than
+    more than `most` pixels (none: MAX_IMAGE_PIXELS) or pixels that are no number, or has sides that differ by more than
     MAX_ASPECT_RATIO times.
     """
     name = _name(source)
@@ -70,7 +70,7 @@ def open_image(source: str | Path | ImageFile | Image.Image, most: int = MAX_IMA
                 if image.format == "PNG":  # whose checksums loading does not look at
                     image.verify()
                     image = Image.open(io.BytesIO(content))
-            _check_size(image, name, most)
+            _check_size(image, name, most or MAX_IMAGE_PIXELS)
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except ImageError:
