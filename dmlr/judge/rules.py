@@ -6,6 +6,8 @@ against accuracy but is told apart from a wrong answer, and it is what a further
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -115,7 +117,8 @@ def _compare_list(candidate: Candidate, truth: str, tolerance: Tolerance):
     literal = re.findall(r"\[[^\[\]]*\]", text)
     answer: list = _items(literal[-1] if literal else text)
     if all(parse_number(item) for item in expected):
-        answer = answer if all(parse_number(item) for item in answer) else find_numbers(text)
+        if len(answer) != len(expected) or not all(parse_number(item) for item in answer):
+            answer = find_numbers(text)
         if not candidate.explicit and len(answer) != len(expected):
             return None
     elif not literal and not candidate.explicit and is_prose(text):
@@ -127,6 +130,9 @@ def _compare_list(candidate: Candidate, truth: str, tolerance: Tolerance):
 
 
 def _items(text: str) -> list[str]:
+    with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        if text.startswith("["):  # as Python writes it: quotes keep the comma of '1,200'
+            return [str(item) for item in ast.literal_eval(text)]
     return [part.strip("'\"") for part in re.split(r"\s*[,;]\s*(?:and\s+)?|\s+and\s+", text.strip("[](){} .")) if part]
 
 
