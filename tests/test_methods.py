@@ -453,7 +453,7 @@ def test_the_prefix_closes_up(vlm):
     assert torch.equal(tight.mask.sum(dim=1), lengths) and tight.cache.length == tight.mask.shape[1]
     probe, read = torch.tensor([0]), torch.zeros(4, 1, dtype=torch.long)
     one = torch.ones(4, 1, dtype=torch.bool)
-    loose, closed = (vlm.extend(p, embeds[:, :1], one, read, probe) for p in (prefix, tight))
+    loose, closed = (vlm.extend(p, embeds[:, :1], one, read, probe_rows=probe) for p in (prefix, tight))
     torch.testing.assert_close(loose[0], closed[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(loose[1], closed[1], atol=1e-6, rtol=0)
     assert [d.ids for d in decode(vlm, tight, 6)] == [d.ids for d in decode(vlm, prefix, 6)]

@@ -90,7 +90,7 @@ def test_empty_slots_change_nothing(vlm):
     results = []
     for patches, read, rows in [(tight, [[0, 2]], torch.tensor([0, 2])), (loose, [[0, 4]], torch.tensor([0, 4]))]:
         embeds, filled = interleave(latents, prefix.images, patches)
-        results.append(vlm.extend(prefix, embeds[:, 0], filled, torch.tensor(read), rows))
+        results.append(vlm.extend(prefix, embeds[:, 0], filled, torch.tensor(read), probe_rows=rows))
     torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=0)
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-6, rtol=0)
 

@@ -276,7 +276,7 @@ def truth_score(vlm: VLM, prefix: Prefix, questions: Sequence[Question]) -> Scor
             slots = torch.arange(embeds.shape[2], device=embeds.device)
             read = slots[-ids.shape[1] - 1 : -1].expand_as(ids)  # the slot before each of the answer's tokens
             think = slots[: -text.shape[1] : 1 + patches.index.shape[2]] if with_attention else None
-            logits, attention = vlm.extend(prefix, embeds[:, 0], filled, read, think)
+            logits, attention = vlm.extend(prefix, embeds[:, 0], filled, read=read, probe_rows=think)
             chances = logits.log_softmax(dim=-1).gather(2, ids[..., None])[..., 0]  # [B, A]
             reward = (chances * given).sum(dim=1) / given.sum(dim=1)
             gradient = torch.autograd.grad(reward.sum(), latents)[0][:, 0] if with_gradient else None
