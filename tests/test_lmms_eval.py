@@ -126,7 +126,7 @@ def test_the_entry_point_is_a_manifest_and_loads_no_model(plug):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HARNESS.exists(), reason="`make lmms-eval` was not run")
-@pytest.mark.parametrize(("method", "answer"), [("vanilla", "full"), ("dmlr", "short")])
+@pytest.mark.parametrize(("method", "answer"), [("vanilla", "full"), ("dmlr", "full"), ("vanilla", "short")])
 def test_through_the_harness_itself_answers_are_a_runs(tmp_path, method, answer):
     """Sixty questions by lmms-eval's command line, offline, and by a run."""
     model = f"pretrained=data/models/shapes-vl,preset=demo,method={method},answer={answer}"
