@@ -23,7 +23,7 @@ from dmlr.stats import metrics, published
 
 GROUPS = ("category", "l2_category", "pair_id", "figure_group", "question_group")
 _METHODS = tuple(dict.fromkeys(method for _, method, _ in published.TABLE_1))
-_COUNTS = {"judged": "total", "unparsed": "unparsed", "judge failed": "judge_failed"}
+_COUNTS = {"judged": "total", "abstained": "abstained", "unparsed": "unparsed", "judge failed": "judge_failed"}
 _COUNTS |= {"errors": "errors", "skipped": "skipped"}
 _ALWAYS = {"judge": "judge", "L": "num_thought_tokens", "T": "max_num_steps", "η": "lr", "σ": "sigma"}
 
