@@ -54,6 +54,7 @@ def one_process(rank, meeting, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_update_of_their_mean_gradient(tmp_path):
     torch.multiprocessing.spawn(one_process, ((tmp_path / "meeting").as_uri(), tmp_path), 2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
@@ -74,6 +75,7 @@ def test_two_processes_make_the_update_of_their_mean_gradient(tmp_path):
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_a_state_is_continued_or_refused(tmp_path):
     learner = updated()
     learner.save_state(tmp_path, {"step": 1})

@@ -53,6 +53,7 @@ def test_a_processor_that_is_loaded_again_is_the_one_that_was_made(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU trains in one process")
+@pytest.mark.slow
 def test_two_processes_train_with_the_kept_processor(tmp_path):
     """They end only if their weights are the same, bit for bit (the next test), and make no tokenizer of their own."""
     build_processor(build_tokenizer(corpus(scenes=40), 600)).save_pretrained(tmp_path / "state/processor")

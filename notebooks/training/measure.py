@@ -1,8 +1,9 @@
 """What search does to an embedded model on the suite of searching questions, beside its controls.
 
 `python -m notebooks.training.measure data/models/shapes-seek` writes measured.json beside the weights: an entry for
-every row below, each paired with the start by question; `--readme` puts what was written for three models into the
-README's table. Knows nothing about how a model was trained.
+every row below, each paired with the start by question; `--sweep` writes sweep.json: sigma and lr on the validation
+split; `--readme` puts what was written for three models into the README's table. Knows nothing about how a model was
+trained.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ ROWS = {  # what -> method, and what differs from BASE
     "the paper's preset": ("dmlr", PAPER | PATCHES),
     "DMLR with patches": ("dmlr", PATCHES),
 }
+SWEEP = {f"σ {s:g}, lr {k:g}σ²": ("dmlr", {"sigma": s, "lr": k * s * s}) for s in (0.5, 1, 2, 4) for k in (1, 5, 20)}
 # sigma is the size of hypotheses that the models were taught, lr 5 sigma squared.
 BASE = {"num_thought_tokens": 4, "max_num_steps": 15, "num_samples": 8, "sigma": 2.0, "lr": 20.0, "sigma_decay": 1.0}
 BASE |= {"initial_patch_count": 0, "patch_increment": 0, "num_selected_patches": None, "max_total_patches": None}
@@ -114,6 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", help="checkpoint folder")
     parser.add_argument("--readme", action="store_true", help="only write the README's table from measured.json")
+    parser.add_argument("--sweep", action="store_true", help="sigma and lr on the validation split instead")
     parser.add_argument("--suite", default="seek", help="seek, or seek_validation")
     parser.add_argument("--examples", type=int, default=None, help="the first so many questions")
     parser.add_argument("--rows", default="", help="comma-separated parts of rows' names; none: all")
@@ -128,13 +131,14 @@ def main() -> None:
 
 
 def measure(given: argparse.Namespace) -> None:
-    """Runs the wanted rows and writes measured.json."""
-    examples = load_dataset(f"data/shapes/{given.suite}.json")[0][: given.examples]
+    """Runs the wanted rows and writes measured.json, or sweep.json."""
+    suite, rows = ("seek_validation", SWEEP) if given.sweep else (given.suite, ROWS)
+    examples = load_dataset(f"data/shapes/{suite}.json")[0][: given.examples]
     batch = prepare(examples, partners(examples))
     vlm = VLM.load(base := Config(model_name_or_path=given.model, **BASE))
     wanted = [part.strip() for part in given.rows.split(",")]
     found, others = {}, {}
-    for name, (method, changes) in ROWS.items():
+    for name, (method, changes) in rows.items():
         if not any(part in name for part in wanted):
             continue
         clock = time.time()
@@ -143,13 +147,13 @@ def measure(given: argparse.Namespace) -> None:
         others |= {name: records} if name in ("start", "DMLR, 8 samples") else {}
         print(name, found[name], f"{time.time() - clock:.0f} s", flush=True)
     command = " ".join(["python -m notebooks.training.measure", *map(shlex.quote, sys.argv[1:])])
-    told = {"command": command, "suite": given.suite, "n": len(examples)}
-    if not given.rows:
+    told = {"command": command, "suite": suite, "n": len(examples)}
+    if not given.rows and not given.sweep:
         shown = overview(vlm, base.replace(max_new_tokens=128), settings=((0, 0, 0), (4, 2, 0)))
         ordinary = shown.groupby(["think", "patches", "suite"])["right"].mean().mul(100).round(1)
         told["ordinary"] = {f"{t} think tokens, {k} patches each, {suite}": v for (t, k, suite), v in ordinary.items()}
     text = json.dumps(told | {"rows": found}, indent=1, ensure_ascii=False) + "\n"
-    (Path(given.model) / "measured.json").write_text(text, encoding="utf-8")
+    (Path(given.model) / f"{'sweep' if given.sweep else 'measured'}.json").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
