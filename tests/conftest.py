@@ -1,8 +1,11 @@
 """Shared fixtures, what counts as slow, and nothing that calls out."""
 
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import dmlr  # noqa: F401  # before torch: it says how threads wait
 
@@ -25,8 +28,18 @@ def pytest_collection_modifyitems(items):
             item.add_marker("slow")
 
 
-@pytest.fixture(scope="session")
-def cluster():
+RAY = FileLock(Path(tempfile.gettempdir()) / "dmlr-tests-ray.lock")
+
+
+@pytest.fixture(scope="module")
+def alone_with_ray():
+    """Two Rays on one machine get in each other's way: one module at a time, whatever runs beside it."""
+    with RAY:
+        yield
+
+
+@pytest.fixture(scope="module")
+def cluster(alone_with_ray):
     """Address of a Ray cluster of two nodes, both on this machine, with one CPU each."""
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster

@@ -15,7 +15,7 @@ import pytest
 from saved_run import METHODS, outcome, save_dataset, save_model, settings
 
 ROWS = 32
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone_with_ray")]
 
 KILLS = {1: 16, 2: 2}  # by number of workers: these take seconds to start, a process alone a fraction of one
 

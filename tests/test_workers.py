@@ -61,6 +61,7 @@ def alone(model, dataset, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("alone_with_ray")
 def test_two_workers_on_one_machine_answer_as_one_process(model, dataset, alone, tmp_path):
     ray = pytest.importorskip("ray")
     evaluate.run(Config(**settings(model, dataset, tmp_path, num_workers=2)))
