@@ -216,8 +216,7 @@ def ours(vlm: VLM, config: Config, batches: Sequence[int], more: bool = True) ->
         for batch, ending in ((largest, ""), (1, "_batch_1")):
             figures[name + ending] = seconds(example(vlm, longer, prompt[256], batch), vlm.device, 1) / batch
     if more:
-        short = config.replace(max_num_steps=2)
-        noise = noise_of(vlm, short, 1)
+        short, noise = config.replace(max_num_steps=2), noise_of(vlm, config, 1)
         figures["peak_bytes"] = least_peak(
             vlm, lambda: optimize(vlm, vlm.prefill([prompt[1024]]), short, noise, NO_IDS)
         )

@@ -65,7 +65,7 @@ def test_the_peer_computes_what_a_forward_of_ours_does(tiny):
 def test_a_whole_measurement_runs_where_a_gpu_has_the_model(tiny, brief, monkeypatch):
     """Refused where a tensor of the CPU meets one of the GPU."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-    config = Config.make("paper", max_num_steps=1, max_new_tokens=2)
+    config = Config.make("paper", max_num_steps=2, max_new_tokens=2)
     to_gpu(tiny.model)
     with PretendGPU():
         assert tiny.device == GPU
