@@ -83,22 +83,22 @@ def percent(values) -> float:
 
 
 MARKS = ("<!-- latents table: python -m notebooks.training.measure --readme -->", "<!-- end of the latents table -->")
-SHOWN = ("start", "displaced, no reward", "another question's latents", "DMLR, 8 samples")
+SHOWN = ("vanilla", "start", "displaced, no reward", "another question's latents", "DMLR, 8 samples")
 
 
 def readme_table(models: Path = Path("data/models")) -> str:
     """What measured.json of the three models says, as Markdown."""
     lines = [
-        "| model | start | displaced | swapped | **DMLR** | gained, lost | p | reward, start → DMLR |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | vanilla | start | displaced | swapped | **DMLR** | gained, lost | p | reward, start → DMLR |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in ("shapes-seek", "shapes-seek-overconfident", "shapes-vl"):
         rows = json.loads((models / name / "measured.json").read_text(encoding="utf-8"))["rows"]
-        start, displaced, swapped, found = (rows[row] for row in SHOWN)
+        vanilla, start, displaced, swapped, found = (rows[row] for row in SHOWN)
         pair = found["against start"]
         cells = [
             f"[{name}](data/models/{name}/README.md)",
-            *(f"{row['right']:.1f}" for row in (start, displaced, swapped)),
+            *(f"{row['right']:.1f}" for row in (vanilla, start, displaced, swapped)),
         ]
         cells += [f"**{found['right']:.1f}**", f"+{pair['gained']} −{pair['lost']}", f"{pair['p']:.1g}"]
         cells += [f"{start['reward']:.2f} → {found['reward']:.2f}"]
