@@ -24,7 +24,7 @@ $(INSTALLED): pyproject.toml
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
 
-demo: $(INSTALLED)  ## vanilla and DMLR on the embedded benchmark, tables and report; one to four minutes on two cores, MODEL=... for another
+demo: $(INSTALLED)  ## three embedded models, the benchmark, a walkthrough: tables and reports; five minutes on two cores, MODEL=... for another
 	@$(if $(MODEL),,HF_HUB_OFFLINE=1) $(RUN) demo $(if $(MODEL),--model $(MODEL))
 
 bench: $(INSTALLED)  ## the loop beside the released behaviour on this machine; a quarter of an hour on two idle cores

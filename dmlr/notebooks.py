@@ -109,6 +109,8 @@ def render(executed: str | Path, report: str | Path) -> None:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = _one_log(cell.outputs)
+        else:
+            cell.source = cell.source.partition(RESULT)[0]  # of the run that is stored, and this is another
     exporter = HTMLExporter(template_name="template", extra_template_basedirs=[str(root() / "reports")])
     exporter.register_filter("settled", settled)
     exporter.register_filter("fold_label", _fold_label)

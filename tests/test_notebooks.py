@@ -334,6 +334,9 @@ def test_a_report_does_not_say_where_the_project_lies(tmp_path):
         nbformat.v4.new_output("stream", name="stdout", text=str(ROOT / "dmlr" / "config.py"))
     ]
     nbformat.write(executed, path)
+    executed.cells[0].source += f"\n\n{notebooks.RESULT} of another run"
+    nbformat.write(executed, path)
     notebooks.render(path, report)
+    assert "of another run" not in report.read_text()
     assert "dmlr/config.py" in report.read_text()
     assert f"{ROOT}/dmlr/config.py</pre>" not in report.read_text() and report.read_text().count(str(ROOT)) == 0
