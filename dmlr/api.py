@@ -181,14 +181,12 @@ class Answer:
         from dmlr.look.figures import Heat, moment  # matplotlib costs a second that most questions need not pay
         from dmlr.show.page import data_uri
 
-        trace, curve = self.trace, [(self.trace.start_reward, self.trace.start_reward, True)]
-        for step in trace.steps:
-            best = step["reward"] if step["is_new_best"] else curve[-1][1]
-            curve.append((step["reward"], best, step["is_new_best"]))
-        attention = trace.attention[min(trace.best_step, len(trace.attention) - 1)].mean(dim=0).numpy()
+        trace = self.trace
+        curve = [(trace.start_reward, True), *((step["reward"], step["is_new_best"]) for step in trace.steps)]
         image = self.question.images[0] if self.question.images else None
-        heat = Heat(attention, trace.patches, "Attention and the patches that were kept")
-        picture = moment(image, trace.patch_grid, heat, float(attention.max(initial=0)), curve, trace.best_step)
+        attention = trace.attention[min(trace.best_step, len(trace.attention) - 1)]
+        heat = Heat(attention, trace.patches, title="Attention and the patches that were kept")
+        picture = moment(image, trace.patch_grid, heat, curve, trace.best_step)
         return f"<img alt='kept patches and reward' src='{data_uri(picture)}'>{text}"
 
 

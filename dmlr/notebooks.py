@@ -28,7 +28,7 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets import default
 
 from dmlr.config import root
-from dmlr.parameters import check_parameters, default_output, from_here, literal
+from dmlr.parameters import check_parameters, default_output, defaults, from_here
 from dmlr.show.provenance import provenance
 from dmlr.show.style import css, policy
 
@@ -108,25 +108,29 @@ def render(executed: str | Path, report: str | Path) -> None:
     notebook = nbformat.read(executed, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = _one_log(cell.outputs)
+            cell.outputs.sort(key=lambda output: output.get("name") == "stderr")  # the log comes last
         else:
             cell.source = cell.source.partition(RESULT)[0]  # of the run that is stored, and this is another
-    exporter = HTMLExporter(template_name="template", extra_template_basedirs=[str(root() / "reports")])
-    exporter.register_filter("settled", settled)
-    exporter.register_filter("fold_label", _fold_label)
     contents = _headings(notebook)
-    title = next((text for level, _, text in contents if level == 1), executed.stem)
     resources = {
-        "title": title,
+        "title": next((text for level, _, text in contents if level == 1), executed.stem),
         "css": css(),
         "notebook": executed.stem,
-        "provenance": provenance(notebook.metadata, root(), _defaults(executed, notebook)),
+        "provenance": provenance(notebook.metadata, root(), defaults(executed)),
         "policy": policy(),
         "contents": [entry for entry in contents if entry[0] > 1],
     }
+    exporter = HTMLExporter(template_name="template", extra_template_basedirs=[str(root() / "reports")])
     page, _ = exporter.from_notebook_node(notebook, resources=resources)
     # Warnings and tracebacks name files; where the project lies on this machine is nobody's business.
     report.write_text(page.replace(f"{root()}{os.sep}", ""), encoding="utf-8")
+
+
+def _headings(notebook: nbformat.NotebookNode) -> list[tuple[int, str, str]]:
+    """Level, anchor and text of each heading, as nbconvert will write them."""
+    prose = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    page = BeautifulSoup(markdown2html_mistune(prose), "html.parser")
+    return [(int(h.name[1]), h["id"], h.get_text().removesuffix("¶")) for h in page.find_all(["h1", "h2", "h3"])]
 
 
 def keep(executed: str | Path, notebook: str | Path) -> None:
@@ -144,7 +148,7 @@ def keep(executed: str | Path, notebook: str | Path) -> None:
         if cell.source != made.source:
             raise RunError(f"{executed} is no run of {notebook} as it is; its code differs: {made.source[:60]!r} …")
         tags = cell.metadata.get("tags", [])
-        cell.outputs = [_kept(output) for output in made.outputs if _is_kept(output) and "report" not in tags]
+        cell.outputs = [] if "report" in tags else _kept(made.outputs)
         cell.execution_count = made.execution_count
         if "front-page" in tags:
             picture = next(output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {}))
@@ -163,50 +167,8 @@ def code_hash(notebook: nbformat.NotebookNode) -> str:
     return hashlib.sha256("\0".join(code).encode("utf-8")).hexdigest()[:16]
 
 
-def _is_kept(output: nbformat.NotebookNode) -> bool:
-    widget = "application/vnd.jupyter.widget-view+json" in output.get("data", {})
-    return not widget and not (output.output_type == "stream" and output.name == "stderr")
-
-
-def _kept(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The output without where the project lies on this machine."""
-    return nbformat.from_dict(json.loads(json.dumps(output).replace(f"{root()}{os.sep}", "")))
-
-
-def settled(text: str) -> str:
-    """What a terminal shows in the end: of a progress bar that overwrites itself, its last state."""
-    return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
-
-
-def _one_log(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
-    """A cell's outputs with its stderr in one piece at the end; a progress bar comes in hundreds."""
-    log = [output for output in outputs if output.output_type == "stream" and output.name == "stderr"]
-    rest = [output for output in outputs if output not in log]
-    merged = [nbformat.v4.new_output("stream", name="stderr", text="".join(output.text for output in log))]
-    return rest + (merged if log else [])
-
-
-def _defaults(executed: Path, notebook: nbformat.NotebookNode) -> dict[str, Any]:
-    """The values in the parameters cell of a notebook that papermill has run."""
-    cell = papermill.inspect_notebook(str(executed)) if "papermill" in notebook.metadata else {}
-    return {name: literal(parameter["default"]) for name, parameter in cell.items()}
-
-
-def _fold_label(cell: Mapping[str, Any]) -> str:
-    tags = cell["metadata"].get("tags", [])
-    return {"parameters": "parameters: defaults", "injected-parameters": "parameters: this run"}.get(
-        next((tag for tag in tags if "parameters" in tag), ""), "code"
-    )
-
-
-def _headings(notebook: nbformat.NotebookNode) -> list[tuple[int, str, str]]:
-    """Level, anchor and text of each heading, as nbconvert will write them."""
-    headings = []
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            page = BeautifulSoup(markdown2html_mistune(cell.source), "html.parser")
-            for heading in page.find_all(["h1", "h2", "h3"]):
-                for link in heading.find_all("a", class_="anchor-link"):
-                    link.decompose()
-                headings.append((int(heading.name[1]), heading.get("id", ""), heading.get_text().strip()))
-    return headings
+def _kept(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Without logs, widgets and where the project lies on this machine."""
+    widget = "application/vnd.jupyter.widget-view+json"
+    kept = [output for output in outputs if output.get("name") != "stderr" and widget not in output.get("data", {})]
+    return nbformat.from_dict(json.loads(json.dumps(kept).replace(f"{root()}{os.sep}", "")))

@@ -39,16 +39,20 @@ def check_parameters(notebook: str | Path, given: Mapping[str, Any]) -> dict[str
     notebook = Path(notebook)
     if not notebook.is_file():
         raise ConfigError(f"no notebook {str(notebook)!r}")
-    cell = papermill.inspect_notebook(str(notebook))
+    cell, own = papermill.inspect_notebook(str(notebook)), defaults(notebook)
     check_names(given, cell)
-    own = {name: literal(parameter["default"]) for name, parameter in cell.items()}
     config = Config.of_cell({**own, **given})
     return {
         name: getattr(config, name)
         if name in CONFIG_NAMES
-        else _typed(name, value, cell[name]["inferred_type_name"], literal(cell[name]["default"]))
+        else _typed(name, value, cell[name]["inferred_type_name"], own[name])
         for name, value in given.items()
     }
+
+
+def defaults(notebook: str | Path) -> dict[str, Any]:
+    """The values in a notebook's `parameters` cell."""
+    return {name: literal(known["default"]) for name, known in papermill.inspect_notebook(str(notebook)).items()}
 
 
 def from_here(values: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +94,7 @@ def _typed(name: str, value: Any, kind: str, default: Any) -> Any:
 
 def config_of(notebook: str | Path, values: Mapping[str, Any]) -> Config | None:
     """The whole configuration of a notebook's run; None where its cell lacks some of Config's parameters."""
-    cell = {name: literal(p["default"]) for name, p in papermill.inspect_notebook(str(notebook)).items()}
+    cell = defaults(notebook)
     return Config.of_cell({**cell, **values}) if set(CONFIG_NAMES) <= set(cell) else None
 
 

@@ -16,7 +16,7 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 # Names in a function's code that say that it starts a kernel, Ray, a browser or another process, all of them together.
-STARTS = [{"notebooks", "run"}, {"nbval"}, {"Cluster"}, {"Popen"}, {"sync_playwright"}]
+STARTS = [{"notebooks", "run"}, {"nbval"}, {"Cluster"}, {"Popen"}, {"opened"}]
 
 
 def pytest_collection_modifyitems(items):

@@ -34,26 +34,13 @@ def lab(tmp_path):
     shutil.copy(ROOT / "notebooks" / "01_walkthrough.ipynb", folder)
     quiet = tmp_path / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     quiet.parent.mkdir(parents=True)
-    quiet.write_text(
-        json.dumps({"fetchNews": "false", "checkForUpdates": False})
-    )  # nobody is here to answer its prompt
+    quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')  # nobody is here to answer its prompt
     own = {f"JUPYTER_{name}_DIR": str(tmp_path / name) for name in ("CONFIG", "DATA", "RUNTIME")}
-    own |= {
-        "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"),
-        "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "spaces"),
-    }
-    options = {
-        "ServerApp.ip": "127.0.0.1",
-        "ServerApp.port": free_port(),
-        "ServerApp.port_retries": 0,
-        "ServerApp.root_dir": folder,
-        "IdentityProvider.token": TOKEN,
-        "LabApp.expose_app_in_browser": True,
-        "LabApp.news_url": "",
-    }
-    address = f"http://127.0.0.1:{options['ServerApp.port']}"
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
-    command += [f"--{name}={value}" for name, value in options.items()]
+    own |= {f"JUPYTERLAB_{name.upper()}_DIR": str(tmp_path / name) for name in ("settings", "workspaces")}
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.port={port}"]
+    command += ["--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder}"]
+    command += [f"--IdentityProvider.token={TOKEN}", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url="]
     log = tmp_path / "lab.log"
     with open(log, "w") as file:
         server = subprocess.Popen(command, env={**os.environ, **own}, cwd=folder, stdout=file, stderr=file)
@@ -121,8 +108,7 @@ def test_the_walkthrough_in_jupyterlab(lab, tmp_path):
         patches = app.locator("select[multiple]").first
         patches.select_option(index=list(range(patches.locator("option").count())))
         app.get_by_role("button", name="What if").click()
-        app.locator("table").wait_for()
-        assert "without 8 patches" in app.locator("table").inner_text()
+        app.get_by_role("cell", name="without 8 patches").wait_for()
         chooser = app.locator("select:not([multiple])").first
         chooser.select_option(index=5)
         other = json.loads((ROOT / "data" / "shapes" / "seek.json").read_text())[5]
@@ -141,34 +127,22 @@ def test_the_walkthrough_in_jupyterlab(lab, tmp_path):
     assert (ROOT / "notebooks" / "01_walkthrough.ipynb").read_bytes() == source
 
 
-@pytest.fixture(scope="module")
-def hostile_report(tmp_path_factory):
+def test_a_hostile_answer_is_text_in_a_report(tmp_path):
     """The benchmark's report of a run in which dataset and model say whatever an attacker would like to."""
-    folder = tmp_path_factory.mktemp("hostile")
-    dataset = save_dataset(folder / "data", [f"{i} {ATTACK}" for i in range(3)])
-    given = settings(ROOT / "data" / "models" / "shapes-vl", dataset, folder / "run")
+    dataset = save_dataset(tmp_path / "data", [f"{i} {ATTACK}" for i in range(3)])
+    given = settings(ROOT / "data" / "models" / "shapes-vl", dataset, tmp_path / "run")
     run(Config.make(None, **given))
-    for log in (folder / "run").rglob("log.jsonl"):
+    for log in (tmp_path / "run").rglob("log.jsonl"):
         records = [json.loads(line) for line in log.read_text().splitlines()]
-        for record in records:
-            record["model_output"] = f"{ATTACK} \\boxed{{{ATTACK}}}"
-        log.write_text("".join(json.dumps(record) + "\n" for record in records))
-    report = notebooks.run(
-        ROOT / "notebooks" / "03_benchmark.ipynb", {**given, "verify_only": True}, folder / "report.ipynb"
-    )
-    assert "window.hacked" in report.read_text(encoding="utf-8")
-    return report
-
-
-def test_a_hostile_answer_is_text_in_a_report(hostile_report, tmp_path):
+        hostile = {"model_output": f"{ATTACK} \\boxed{{{ATTACK}}}"}
+        log.write_text("".join(json.dumps(record | hostile) + "\n" for record in records))
+    benchmark = ROOT / "notebooks" / "03_benchmark.ipynb"
+    report = notebooks.run(benchmark, {**given, "verify_only": True}, tmp_path / "report.ipynb")
     with opened(viewport={"width": 390, "height": 900}) as page:
-        page.goto(hostile_report.as_uri())
-        page.wait_for_load_state("networkidle")
-        page.screenshot(path=tmp_path / "report.png", full_page=True)
-        assert ATTACK in page.locator("body").text_content()
+        page.goto(report.as_uri(), wait_until="networkidle")
+        assert page.locator("body").text_content().count(ATTACK) > 10
         assert page.evaluate("() => window.hacked") is None
         assert page.left == []
-        described = page.evaluate("() => [...document.images].map(image => [image.alt.trim() !== '', image.complete])")
-        assert described
-        assert all(alt for alt, _ in described)
+        described = page.evaluate("() => [...document.images].map(image => image.alt.trim())")
+        assert described and all(described)
         assert page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")  # on a phone

@@ -3,7 +3,7 @@
 import pandas as pd
 from bs4 import BeautifulSoup
 
-from dmlr.show import page
+from dmlr.show import gallery, page
 
 ATTACK = '<script>alert("x")</script><img src=x onerror=alert(1)> & "quoted"'
 
@@ -17,9 +17,10 @@ def test_tables_escape_and_set_numbers_flush_right():
 
 def test_what_a_model_says_cannot_steer_the_page_or_its_neighbours():
     """ESC and NUL are shown as symbols, and text that turns the direction ends where it stands."""
-    answers = [{"name": "vanilla", "text": "red\x1b[2J\x00", "right": True, "note": ""}]
-    card = {"idx": "q\u202e1", "question": "Which?\x07", "truth": "red", "answers": answers}
-    html = page.gallery([card])
+    said = {"question": "Which?\x07", "ground_truth": "red", "model_output": "red\x1b[2J\x00"}
+    entry = {"data_idx": "q\u202e1", "stop_reason": "eos_token", "verdict": "correct", "is_correct": True, **said}
+    run = {("suite", "vanilla"): {"entries": [entry]}}
+    html = page.gallery(gallery.cards(run))
     assert "red␛[2J␀" in html and "Which?␇" in html and not {"\x1b", "\x00", "\x07"} & set(html)
     assert "<bdi>q\u202e1</bdi>" in html
     assert "a␛b" in page.table(pd.DataFrame({"x": ["a\x1bb"]}))

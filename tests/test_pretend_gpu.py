@@ -72,7 +72,7 @@ def test_the_walkthrough_runs_where_the_model_is():
     assert [moment.answer for moment in walk.moments] == [moment.answer for moment in again.moments]
     assert view.moments_table(again).shape == view.moments_table(walk).shape
     for moment in again.moments:  # on the CPU: they are drawn
-        assert view.heat(moment, again.encoded.patch_grid).values.max() > 0
+        assert view.heat(moment).on(again.grid).max() > 0
     assert [o.answer for o in try_changes(walk, usual_changes(walk))] == [o.answer for o in changed]
 
 

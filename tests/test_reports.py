@@ -2,18 +2,14 @@
 
 import base64
 import hashlib
-import http.server
 import json
 import os
 import re
 import shlex
-import threading
 from pathlib import Path
 
-import click.testing
 import nbformat
 import numpy as np
-import papermill.cli
 import pytest
 from browser import opened
 from bs4 import BeautifulSoup
@@ -22,13 +18,11 @@ from PIL import Image
 
 from dmlr import notebooks
 from dmlr.cli import parser
-from dmlr.data.images import ImageError
 from dmlr.parameters import check_parameters, read_parameters
 from dmlr.show import gallery, page
 from dmlr.show import index as report_index
 from dmlr.show.provenance import in_words, provenance
 from dmlr.show.style import gallery_script, policy
-from dmlr.show.thumbnails import outlines, thumbnail
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -165,28 +159,23 @@ def test_an_image_is_stored_once_and_its_patches_are_outlined(tmp_path):
 
 
 def test_outlines_are_the_cells_and_nest():
-    ((group, path), (other, nested)) = outlines([[5], [5]], (2, 4), (80, 40))
-    assert (group, other) == (0, 1)
+    path, nested = page.outlines([[5], [5]], (2, 4), (80, 40)).values()
     left, top, wide, high = map(float, re.fullmatch(r"M(\S+) (\S+)h(\S+)v(\S+)h\S+z", path).groups())
     assert 20 < left < 23  # row 1, column 1 of cells of 20 × 20
     assert 20 < top < 23
     assert 16 < wide == high < 20
     assert float(re.match(r"M(\S+)", nested)[1]) > left
-    assert outlines([[], [8], [-1]], (2, 4), (80, 40)) == []
+    assert page.outlines([[], [8], [-1]], (2, 4), (80, 40)) == {}
 
 
 def test_a_thumbnail_that_cannot_be_made_is_named_and_nothing_is_downloaded(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
-    cards = [
-        {"idx": i, "question": "q", "truth": "t", "answers": [], "image": name}
-        for i, name in enumerate(["broken.png", "https://example.com/a.png", None])
-    ]
-    found = cards_of(page.gallery(cards, tmp_path))
-    assert "no image: " in found[0].get_text()
-    assert "not downloaded" in found[1].get_text()
-    assert "no image" not in found[2].get_text()
-    with pytest.raises(ImageError):
-        thumbnail(tmp_path / "broken.png")
+    paths = [str(tmp_path / "broken.png"), "https://example.com/a.png", None]
+    entries = [record(i, "correct", image_path=path) for i, path in enumerate(paths)]
+    broken, remote, none = cards_of(page.gallery(gallery.cards({("suite", "dmlr"): {"entries": entries}})))
+    assert "no image: " in broken.get_text()
+    assert "not downloaded" in remote.get_text()
+    assert "no image" not in none.get_text()
 
 
 def test_a_thousand_photographs_stay_below_fifteen_megabytes(tmp_path):
@@ -264,12 +253,11 @@ def test_the_header_says_when_how_long_and_by_which_command(report):
     assert head.code.get_text() == command
 
 
-def test_provenance_is_what_is_known():
-    assert provenance({}, ROOT) == {}
-    given = {"label": "a 'b' $(c)", "n": None, "x": 0.5, "flag": False}
-    told = provenance({"papermill": {"input_path": "/elsewhere/n.ipynb", "parameters": given}}, ROOT)
-    assert list(told) == ["command"]
-    words = shlex.split(told["command"])
+def test_the_command_makes_the_run_again_whatever_its_parameters_hold():
+    assert provenance({}, ROOT, {}) == {}
+    made = {"input_path": "/elsewhere/n.ipynb", "start_time": "2026-01-02T03:04:05+00:00", "duration": 1.0}
+    made["parameters"] = {"label": "a 'b' $(c)", "n": None, "x": 0.5, "flag": False, "same": 1}
+    words = shlex.split(provenance({"papermill": made}, ROOT, {"same": 1})["command"])
     assert words[:5] == ["python", "-m", "dmlr", "run", "/elsewhere/n.ipynb"]
     assert words[5:] == "-p|label|a 'b' $(c)|-p|n|none|-p|x|0.5|-p|flag|false".split("|")
     assert [in_words(seconds) for seconds in (0.4, 59.6, 3600, 7860)] == ["0 s", "1 min 0 s", "1 h 0 min", "2 h 11 min"]
@@ -337,40 +325,22 @@ def test_between_three_methods_the_reader_chooses(tmp_path):
             tab.get_by_label("Outcome").select_option("")
 
 
-@pytest.fixture
-def outside():
-    """An address outside the page, and the list of what was asked of it."""
-    asked = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_error(404)
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
-    server.shutdown()
-
-
-def test_a_script_that_slips_through_does_not_run(report, outside, tmp_path):
+def test_a_script_that_slips_through_does_not_run(report, tmp_path):
     """Were escaping ever forgotten, the policy still stops scripts, handlers and requests; without it they run."""
-    html, (address, asked) = report.read_text(encoding="utf-8"), outside
-    raw = f'<script>window.hacked = 1</script><img src="{address}/x.png"><script src="{address}/x.js"></script>'
+    html, place, asked = report.read_text(encoding="utf-8"), "http://outside.test", []
+    raw = f'<script>window.hacked = 1</script><img src="{place}/x.png"><script src="{place}/x.js"></script>'
     raw += '<img src="data:image/png;base64,AA" onerror="window.handled = 1">'
     guarded, bare = tmp_path / "guarded.html", tmp_path / "bare.html"
     guarded.write_text(html.replace("answer 4", raw), encoding="utf-8")
     bare.write_text(html.replace("answer 4", raw).replace(policy(), ""), encoding="utf-8")
     hacked = "() => [window.hacked, window.handled]"
     with opened() as tab:
+        tab.route(f"{place}/**", lambda route: (asked.append(route.request.url), route.abort()))
         tab.goto(guarded.as_uri(), wait_until="networkidle")
         assert (tab.evaluate(hacked), asked) == ([None, None], [])
         assert tab.locator(".dmlr-controls output").inner_text() == "6 of 6 shown"  # our own script did run
         tab.goto(bare.as_uri(), wait_until="networkidle")
-        assert (tab.evaluate(hacked), sorted(set(asked))) == ([1, 1], ["/x.js", "/x.png"])
+        assert (tab.evaluate(hacked), sorted(set(asked))) == ([1, 1], [f"{place}/x.js", f"{place}/x.png"])
 
 
 def test_a_report_is_readable_on_a_phone_and_without_scripts(report):
@@ -420,7 +390,7 @@ def test_the_index_is_sorted_has_headline_numbers_and_survives_a_broken_run(tmp_
     rows = [[cell.get_text() for cell in row.find_all("td")] for row in runs[0].select("tbody tr")]
     assert [row[:3] + row[4:7] for row in rows] == [
         ["suite", "vanilla", "0.0%", "", "", "2"],
-        ["suite", "dmlr", "100.0%", "+100.0", "0.5", "2"],
+        ["suite", "dmlr", "100.0%", "+100.0 points (2 gained, 0 lost)", "0.5", "2"],
     ]
     assert "not valid JSON" in runs[1].get_text()
     assert str(tmp_path) not in html
@@ -432,15 +402,12 @@ def test_the_index_is_sorted_has_headline_numbers_and_survives_a_broken_run(tmp_
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_help_shows_type_and_meaning_of_every_parameter(path):
-    said = click.testing.CliRunner().invoke(papermill.cli.papermill, [str(path), "--help-notebook"])
-    assert said.exit_code == 0, said.output
+def test_every_parameter_has_a_type_and_a_meaning_for_papermills_help(path):
     known = cell_parameters(path)
     assert known
     for name, parameter in known.items():
         assert parameter["inferred_type_name"] in ("str", "int", "float", "bool"), name
         assert len(parameter["help"]) > 5, f"{path.name}: {name} has no help"
-        assert f"  {name}: {parameter['inferred_type_name']} (default" in said.output
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -457,23 +424,18 @@ def test_a_notebook_opens_with_what_it_shows_how_long_it_takes_and_what_it_follo
 EXAMPLES = sorted((ROOT / "reports" / "examples").glob("*.html"))
 
 
-def test_example_reports_are_two_and_light():
+def test_example_reports_are_two_light_whole_and_ask_for_nothing():
     assert [path.stem for path in EXAMPLES] == ["benchmark", "table1"]
     assert sum(path.stat().st_size for path in EXAMPLES) < 3e6
-
-
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example_reports_are_small_whole_and_ask_for_nothing(path):
-    html = path.read_text(encoding="utf-8")
-    soup = BeautifulSoup(html, "html.parser")
-    allowed = soup.find("meta", attrs={"http-equiv": "Content-Security-Policy"})["content"]
-    assert allowed.startswith("default-src 'none'; img-src data:; ")
-    scripts = [script.extract().string for script in soup.find_all("script")]
-    assert all(f"script-src '{sha256(script)}'" in allowed for script in scripts)
-    assert external_requests(str(soup)) == []
-    assert "Traceback (most recent" not in html
-    assert soup.find_all("img") and all(image.get("alt") for image in soup.find_all("img"))
-    assert "took" in soup.select_one(".masthead").get_text()
+    for path in EXAMPLES:
+        html = path.read_text(encoding="utf-8")
+        (allowed,) = re.findall(r'http-equiv="Content-Security-Policy" content="(.*?)"', html)
+        assert allowed.startswith("default-src 'none'; img-src data:; ")
+        scripts = re.findall(r"<script>(.*?)</script>", html, flags=re.DOTALL)
+        assert all(f"script-src '{sha256(script)}'" in allowed for script in scripts)
+        assert external_requests(re.sub(r"<script>.*?</script>", "", html, flags=re.DOTALL)) == []
+        assert "Traceback (most recent" not in html and "· took " in html
+        assert re.search(r'<img [^>]*alt="[^"]', html) and not re.search(r'<img (?![^>]*alt="[^"])', html)
 
 
 def test_every_run_that_the_readme_shows_would_start():

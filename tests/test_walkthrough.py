@@ -25,10 +25,11 @@ from dmlr.look.what_if import Change, try_changes, usual_changes
 from dmlr.loop.injection import Patches
 from dmlr.loop.optimize import initial_latents
 from dmlr.methods import METHODS
+from dmlr.methods.answers import Answer
 from dmlr.methods.latent import append_latents, prefill_latent
 from dmlr.methods.prompting import decode, prompts_of
-from dmlr.model.encode import PromptError
 from dmlr.model.vlm import VLM
+from dmlr.show.style import table
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "01_walkthrough.ipynb"
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -70,17 +71,19 @@ def uploaded(name, content):
     return ({**about, "last_modified": datetime.now(timezone.utc)},)
 
 
-def own(question, idx=0, solution=""):
-    return Example(row=0, idx=idx, question=question, solution=solution)
+OWN = Example(row=0, idx=0, question="what?", solution="")
+BRIEF = {"device": "cpu", "dtype": "float32", "max_num_steps": 2, "max_new_tokens": 6, "top_k": 5}
+
+
+def briefly(tiny, images=(), **more):
+    """The tiny model's walk through a question of one's own."""
+    return explore(tiny, Config.make("demo", **BRIEF | more), OWN, images)
 
 
 def said(walk, latents, patches):
     """The answer after these latents [L, D] and patches, decoded alone from a prompt of its own."""
     prefix, _ = prefill_latent(walk.vlm, [walk.question], walk.config, prompts_of(walk.config))
-    width = max(map(len, patches))
-    index = torch.tensor([[[*row, *[0] * (width - len(row))] for row in patches]], dtype=torch.long)
-    count = torch.tensor([[len(row) for row in patches]])
-    append_latents(walk.vlm, prefix, latents[None], Patches(index.view(1, len(patches), width), count))
+    append_latents(walk.vlm, prefix, latents[None], Patches.of([patches], latents.device))
     return decode(walk.vlm, prefix, walk.config)[0].text
 
 
@@ -89,28 +92,28 @@ def said(walk, latents, patches):
 
 def test_both_answers_are_the_methods(walk, vlm, config):
     for method, shown in {"vanilla": walk.vanilla, "dmlr": walk.dmlr}.items():
-        answer = METHODS[method](vlm, [walk.question], config)[0]
+        (answer,) = METHODS[method](vlm, [walk.question], config)
         assert (shown.text, shown.prompt, shown.stop_reason) == (answer.text, answer.prompt, answer.stop_reason)
     assert walk.dmlr.reasoning.best_reward == pytest.approx(answer.reasoning.best_reward)
     assert walk.dmlr.reasoning.patches == answer.reasoning.patches
 
 
 def test_moments_are_what_the_loop_did(walk):
-    record = walk.dmlr.reasoning
+    steps = walk.trace.steps
     assert [m.iteration for m in walk.moments] == list(range(11))
-    assert [m.reward for m in walk.moments] == [record.start_reward, *(s["reward"] for s in record.steps)]
-    assert [m.accepted for m in walk.moments[1:]] == [s["is_new_best"] for s in record.steps]
-    assert [m.patches for m in walk.moments] == [[[]] * 4, *record.patch_history]
-    assert [m.best for m in walk.moments] == list(np.maximum.accumulate([m.reward for m in walk.moments]))
-    assert torch.equal(torch.stack([m.attention for m in walk.moments]), record.attention.float())
+    rewards = [walk.trace.start_reward, *(step.reward for step in steps)]
+    assert [m.reward for m in walk.moments] == pytest.approx([float(reward) for reward in rewards])
+    assert [m.accepted for m in walk.moments] == [False, *(bool(step.accepted) for step in steps)]
+    assert [m.patches for m in walk.moments] == [[[]] * 4, *(step.tried.patches.tolist()[0] for step in steps)]
+    attention = [walk.trace.start_attention, *(step.attention for step in steps)]
+    assert all(torch.equal(m.attention, rows[0, :, :36]) for m, rows in zip(walk.moments, attention, strict=True))
 
 
 def test_an_answer_is_decoded_from_its_moments_own_state(walk):
     assert len({m.answer for m in walk.moments}) > 1  # else the next lines could not tell states apart
     start = initial_latents(walk.vlm, walk.prefix, walk.config)[0]
     states = [start, *(step.tried.latents[0] for step in walk.trace.steps)]
-    assert len(states) == len(walk.moments)
-    for moment, latents in zip(walk.moments[::3], states[::3], strict=True):
+    for moment, latents in zip(walk.moments[::5], states[::5], strict=True):
         assert moment.answer == said(walk, latents, moment.patches)
 
 
@@ -122,27 +125,22 @@ def test_the_next_tokens_shown_are_those_that_the_reward_reads(walk):
         assert moment.reward == pytest.approx(1 - sum(entropies) / 4, abs=1e-4)
 
 
-def test_verdicts_need_a_truth(walk, vlm, config):
-    assert walk.is_right(r"\boxed{1}") is True
-    assert walk.is_right(r"\boxed{2}") is False
-    assert walk.is_right("", "error") is None
-    asked = explore(vlm, config.replace(max_num_steps=1), own(walk.example.question), walk.question.images)
-    assert {m.is_right for m in asked.moments} == {None}
+def test_verdicts_need_a_truth(walk, tiny):
+    assert [walk.is_right(Answer(rf"\boxed{{{n}}}", "", "eos_token")) for n in (1, 2)] == [True, False]
+    assert walk.is_right(Answer("", "", "error")) is None
+    assert {m.is_right for m in briefly(tiny).moments} == {None}
 
 
-@pytest.mark.parametrize("images", [0, 1, 2])
+@pytest.mark.parametrize("images", [0, 2])
 def test_questions_without_an_image_and_with_several(tiny, images):
-    config = Config.make("demo", device="cpu", dtype="float32", max_num_steps=2, max_new_tokens=6, top_k=5)
-    shown = explore(tiny, config, own("what?"), [noise_image(i, 112, 84) for i in range(images)])
-    grid = shown.encoded.patch_grid
+    shown = briefly(tiny, [noise_image(i, 112, 84) for i in range(images)])
     assert [m.attention.shape[1] for m in shown.moments] == [12 * images] * 3
     assert sum(map(len, shown.moments[-1].patches)) >= 4 * bool(images)
     picture = shown.question.images[0] if images else None
-    heats = [view.heat(m, grid, token) for m in shown.moments for token in (None, 3)]
-    assert len(figures.strip(picture, grid, heats, 0.5).axes) == 8
-    assert view.caption(shown.moments[-1], grid)
-    outcomes = try_changes(shown, usual_changes(shown))
-    assert outcomes[0].answer == shown.dmlr.text
+    heats = [view.heat(m, token) for m in shown.moments for token in (None, 3)]
+    assert len(figures.strip(picture, shown.grid, heats).axes) == 8
+    assert view.caption(shown.moments[-1], shown.grid)
+    assert try_changes(shown, usual_changes(shown))[0].answer == shown.dmlr.text
 
 
 @pytest.mark.parametrize(
@@ -156,19 +154,16 @@ def test_questions_without_an_image_and_with_several(tiny, images):
     ],
 )
 def test_every_kind_of_loop_can_be_walked_through(tiny, settings):
-    base = {"device": "cpu", "dtype": "float32", "max_num_steps": 3, "max_new_tokens": 6, "top_k": 5}
-    config = Config.make("demo", **{**base, **settings})
-    shown = explore(tiny, config, own("what?"), [noise_image(0)])
-    assert shown.dmlr.text == METHODS["dmlr"](tiny, [shown.question], config)[0].text
+    shown = briefly(tiny, [noise_image(0)], **settings)
+    (answer,) = METHODS["dmlr"](tiny, [shown.question], shown.config)
+    assert shown.dmlr.text == answer.text
     assert len(shown.moments) == 1 + len(shown.trace.steps)
     assert try_changes(shown, usual_changes(shown))[0].answer == shown.dmlr.text
 
 
 def test_as_many_states_go_together_as_fit(tiny, monkeypatch):
-    config = Config.make("demo", device="cpu", dtype="float32", max_num_steps=4, max_new_tokens=6, top_k=5)
-
     def all_of_it():
-        shown = explore(tiny, config, own("what?"), [noise_image(0)])
+        shown = briefly(tiny, [noise_image(0)])
         outcomes = try_changes(shown, usual_changes(shown))
         probabilities = [p for m in shown.moments for tokens in m.next_tokens for _, p in tokens]
         rewards = [o.reward for o in outcomes]
@@ -182,19 +177,12 @@ def test_as_many_states_go_together_as_fit(tiny, monkeypatch):
 
 
 def test_a_reward_that_is_no_number_is_said_and_shown(tiny):
-    config = Config.make("demo", device="cpu", dtype="float32", max_num_steps=2, sigma=1e38, lr=1e38, max_new_tokens=4)
-    shown = explore(tiny, config, own("what?"), [noise_image(0)])
+    shown = briefly(tiny, [noise_image(0)], sigma=1e38, lr=1e38)
     assert "not a finite number" in shown.dmlr.error
     explorer = widgets.Explorer(shown)
     explorer.slider.value = 2
     assert "Iteration 2" in explorer.picture.value
     assert "not a finite number" in explorer.answers.value
-
-
-def test_a_question_that_cannot_be_asked_is_refused(tiny):
-    config = Config.make("demo", device="cpu", dtype="float32")
-    with pytest.raises(PromptError, match="special token"):
-        explore(tiny, config, own("what <|im_end|>?"), [])
 
 
 # what if
@@ -211,38 +199,29 @@ def test_the_usual_changes_are_all_of_them(walk, outcomes):
 
 def test_a_dropped_patch_is_left_out_of_what_is_decoded(walk, outcomes):
     kept = walk.dmlr.reasoning.patches
-    for outcome in (o for o in outcomes if o.change.drop):
+    for outcome in [o for o in outcomes if o.change.drop][::3]:
         left = [[p for p in patches if (t, p) not in outcome.change.drop] for t, patches in enumerate(kept)]
         assert outcome.patches == left != kept
         assert outcome.answer == said(walk, walk.trace.final.latents[0], left)
 
 
-def test_a_frozen_token_stays_at_the_start_and_the_others_move(walk):
-    config = walk.config.replace(disable_best_reward=True)  # the last state: whatever was accepted, latents moved
-    moving = explore(walk.vlm, config, walk.example, walk.question.images)
-    start = initial_latents(walk.vlm, walk.prefix, walk.config)[0]
+def test_a_frozen_token_stays_at_the_start_and_the_others_move(tiny):
+    moving = briefly(tiny, [noise_image(0)], disable_best_reward=True)  # whatever was accepted, latents moved
+    start = initial_latents(tiny, moving.prefix, moving.config)[0]
     (outcome,) = try_changes(moving, [Change(freeze=frozenset([1, 2]))])
-    moved = (outcome.latents != start).any(dim=1)
-    assert moved.tolist() == [True, False, False, True]
+    assert (outcome.latents != start).any(dim=1).tolist() == [True, False, False, True]
 
 
 def test_another_seed_is_the_method_with_another_seed(walk, outcomes):
-    for outcome in (o for o in outcomes if o.change.seed):
-        config = walk.config.replace(seed=outcome.change.seed)
-        answer = METHODS["dmlr"](walk.vlm, [walk.question], config)[0]
-        assert (outcome.answer, outcome.patches) == (answer.text, answer.reasoning.patches)
-        assert outcome.reward == pytest.approx(answer.reasoning.best_reward, abs=1e-5)
+    outcome = outcomes[-1]
+    assert outcome.change.seed == walk.config.seed + 3
+    (answer,) = METHODS["dmlr"](walk.vlm, [walk.question], walk.config.replace(seed=outcome.change.seed))
+    assert (outcome.answer, outcome.patches) == (answer.text, answer.reasoning.patches)
+    assert outcome.reward == pytest.approx(answer.reasoning.best_reward, abs=1e-5)
 
 
-def test_changes_that_cannot_be_are_refused(walk, tiny):
-    for change, message in {
-        Change(freeze=frozenset([4])): "no think token 5; there are 4",
-        Change(drop=frozenset([(0, 36)])): "no image token 36; there are 36",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            try_changes(walk, [change])
-    config = Config.make("demo", device="cpu", dtype="float32", max_num_steps=1, max_new_tokens=2, use_auto_grad=True)
-    exact = explore(tiny, config, own("what?"), [noise_image(0)])
+def test_the_exact_gradient_has_no_noise_to_change(tiny):
+    exact = briefly(tiny, use_auto_grad=True)
     with pytest.raises(ValueError, match="uses no noise"):
         try_changes(exact, [Change(seed=1)])
 
@@ -250,24 +229,22 @@ def test_changes_that_cannot_be_are_refused(walk, tiny):
 # what is shown
 
 
-def made_up(iteration=1, answer="yes", accepted=True, reward=0.5):
+def made_up(iteration=1, answer="yes", accepted=True):
     attention = torch.arange(2 * 7).view(2, 7) / 100
     tokens = [[("a b", 0.75), ("<b>", 0.25)], [("\n", 1.0)]]
-    return Moment(iteration, reward, 0.6, accepted, 0.1, attention, [[5], [2, 6]], tokens, answer, None)
+    return Moment(iteration, 0.5, accepted, 0.1, attention, [[5], [2, 6]], tokens, answer, None)
 
 
 def test_a_heat_map_is_a_tokens_attention_or_the_mean():
-    moment = made_up()
-    assert view.heat(moment, (2, 3)).values == pytest.approx([0.035 + i / 100 for i in range(6)])
-    one = view.heat(moment, (2, 3), token=1)
-    assert one.values == pytest.approx([0.07 + i / 100 for i in range(6)])
-    assert one.patches == [[], [2]]  # token 6 lies on no cell of the picture
-    assert view.limit([moment], (2, 3), token=1) == pytest.approx(0.12)
+    assert view.heat(made_up()).on((2, 3)).ravel() == pytest.approx([0.035 + i / 100 for i in range(6)])
+    one = view.heat(made_up(), token=1)
+    assert one.on((2, 3)).ravel() == pytest.approx([0.07 + i / 100 for i in range(6)])
+    assert figures.brightest([view.heat(made_up()), one], (2, 3)) == pytest.approx(0.12)
 
 
 def test_a_caption_says_what_the_picture_shows():
     assert view.caption(made_up(), (2, 3)) == (
-        "Iteration 1, kept: reward 0.50000, best so far 0.60000. Attention of all think tokens (mean). Patches: "
+        "Iteration 1, kept: reward 0.50000. Attention of all think tokens (mean). Patches: "
         "think token 1 at row 2, column 3, think token 2 at row 1, column 3 and image token 6."
     )
     assert "think token 1 at" not in view.caption(made_up(), (2, 3), token=1)
@@ -293,9 +270,8 @@ def test_tables_hold_what_was_decoded(walk, outcomes):
     assert [bool(text) for text in changed["changed"]] == told
     assert any(told)
     answers = view.answers_table(walk)
-    assert set(answers["answer"]) == {m.answer for m in walk.moments}
-    named = sorted(int(i) for text in answers["iterations"] for i in text.split(", "))
-    assert named == list(range(11))
+    assert {answer[:-2] for answer in answers["answer"]} == {m.answer for m in walk.moments}
+    assert sorted(int(i) for text in answers["iterations"] for i in text.split(", ")) == list(range(11))
 
 
 def test_changes_in_words():
@@ -307,24 +283,20 @@ def test_changes_in_words():
     assert view.describe(Change(drop=frozenset([(0, 1), (1, 5)])), (2, 3)) == "without 2 patches"
 
 
-def test_text_of_models_is_text(walk):
-    tokens = view.next_tokens_html([[(ATTACK, 0.5)]])
-    assert "<script" not in tokens
-    assert "<img" not in tokens
-    answers = view.answers_html(walk, made_up(answer=ATTACK))
-    assert "<script" not in answers
-    assert "<img" not in answers
-    assert "&lt;script&gt;" in answers
+def test_next_tokens_are_text_with_bars():
+    html = view.next_tokens_html([[(ATTACK, 0.5)], [("a b", 0.25)]])
+    assert external_requests(html) == []
+    assert ATTACK in BeautifulSoup(html, "html.parser").get_text().replace("␣", " ")
+    assert "50.0%" in html and "25.0%" in html
+    assert "a␣b" in html and "a␣b" not in view.next_tokens_html([[(ATTACK, 0.5)], [("a b", 0.25)]], token=0)
 
 
 def test_the_figure_marks_its_iteration_and_darkens_what_is_not_attended_to():
-    image, grid = Image.new("RGB", (60, 40), "white"), (2, 3)
-    curve = [(0.1, 0.1, False), (0.4, 0.4, True), (0.2, 0.4, False)]
-    heat = view.heat(made_up(), grid)
-    fig = figures.moment(image, grid, heat, 0.085, curve, 2)
+    image, grid, heat = Image.new("RGB", (60, 40), "white"), (2, 3), view.heat(made_up())
+    fig = figures.moment(image, grid, heat, [(0.1, False), (0.4, True), (0.2, False)], 2)
     left, right = fig.axes
-    alpha = left.images[-1].get_array()[..., 3].ravel()
-    assert np.allclose(alpha, 0.66 * (1 - heat.values / 0.085), atol=1e-6)
+    alpha = left.images[-1].get_array()[..., 3]
+    assert np.allclose(alpha, 0.66 * (1 - heat.on(grid) / 0.085), atol=1e-6)
     assert alpha.argmin() == 5
     assert len(left.patches) == 2  # two patches on the picture
     ring = right.lines[-1]
@@ -332,44 +304,51 @@ def test_the_figure_marks_its_iteration_and_darkens_what_is_not_attended_to():
     faces = [line.get_markerfacecolor() for line in right.lines if line.get_marker() == "o"][:3]
     assert faces[1] != "white"
     assert faces[2] == "white"
+    best = next(line for line in right.lines if len(line.get_xdata()) == 3)
+    assert list(best.get_ydata()) == [0.1, 0.4, 0.4]
 
 
 # the widgets, without a browser
 
 
+@pytest.fixture(scope="module")
+def small(tiny):
+    return briefly(tiny, [noise_image(0)], disable_best_reward=True)  # so that patches are kept, whatever is accepted
+
+
 @pytest.fixture
-def explorer(walk, example):
-    return widgets.Explorer(walk, [example, load_dataset("data/shapes/visual.json")[0][0]])
+def explorer(small):
+    return widgets.Explorer(small, [Example(0, idx, f"what {idx}?", "", (noise_image(idx),)) for idx in range(2)])
 
 
-def test_the_slider_moves_everything_together(explorer, walk):
+def test_the_slider_moves_everything_together(explorer, small):
     seen = []
-    for t in range(11):
-        explorer.slider.value = t
+    for moment in small.moments:
+        explorer.slider.value = moment.iteration
         seen.append((explorer.picture.value, explorer.tokens.value))
-        assert view.caption(walk.moments[t], walk.encoded.patch_grid) in explorer.picture.value
-        assert f"from iteration {t}" in explorer.answers.value
-        assert view.final(walk.moments[t].answer) in explorer.answers.value
-    assert len(set(seen)) == 11
+        assert view.caption(moment, small.grid) in explorer.picture.value
+        assert explorer.answers.value == table(view.answers(small, moment))
+        assert f"from iteration {moment.iteration}" in explorer.answers.value
+    assert len(set(seen)) == 3
 
 
-def test_a_what_if_is_added_to_its_table(explorer, walk):
+def test_a_what_if_is_added_to_its_table(explorer, small):
     explorer.drop.value = tuple(value for _, value in explorer.drop.options)
     explorer.wonder.click()
     assert explorer.tried[0].patches == [[], [], [], []]
-    explorer.drop.value, explorer.seed.value = (), walk.config.seed + 1
+    explorer.drop.value, explorer.seed.value = (), small.config.seed + 1
     explorer.wonder.click()
-    assert [o.change.seed for o in explorer.tried] == [walk.config.seed + 1, None]
+    assert [o.change.seed for o in explorer.tried] == [small.config.seed + 1, None]
     assert explorer.outcomes.value.count("<tr>") == 3
 
 
-def test_another_example_resets_everything(explorer, example):
-    explorer.slider.value, explorer.token.value, explorer.freeze.value = 3, 1, (0,)
+def test_another_example_resets_everything(explorer):
+    explorer.slider.value, explorer.token.value, explorer.freeze.value = 2, 1, (0,)
     explorer.wonder.click()
     assert "think token 1 frozen" in explorer.outcomes.value
     explorer.example.value = 1
-    assert explorer.walk.example.question != example.question
-    assert explorer.walk.example.question in explorer.status.value
+    assert explorer.walk.example.question == "what 1?"
+    assert "what 1?" in explorer.status.value
     assert (explorer.slider.value, explorer.token.value, explorer.outcomes.value) == (0, widgets.ALL, "")
     assert "Iteration 0, the start" in explorer.picture.value
 
@@ -382,7 +361,6 @@ def test_ones_own_image_and_question(explorer, tmp_path):
     assert explorer.walk.question.images[0].size == (90, 60)
     assert explorer.walk.question.text == f"What is there? {ATTACK}"
     assert "<script" not in explorer.status.value
-    assert explorer.walk.dmlr.text
     explorer.example.value = 1
     shown = explorer.walk.question.images
     explorer.question.value = "What else is there?"
@@ -390,7 +368,7 @@ def test_ones_own_image_and_question(explorer, tmp_path):
     assert explorer.walk.question.images == shown  # of the example, not the upload of before
 
 
-def test_what_goes_wrong_is_said_in_the_status_line(explorer, walk):
+def test_what_goes_wrong_is_said_in_the_status_line(explorer, small):
     explorer.ask.click()
     assert "type a question first" in explorer.status.value
     explorer.wonder.click()
@@ -402,7 +380,7 @@ def test_what_goes_wrong_is_said_in_the_status_line(explorer, walk):
     explorer.question.value = "What is there?"
     explorer.ask.click()
     assert "bad.png: not an image" in explorer.status.value
-    assert explorer.walk is walk  # what was shown stays
+    assert explorer.walk is small  # what was shown stays
 
 
 # the notebook
@@ -438,4 +416,4 @@ def test_a_report_of_ones_own_question_is_static_and_whole(tmp_path):
     kept = int(best["patches"])
     assert len(changes) == 1 + kept + (kept > 1) + 4 + 3
     assert float(changes[0]["reward"]) == pytest.approx(float(best["reward"]), abs=1e-4)
-    assert "DMLR's answer: " in soup.get_text()
+    assert "lead to another answer" in soup.get_text()

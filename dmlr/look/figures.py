@@ -1,4 +1,4 @@
-"""Figures of one question: one moment of the loop, and several beside each other. Draws from data; computes nothing.
+"""Figures of one question: one moment of the loop, and several beside each other. Draws from data.
 
 An image without tokens of its own on a grid (a text-only question) gives an empty panel that says so.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,12 +22,23 @@ DARK, REJECTED = "#1f2328", "#9aa0a6"
 
 @dataclass(frozen=True)
 class Heat:
-    """What is drawn over an image: attention [N], row-major on a grid, and the patches of each think token."""
+    """What is drawn over an image: attention [L, N] of the think tokens, row-major on its grid, and their patches."""
 
-    values: np.ndarray
+    attention: Any
     patches: Sequence[Sequence[int]]
+    token: int | None = None  # the think token that is shown; None: the mean of all, and every token's patches
     title: str = ""
     solid: bool = True  # outlines of patches that stayed; dashed: tried and dropped again
+
+    def on(self, grid: Grid) -> np.ndarray:
+        """Attention [height, width] on the first image's grid."""
+        rows = np.asarray(self.attention, dtype=float)[:, : grid[0] * grid[1]]
+        return (rows.mean(axis=0) if self.token is None else rows[self.token]).reshape(grid)
+
+
+def brightest(heats: Sequence[Heat], grid: Grid) -> float:
+    """The largest attention that any of them shows: one scale for all."""
+    return max(float(heat.on(grid).max(initial=0)) for heat in heats)
 
 
 @styled
@@ -34,46 +46,47 @@ def moment(
     image: Image.Image | None,
     grid: Grid,
     heat: Heat,
-    limit: float,
-    curve: Sequence[tuple[float, float, bool]],
+    curve: Sequence[tuple[float, bool]],
     iteration: int,
+    limit: float | None = None,
 ) -> Figure:
     """Left what the think tokens attend to and which patches they try, right the reward with this iteration marked.
 
-    curve: per iteration, 0 the start, the reward of the state tried, the best so far, and whether the state was kept;
-    limit: attention that leaves the image as bright as it is, the same for every moment that is compared.
+    curve: per iteration, 0 the start, the reward of the state tried and whether it was kept; limit: attention that
+    leaves the image as bright as it is, the same for all moments that are compared (none: the most there is).
     """
     fig, axes = figure(1, 2, (8.6, 3.9), width_ratios=(1, 1.25))
     left, right = axes[0]
-    over_image(left, image, grid, heat, limit)
-    rewards, best, kept = zip(*curve, strict=True)
-    blue = METHOD_COLOURS["dmlr"]
+    _over_image(left, image, grid, heat, brightest([heat], grid) if limit is None else limit)
+    blue, best = METHOD_COLOURS["dmlr"], []
+    for t, (reward, kept) in enumerate(curve):
+        best.append(reward if kept or t == 0 else best[-1])
+        face, edge = (blue, blue) if kept or t == 0 else ("white", REJECTED)
+        right.plot(t, reward, "o", markersize=6, markerfacecolor=face, markeredgecolor=edge, zorder=3)
     right.plot(best, color=blue, linewidth=1.6, drawstyle="steps-post")
     right.axvline(iteration, color=DARK, linewidth=0.9, alpha=0.5)
-    for t, reward in enumerate(rewards):
-        face, edge = (blue, blue) if kept[t] or t == 0 else ("white", REJECTED)
-        right.plot(t, reward, "o", markersize=6, markerfacecolor=face, markeredgecolor=edge, zorder=3)
-    right.plot(iteration, rewards[iteration], "o", markersize=13, fillstyle="none", color=DARK, zorder=4)
+    right.plot(iteration, curve[iteration][0], "o", markersize=13, fillstyle="none", color=DARK, zorder=4)
     right.set(title="Reward: filled where the state was kept", xlabel="iteration", ylabel="reward")
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     return fig
 
 
 @styled
-def strip(image: Image.Image | None, grid: Grid, heats: Sequence[Heat], limit: float, columns: int = 4) -> Figure:
-    """Moments beside each other, so many in a row; one scale for all."""
+def strip(image: Image.Image | None, grid: Grid, heats: Sequence[Heat], columns: int = 4) -> Figure:
+    """Heats beside each other, so many in a row; one scale for all."""
     columns = min(columns, len(heats))
     rows = -(-len(heats) // columns)
     fig, axes = figure(rows, columns, (2.35 * columns, 2.6 * rows))
+    limit = brightest(heats, grid)
     for axis, heat in zip(axes.flat, heats, strict=False):
-        over_image(axis, image, grid, heat, limit)
+        _over_image(axis, image, grid, heat, limit)
         axis.title.set(fontsize=8.5, fontweight="normal")
     for axis in axes.flat[len(heats) :]:
         axis.set_axis_off()
     return fig
 
 
-def over_image(axis: Axes, image: Image.Image | None, grid: Grid, heat: Heat, limit: float) -> None:
+def _over_image(axis: Axes, image: Image.Image | None, grid: Grid, heat: Heat, limit: float) -> None:
     """The image, darker where it is attended to less, with the patches outlined in their think token's colour."""
     axis.set_title(heat.title)
     if image is None or not grid[0] * grid[1]:
@@ -83,6 +96,7 @@ def over_image(axis: Axes, image: Image.Image | None, grid: Grid, heat: Heat, li
     width, height = image.size
     draw_image(axis, image)
     shade = np.zeros((*grid, 4))
-    shade[..., 3] = 0.66 * (1 - np.clip(np.asarray(heat.values, dtype=float).reshape(grid) / (limit or 1.0), 0, 1))
+    shade[..., 3] = 0.66 * (1 - np.clip(heat.on(grid) / (limit or 1.0), 0, 1))
     axis.imshow(shade, extent=(0, width, height, 0), interpolation="nearest")
-    outline(axis, image, heat.patches, grid, "-" if heat.solid else (0, (2, 1.2)))
+    patches = [some if heat.token in (None, token) else [] for token, some in enumerate(heat.patches)]
+    outline(axis, image, patches, grid, "-" if heat.solid else (0, (2, 1.2)))

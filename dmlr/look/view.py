@@ -1,23 +1,21 @@
-"""What the walkthrough shows of a moment or an outcome: words, tables, HTML and what its figures draw. Pure functions.
+"""What the walkthrough shows of a moment or an outcome, in words and tables. Pure functions.
 
-Every text of a model or a user is escaped. Numbers of think tokens, rows and columns begin with one, as people count.
+Numbers of think tokens, rows and columns begin with one, as people count.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
-from markupsafe import Markup
 
 from dmlr.judge.extract import last_boxed
 from dmlr.look.figures import Heat
 from dmlr.look.walk import Moment, NextTokens, Walk
 from dmlr.look.what_if import Change, Outcome
-from dmlr.show.plots import TOKEN_COLOURS, Grid
+from dmlr.show.plots import Grid, token_colour
 
-RIGHT = {True: "✓", False: "✗", None: ""}
+RIGHT = {True: " ✓", False: " ✗", None: ""}  # behind an answer
 _COLUMNS = 4  # think tokens in a table; more would not fit a page
 
 
@@ -57,83 +55,37 @@ def caption(moment: Moment, grid: Grid, token: int | None = None) -> str:
     )
     who = "all think tokens (mean)" if token is None else f"think token {token + 1}"
     return (
-        f"Iteration {moment.iteration}, {state}: reward {moment.reward:.5f}, best so far {moment.best:.5f}. "
-        f"Attention of {who}. Patches: {where or 'none'}."
+        f"Iteration {moment.iteration}, {state}: reward {moment.reward:.5f}. Attention of {who}. "
+        f"Patches: {where or 'none'}."
     )
 
 
 def headline(walk: Walk) -> str:
     """What came of the question, in a sentence or three."""
-    reasoning, kept = walk.dmlr.reasoning, sum(m.accepted for m in walk.moments)
-    first = walk.moments[0]
-    verdicts = [_judged(walk.verdict(answer)) for answer in (walk.vanilla, walk.dmlr)]
-    told = [
-        f"Vanilla answers {final(walk.vanilla.text)}{verdicts[0]}; behind think tokens as they come the answer is "
-        f"{final(first.answer)}{_judged(first.is_right)}, and after DMLR {final(walk.dmlr.text)}{verdicts[1]}."
-    ]
-    if reasoning is not None:
-        told.append(
-            f"The reward rose from {reasoning.start_reward:.4f} to {reasoning.best_reward:.4f} by iteration "
-            f"{reasoning.best_step} of {len(reasoning.steps)}; of the states tried {kept} raised it, and the answer "
-            f"comes from the last of them, with {sum(map(len, reasoning.patches))} patches."
-        )
-    turns = [m.iteration for m, last in zip(walk.moments[1:], walk.moments, strict=False) if m.answer != last.answer]
-    told.append(
-        f"The answer changes in iteration {', '.join(map(str, turns))}." if turns else "No iteration changes it."
+    record, moments = walk.dmlr.reasoning, walk.moments
+    vanilla, dmlr = (f"{final(said.text)}{RIGHT[walk.is_right(said)]}" for said in (walk.vanilla, walk.dmlr))
+    turns = [str(m.iteration) for m, last in zip(moments[1:], moments, strict=False) if m.answer != last.answer]
+    return (
+        f"Vanilla answers {vanilla}; behind think tokens as they come the answer is {final(moments[0].answer)}"
+        f"{RIGHT[moments[0].is_right]}, and after DMLR {dmlr}. The reward rose from {record.start_reward:.4f} to "
+        f"{record.best_reward:.4f} by iteration {record.best_step} of {len(record.steps)}; of the states tried "
+        f"{sum(m.accepted for m in moments)} raised it, and the answer comes from the last of them, with "
+        f"{sum(map(len, record.patches))} patches. "
+        + (f"The answer changes in iteration {', '.join(turns)}." if turns else "No iteration changes it.")
     )
-    return " ".join(told)
 
 
-def reading(walk: Walk, outcomes: Sequence[Outcome]) -> str:
-    """What came out, counted: how many states and changes lead to another answer, what the highest reward is worth."""
-    said = [final(m.answer) for m in walk.moments[1:]]
-    answer, verdict = final(walk.dmlr.text), walk.verdict(walk.dmlr)
-    kept = sum(m.accepted for m in walk.moments)
-    others, changed = sum(s != answer for s in said), sum(final(o.answer) != answer for o in outcomes)
-    lines = [
-        f"DMLR's answer: {answer}{_judged(verdict)}.",
-        f"States tried: {len(said)}; kept: {kept}; with another answer: {others}.",
-        f"Changes tried: {sum(o.change != Change() for o in outcomes)}; with another answer: {changed}.",
-    ]
-    if outcomes:
-        top = max(outcomes, key=lambda o: o.reward)
-        name = describe(top.change, walk.encoded.patch_grid)
-        lines.append(
-            f"The highest reward among them, {top.reward:.5f} ({name}): {final(top.answer)}{_judged(top.is_right)}."
-        )
-    return "\n".join(lines)
+# of the moments, what is drawn
 
 
-def _judged(right: bool | None) -> str:
-    return {True: " (right)", False: " (wrong)", None: ""}[right]
+def heat(moment: Moment, token: int | None = None, title: str = "") -> Heat:
+    """Attention of one think token, or the mean of all, with the patches tried."""
+    return Heat(moment.attention, moment.patches, token, title, moment.accepted)
 
 
-def brightness(limit: float) -> str:
-    """What the brightness of a picture means; nothing without a picture."""
-    return f"An image token as bright as in the picture has {limit:.2f} of a think token's attention." if limit else ""
-
-
-# what figures draw
-
-
-def heat(moment: Moment, grid: Grid, token: int | None = None, title: str = "") -> Heat:
-    """Attention on the first image's grid, of one think token or their mean, with the patches tried."""
-    count = grid[0] * grid[1]
-    rows = moment.attention[:, :count].numpy()
-    patches = [
-        [p for p in patches if p < count] if token in (None, t) else [] for t, patches in enumerate(moment.patches)
-    ]
-    return Heat(rows.mean(axis=0) if token is None else rows[token], patches, title, moment.accepted)
-
-
-def limit(moments: Sequence[Moment], grid: Grid, token: int | None = None) -> float:
-    """The largest attention that any of these moments shows: one scale for all of them."""
-    return max((float(np.max(heat(m, grid, token).values, initial=0)) for m in moments), default=0.0)
-
-
-def curve(moments: Sequence[Moment]) -> list[tuple[float, float, bool]]:
-    """Per iteration: reward of the state tried, best so far, kept."""
-    return [(m.reward, m.best, m.accepted) for m in moments]
+def curve(moments: Sequence[Moment]) -> list[tuple[float, bool]]:
+    """Per iteration: reward of the state tried, kept."""
+    return [(m.reward, m.accepted) for m in moments]
 
 
 def chosen(moments: Sequence[Moment], count: int = 8) -> list[Moment]:
@@ -158,49 +110,37 @@ def moments_table(walk: Walk, top: int = 2) -> pd.DataFrame:
         row |= {"patches": sum(map(len, m.patches))}
         for t, tokens in enumerate(m.next_tokens[:_COLUMNS]):
             row[f"τ{t + 1}"] = " ".join(f"“{visible(text)}”\u00a0{p:.2f}" for text, p in tokens[:top])
-        rows.append(row | {"answer": f"{final(m.answer)} {RIGHT[m.is_right]}".rstrip()})
+        rows.append(row | {"answer": f"{final(m.answer)}{RIGHT[m.is_right]}"})
     return pd.DataFrame(rows)
 
 
 def answers_table(walk: Walk) -> pd.DataFrame:
     """Every different answer once, in full, with the iterations from whose states it was decoded."""
-    where: dict[str, list[Moment]] = {}
-    for m in walk.moments:
-        where.setdefault(m.answer, []).append(m)
-    rows = []
-    for answer, moments in where.items():
-        iterations = ", ".join(str(m.iteration) for m in moments)
-        rows.append({"iterations": iterations, "answer": answer, "right": RIGHT[moments[0].is_right]})
-    return _judged_table(walk, rows)
+    rows = [{"iterations": str(m.iteration), "answer": f"{m.answer}{RIGHT[m.is_right]}"} for m in walk.moments]
+    return pd.DataFrame(rows).groupby("answer", sort=False, as_index=False).agg(", ".join)[["iterations", "answer"]]
 
 
 def outcomes_table(walk: Walk, outcomes: Sequence[Outcome]) -> pd.DataFrame:
     """A row per what-if; its answer is compared with DMLR's as it was."""
-    rows = []
-    for o in outcomes:
-        row = {"what if": describe(o.change, walk.encoded.patch_grid), "patches": sum(map(len, o.patches))}
-        row |= {"reward": f"{o.reward:.5f}", "answer": final(o.answer)}
-        row |= {"changed": "yes" if final(o.answer) != final(walk.dmlr.text) else ""}
-        rows.append(row | {"right": RIGHT[o.is_right]})
-    return _judged_table(walk, rows)
+    return pd.DataFrame(
+        {
+            "what if": describe(o.change, walk.grid),
+            "patches": sum(map(len, o.patches)),
+            "reward": f"{o.reward:.5f}",
+            "answer": f"{final(o.answer)}{RIGHT[o.is_right]}",
+            "changed": "yes" if final(o.answer) != final(walk.dmlr.text) else "",
+        }
+        for o in outcomes
+    )
 
 
-def both_answers(walk: Walk) -> pd.DataFrame:
-    """Vanilla's answer and DMLR's in full, with verdicts where there is a truth."""
-    said = {"vanilla": walk.vanilla, "DMLR": walk.dmlr}
-    rows = [
-        {"method": name, "answer": answer.error or answer.text, "right": RIGHT[walk.verdict(answer)]}
-        for name, answer in said.items()
-    ]
-    return _judged_table(walk, rows)
-
-
-def _judged_table(walk: Walk, rows: list[dict]) -> pd.DataFrame:
-    """Without the verdicts where there is no truth."""
-    return pd.DataFrame(rows).drop(columns=[] if walk.example.solution else "right")
-
-
-# HTML
+def answers(walk: Walk, moment: Moment | None = None) -> pd.DataFrame:
+    """Vanilla's answer and DMLR's in full, with their verdicts; between them that from a moment's state."""
+    both = (("vanilla", walk.vanilla), ("DMLR", walk.dmlr))
+    rows = [(name, said.error or said.text, walk.is_right(said)) for name, said in both]
+    if moment:
+        rows.insert(1, (f"from iteration {moment.iteration}", moment.answer, moment.is_right))
+    return pd.DataFrame({"method": f"{name}{RIGHT[right]}", "answer": text} for name, text, right in rows)
 
 
 def visible(text: str) -> str:
@@ -209,40 +149,13 @@ def visible(text: str) -> str:
 
 
 def next_tokens_html(next_tokens: NextTokens, token: int | None = None) -> str:
-    """A column per think token: its most probable next tokens as bars."""
-    bar = Markup(
-        '<div style="display:flex;align-items:center;gap:.4em;line-height:1.5">'
-        '<code style="width:6em;overflow:hidden;text-overflow:ellipsis;white-space:pre">{}</code>'
-        '<span style="width:5em"><span style="display:block;height:.7em;width:{}%;background:{}"></span></span>'
-        "<span>{}</span></div>"
-    )
-    columns = Markup("").join(
-        Markup('<div><b style="color:{}">think token {}</b>{}</div>').format(
-            shade := TOKEN_COLOURS[t % len(TOKEN_COLOURS)],
-            t + 1,
-            Markup("").join(bar.format(visible(text), f"{100 * p:.1f}", shade, f"{p:.3f}") for text, p in tokens),
-        )
-        for t, tokens in enumerate(next_tokens)
-        if token in (None, t)
-    )
-    return str(
-        Markup('<div style="display:flex;flex-wrap:wrap;gap:.6em 1.6em;font-size:12px">{}</div>').format(columns)
-    )
-
-
-def answers_html(walk: Walk, moment: Moment) -> str:
-    """Vanilla, the answer from this moment's state, and DMLR's, side by side with their verdicts."""
-    said = {
-        "vanilla": (walk.vanilla.error or walk.vanilla.text, walk.verdict(walk.vanilla)),
-        f"from iteration {moment.iteration}": (moment.answer, moment.is_right),
-        "DMLR": (walk.dmlr.error or walk.dmlr.text, walk.verdict(walk.dmlr)),
-    }
-    verdicts = {True: "✓ right", False: "✗ wrong", None: ""}
-    cells = Markup("").join(
-        Markup(
-            '<div style="flex:1 1 13em;min-width:0"><b>{}</b> <span>{}</span><div style="white-space:pre-wrap;'
-            'overflow-wrap:anywhere;line-height:1.4;max-height:14em;overflow-y:auto">{}</div></div>'
-        ).format(name, verdicts[right], text)
-        for name, (text, right) in said.items()
-    )
-    return str(Markup('<div style="display:flex;flex-wrap:wrap;gap:.6em 1.6em;font-size:13px">{}</div>').format(cells))
+    """Two columns per think token: its most probable next tokens, escaped, and their probabilities as bars."""
+    shown = [t for t in range(len(next_tokens)) if token in (None, t)]
+    columns = {}
+    for t in shown:
+        columns[f"think token {t + 1}", "next"] = [visible(text) for text, _ in next_tokens[t]]
+        columns[f"think token {t + 1}", "p"] = [p for _, p in next_tokens[t]]
+    table = pd.DataFrame(columns).style.hide(axis="index").hide(axis="columns", level=1)
+    for t in shown:
+        table.bar(subset=[(f"think token {t + 1}", "p")], color=token_colour(t), vmin=0, vmax=1)
+    return table.format(precision=3, escape="html").to_html()

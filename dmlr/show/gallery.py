@@ -11,14 +11,13 @@ from typing import Any
 from dmlr.stats.outcomes import is_right, outcome
 
 # What becomes of an answer from the first method to another; in this order they are shown.
-CHANGES = ("gained", "lost", "both wrong", "both right", "not judged")
+_NAMES = {(False, True): "gained", (True, False): "lost", (False, False): "both wrong", (True, True): "both right"}
+CHANGES = (*_NAMES.values(), "not judged")
 
 
 def change(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:
     """One of CHANGES, of two records of one example; "not judged" where either is absent or has no verdict."""
-    pair = (is_right(before) if before else None, is_right(after) if after else None)
-    names = {(False, True): "gained", (True, False): "lost", (False, False): "both wrong", (True, True): "both right"}
-    return names.get(pair, "not judged")
+    return _NAMES.get(tuple(record and is_right(record) for record in (before, after)), "not judged")
 
 
 def cards(results: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -29,37 +28,31 @@ def cards(results: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[dict[str
     [(patches, grid) or None per method] and answers [name, text, right, note, change].
     """
     methods = list(dict.fromkeys(method for _, method in results))
-    made = []
-    for dataset in dict.fromkeys(dataset for dataset, _ in results):
-        # By row as well: a row that never became an example may have no data_idx.
-        by_method = {
-            m: {(record.get("row"), record["data_idx"]): record for record in results[dataset, m]["entries"]}
-            for m in methods
-            if (dataset, m) in results
-        }
-        for key in dict.fromkeys(key for records in by_method.values() for key in records):
-            of_key = {method: records[key] for method, records in by_method.items() if key in records}
-            made.append(_card(dataset, of_key, methods))
+    examples: dict[tuple, dict[str, Mapping[str, Any]]] = {}
+    for (dataset, method), result in results.items():
+        for record in result["entries"]:
+            # By row as well: a row that never became an example may have no data_idx.
+            examples.setdefault((dataset, record.get("row"), record["data_idx"]), {})[method] = record
+    made = [_card(dataset, records, methods) for (dataset, *_), records in examples.items()]
     return sorted(made, key=lambda card: min((CHANGES.index(c) for c in card["changes"]), default=0) > 1)
 
 
 def _card(dataset: str, records: Mapping[str, Mapping[str, Any]], methods: list[str]) -> dict[str, Any]:
     record = next(iter(records.values()))
-    paths = record.get("image_path")
-    changes = [change(records.get(methods[0]), records.get(method)) for method in methods[1:]]
-    by_name = dict(zip(methods[1:], changes, strict=True)) if len(methods) > 2 else {}
+    paths = record.get("image_path") or []
+    changes = {method: change(records.get(methods[0]), records.get(method)) for method in methods[1:]}
     return {
         "dataset": dataset,
         "idx": record["data_idx"],
         "category": record.get("category"),
         "question": record["question"],
         "truth": record.get("ground_truth") or "not given",
-        "images": [paths] if isinstance(paths, str) else list(paths or []),
+        "images": [paths] if isinstance(paths, str) else paths,
         "methods": methods,
-        "changes": changes,
+        "changes": list(changes.values()),
         "kept": [_kept(records.get(method) or {}) for method in methods],
         "answers": [
-            _answer(method, records[method]) | {"change": by_name.get(method)}
+            _answer(method, records[method]) | {"change": changes.get(method) if len(methods) > 2 else None}
             for method in methods
             if method in records
         ],

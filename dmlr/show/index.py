@@ -9,12 +9,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
+import pandas as pd
 from markupsafe import Markup
 
 from dmlr.config import root
 from dmlr.run.records import RESULTS, ResultsError, find_runs, read_results
-from dmlr.show.style import TEMPLATES, css, policy
+from dmlr.show.style import css, policy, table, template
 from dmlr.stats.metrics import paired, summary
 
 BASELINE = "vanilla"
@@ -30,8 +30,7 @@ def write_index(reports: str | Path | None = None) -> Path:
     for path in find_runs(reports / "runs"):
         runs.setdefault(path.parents[1], []).append(path)  # <run>/<dataset>/<method>
     pages = {page for page in reports.glob("*/**/*.html") if page.parent not in runs}
-    template = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
-    text = template.get_template("runs.html.j2").render(
+    text = template("runs.html.j2").render(
         groups=_newest_first(_group(folder, methods, reports) for folder, methods in runs.items()),
         others=_newest_first(_link(page, reports) for page in pages),
         css=Markup(css()),
@@ -43,57 +42,54 @@ def write_index(reports: str | Path | None = None) -> Path:
     return index
 
 
+def headlines(results: Mapping[Path, Mapping[str, Any]]) -> pd.DataFrame:
+    """A row per run, by its folder <dataset>/<method>, the baseline first: accuracy with Wilson interval, and the
+    difference to the baseline on the same dataset, paired, with p."""
+    rows = []
+    for path in sorted(results, key=lambda path: (path.parent, path.name != BASELINE, path.name)):
+        found, baseline = summary([results[path]]).iloc[0], results.get(path.parent / BASELINE)
+        row = {"dataset": path.parent.name, "method": found["method"], "accuracy": f"{found['accuracy']:.1%}"}
+        row |= {"95 % interval": f"{found['low']:.1%} – {found['high']:.1%}", "difference": "", "p": ""}
+        if baseline and path.name != BASELINE:
+            pair = paired(baseline["entries"], results[path]["entries"])
+            gains = f"{len(pair.gained)} gained, {len(pair.lost)} lost"
+            row |= {"difference": f"{100 * pair.difference:+.1f} points ({gains})", "p": f"{pair.p_value:.2g}"}
+        row |= {"judged": found["total"], "not judged": found["errors"] + found["skipped"] + found["judge_failed"]}
+        rows.append(row | {"s / example": f"{found['seconds']:.2f}"})
+    frame, numbers = pd.DataFrame(rows), ["accuracy", "95 % interval", "difference", "s / example"]
+    frame[numbers] = frame[numbers].replace(r"\+?nan%?", "–", regex=True)
+    return frame
+
+
 def _newest_first(links: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(links, key=lambda one: (one["written"], one["title"]), reverse=True)
 
 
 def _group(folder: Path, methods: list[Path], reports: Path) -> dict[str, Any]:
-    """One run: its reports, and a row per dataset and method, the baseline first."""
-    rows, broken, models, before = [], [], [], {}
-    for path in sorted(methods, key=lambda path: (path.parent, path.name != BASELINE, path.name)):
+    """One run: its reports, its table, and what of it cannot be read."""
+    results, broken = {}, []
+    for path in methods:
         try:
-            result = read_results(path)
+            results[path] = read_results(path)
         except ResultsError as error:
             broken.append(str(error).replace(f"{reports}/", ""))
-            continue
-        models.append(Path(str(result.get("model"))).name)
-        before |= {path.parent: result} if path.name == BASELINE else {}
-        rows.append(_row(result, before.get(path.parent)) | {"dataset": path.parent.name})
+    models = [Path(str(result.get("model"))).name for result in results.values()]
     return {
         "title": folder.relative_to(reports).as_posix().removeprefix("runs/"),
         "models": ", ".join(dict.fromkeys(models)),
-        "written": _when(max(methods, key=lambda path: (path / RESULTS).stat().st_mtime) / RESULTS),
+        "written": max(_when(path / RESULTS) for path in methods),
         "reports": [_link(page, reports) for page in sorted(folder.glob("*.html"))],
-        "rows": rows,
+        "table": Markup(table(headlines(results))) if results else "",
         "broken": broken,
     }
 
 
-def _row(result: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> dict[str, str]:
-    number = lambda value, text: "–" if value != value else text.format(value)  # noqa: E731
-    row = summary([result]).iloc[0]
-    pair = paired(baseline["entries"], result["entries"]) if baseline and baseline is not result else None
-    return {
-        "method": row["method"],
-        "accuracy": number(row["accuracy"], "{:.1%}"),
-        "interval": number(row["low"], "{:.1%}") + " – " + number(row["high"], "{:.1%}"),
-        "difference": number(100 * pair.difference, "{:+.1f}") if pair else "",
-        "p": number(pair.p_value, "{:.2g}") if pair else "",
-        "total": f"{row['total']}",
-        "unjudged": f"{row['errors'] + row['skipped'] + row['judge_failed']}",
-        "seconds": number(row["seconds"], "{:.2f}"),
-    }
-
-
 def _link(page: Path, reports: Path) -> dict[str, str]:
-    return {"href": page.relative_to(reports).as_posix(), "title": _title(page), "written": _when(page)}
+    with open(page, encoding="utf-8") as file:
+        title = re.search(r"<title>(.*?)</title>", file.read(4096))
+    name = html.unescape(title[1]) if title else page.stem
+    return {"href": page.relative_to(reports).as_posix(), "title": name, "written": _when(page)}
 
 
 def _when(file: Path) -> str:
     return f"{datetime.fromtimestamp(file.stat().st_mtime):%Y-%m-%d %H:%M}"
-
-
-def _title(page: Path) -> str:
-    with open(page, encoding="utf-8") as file:
-        title = re.search(r"<title>(.*?)</title>", file.read(4096))
-    return html.unescape(title[1]) if title else page.stem

@@ -6,7 +6,8 @@ colour per method, all colour-blind safe.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,6 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
-
-from dmlr.show.thumbnails import nested_cells
 
 Grid = tuple[int, int]  # (height, width) in image tokens
 
@@ -108,17 +107,17 @@ def accuracy_bars(table: pd.DataFrame, baseline: str = "vanilla") -> Figure:
     fig, axes = figure(1, 1, (max(4.2, 1.2 + 0.75 * len(datasets) * len(methods)), 3.4))
     axis, width = axes[0, 0], 0.8 / len(methods)
     for m, method in enumerate(methods):
-        for d, dataset in enumerate(datasets):
-            rows = table[(table["dataset"] == dataset) & (table["method"] == method)]
-            for _, row in rows.iterrows():
-                x, value = d + (m - (len(methods) - 1) / 2) * width, 100 * row["accuracy"]
-                interval = [[value - 100 * row["low"]], [100 * row["high"] - value]]
-                label = method if d == 0 else None
-                axis.bar(x, value, 0.9 * width, color=colour(method, m), label=label, zorder=2)
-                axis.errorbar(x, value, interval, color="#1f2328", linewidth=1.1, capsize=3, zorder=3)
-                axis.annotate(f"{value:.1f}", (x, 100 * row["high"]), (0, 3), textcoords="offset points", ha="center")
-                if method == baseline:
-                    axis.hlines(value, d - 0.42, d + 0.42, color="#1f2328", linewidth=0.9, linestyle="--", zorder=4)
+        rows = table[table["method"] == method].set_index("dataset").reindex(datasets)
+        value, low, high = (100 * rows[column].to_numpy() for column in ("accuracy", "low", "high"))
+        place = np.arange(len(datasets))
+        x = place + (m - (len(methods) - 1) / 2) * width
+        axis.bar(x, value, 0.9 * width, color=colour(method, m), label=method, zorder=2)
+        error = [value - low, high - value]
+        axis.errorbar(x, value, error, fmt="none", ecolor="#1f2328", elinewidth=1.1, capsize=3, zorder=3)
+        for at, top, text in zip(x, high, value, strict=True):
+            axis.annotate(f"{text:.1f}", (at, top), (0, 3), textcoords="offset points", ha="center")
+        if method == baseline:
+            axis.hlines(value, place - 0.42, place + 0.42, color="#1f2328", linewidth=0.9, linestyle="--", zorder=4)
     axis.set_xticks(range(len(datasets)), datasets)
     axis.set(ylim=(0, 112), yticks=range(0, 101, 20), ylabel="accuracy (%)", xlabel="")
     axis.grid(axis="x", visible=False)
@@ -160,17 +159,14 @@ def kept_patches(image: Image.Image, patches: Sequence[Sequence[int]], grid: Gri
     """The image with its token grid; the cells that each think token kept are outlined in its colour."""
     width, height = image.size
     fig, axes = figure(1, 1, (4.4, 4.4 * height / width + 0.25 * (1 + len(patches) // 4)))
-    axis = axes[0, 0]
+    axis, thin = axes[0, 0], {"color": "#9aa0a6", "linewidth": 0.4, "alpha": 0.6}
     draw_image(axis, image)
-    for line in range(1, grid[1]):
-        axis.axvline(line * width / grid[1], color="#9aa0a6", linewidth=0.4, alpha=0.6)
-    for line in range(1, grid[0]):
-        axis.axhline(line * height / grid[0], color="#9aa0a6", linewidth=0.4, alpha=0.6)
+    axis.vlines(np.arange(1, grid[1]) * width / grid[1], 0, height, **thin)
+    axis.hlines(np.arange(1, grid[0]) * height / grid[0], 0, width, **thin)
     outline(axis, image, patches, grid)
-    tokens = range(len(patches))
-    handles = [Rectangle((0, 0), 1, 1, fill=False, linewidth=2, edgecolor=token_colour(token)) for token in tokens]
-    labels = [f"think token {token + 1}" for token in tokens]
-    fig.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, handlelength=1.1, columnspacing=1)
+    for token in range(len(patches)):
+        axis.plot([], [], "s", fillstyle="none", color=token_colour(token), label=f"think token {token + 1}")
+    fig.legend(loc="outside lower center", ncols=4, fontsize=8, handlelength=1.1, columnspacing=1)
     return fig
 
 
@@ -201,3 +197,19 @@ def outline(
     for token, left, top, wide, high in nested_cells(patches, grid, image.size):
         style = {"fill": False, "linewidth": 2.2, "linestyle": linestyle, "edgecolor": token_colour(token)}
         axis.add_patch(Rectangle((left, top), wide, high, **style))
+
+
+def nested_cells(
+    groups: Sequence[Sequence[int]], grid: Grid, size: tuple[int, int]
+) -> Iterator[tuple[int, float, float, float, float]]:
+    """Cells of a grid over a picture of `size` (width, height): group, left, top, width, height each.
+
+    A cell in several groups is smaller in each. Indices beyond the grid (a thumbnail's, another image's) are left out.
+    """
+    wide, high, used = size[0] / grid[1], size[1] / grid[0], Counter()
+    for group, cells in enumerate(groups):
+        for cell in (c for c in cells if 0 <= c < grid[0] * grid[1]):
+            inset = min(0.05 + 0.1 * used[cell], 0.45)
+            used[cell] += 1
+            place = (cell % grid[1] + inset) * wide, (cell // grid[1] + inset) * high
+            yield group, *place, (1 - 2 * inset) * wide, (1 - 2 * inset) * high
