@@ -130,7 +130,9 @@ def _headings(notebook: nbformat.NotebookNode) -> list[tuple[int, str, str]]:
     """Level, anchor and text of each heading, as nbconvert will write them."""
     prose = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     page = BeautifulSoup(markdown2html_mistune(prose), "html.parser")
-    return [(int(h.name[1]), h["id"], h.get_text().removesuffix("¶")) for h in page.find_all(["h1", "h2", "h3"])]
+    return [
+        (int(h.name[1]), h.get("id", ""), h.get_text().removesuffix("¶")) for h in page.find_all(["h1", "h2", "h3"])
+    ]
 
 
 def keep(executed: str | Path, notebook: str | Path) -> None:
