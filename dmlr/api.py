@@ -22,7 +22,8 @@ from PIL import Image
 
 from dmlr.config import Config, ConfigError, check_names
 from dmlr.data.images import ImageError, ImageFile, open_image
-from dmlr.judge.extract import candidates, parse_options, plain, split_choice
+from dmlr.judge.choice import chosen
+from dmlr.judge.extract import candidates, parse_options, plain
 from dmlr.methods import METHODS, Question
 from dmlr.methods import answers as methods_answers
 from dmlr.methods.workload import workload
@@ -136,9 +137,7 @@ class Answer:
     def short(self) -> str:
         """The part that answers, as the judge reads it: a letter, a number, the inside of a box; "" where none is."""
         found = candidates(self.text)
-        text = plain(found[0].text) if found else ""
-        choice = split_choice(text) if parse_options(self.question.text) else None
-        return choice[0] if choice else text
+        return chosen(found, parse_options(self.question.text)) or (plain(found[0].text) if found else "")
 
     @property
     def trace(self) -> methods_answers.Reasoning | None:

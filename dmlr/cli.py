@@ -1,7 +1,7 @@
 """`python -m dmlr …`: the few things that are commands; everything else is a notebook.
 
-Each command is a function with its arguments declared beside it; what it needs is imported when it runs, so that
-`--help` and a misspelt option cost nothing. Knows which room does the work, and none of the work.
+Each command is a function, its arguments stand in `parser`; what it needs is imported when it runs, so that `--help`
+and a misspelt option cost nothing. Knows which room does the work, and none of the work.
 """
 
 from __future__ import annotations
@@ -15,38 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-Command = Callable[[argparse.Namespace], int]
-_COMMANDS: list[tuple[Command, list[tuple[tuple[str, ...], dict[str, Any]]]]] = []
 
-
-def _argument(*names: str, **how: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """An argument as argparse's `add_argument` takes it."""
-    return names, how
-
-
-def _command(*arguments: tuple[tuple[str, ...], dict[str, Any]]) -> Callable[[Command], Command]:
-    """Makes a function a command of its name; the first line of its docstring is its help."""
-
-    def declare(function: Command) -> Command:
-        _COMMANDS.append((function, list(arguments)))
-        return function
-
-    return declare
-
-
-PARAMETERS = (
-    _argument("-f", "--file", action="append", default=[], help="YAML file of parameters; later files win"),
-    _argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")),
-    _argument("--dry-run", action="store_true", help="print what would be done, how long it takes, what would fail"),
-)
-
-
-@_command(
-    _argument("notebook"),
-    *PARAMETERS,
-    _argument("--output", help="path of the executed copy (.ipynb); its report lies beside it"),
-    _argument("--keep", action="store_true", help="put the outputs into the notebook itself, as git keeps it"),
-)
 def run(args: argparse.Namespace) -> int:
     """execute a notebook with checked parameters and render its report"""
     from dmlr.parameters import read_parameters
@@ -74,19 +43,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-@_command(_argument("--model", default="", help="hub id or folder; the embedded models if none is given"))
-def demo(args: argparse.Namespace) -> int:
+def demo(args: argparse.Namespace) -> None:
     """do latents matter, the benchmark and the walkthrough on the embedded models, with tables and reports"""
     from dmlr.demo import demo
 
     demo(args.model)
-    return 0
 
 
-@_command(
-    _argument("shapes", nargs="*", metavar="SHAPE", help="A, B (default on a CPU), 3B, 7B (default on a GPU)"),
-    _argument("--quick", action="store_true", help="iteration, forward and example alone; printed, not written"),
-)
 def bench(args: argparse.Namespace) -> int:
     """how fast the loop is, beside the released behaviour and a prefix-cache peer"""
     from dmlr.bench import main
@@ -94,7 +57,6 @@ def bench(args: argparse.Namespace) -> int:
     return main(args.shapes, args.quick)
 
 
-@_command(_argument("files", nargs="+", metavar="FILE", help="JSON list of {prompt, solution, image_path, idx}"))
 def check(args: argparse.Namespace) -> int:
     """what is wrong with a dataset file; exit status 1 where anything is, 2 where a file cannot be used at all"""
     from dmlr.data.check import check_rows, report, summary
@@ -114,22 +76,6 @@ def check(args: argparse.Namespace) -> int:
     return status
 
 
-@_command(
-    _argument(
-        "cases",
-        metavar="CASES.json",
-        help="a list of {prediction, ground_truth, choices?, kind?, precision?, relative_tolerance?, question?}",
-    ),
-    _argument(
-        "--llm",
-        action="store_true",
-        help="an LLM judges what the rules cannot: OPENAI_API_KEY, OPENAI_API_BASE_URL, MODEL_TYPE (or .env); what it "
-        'cost, if MODEL_PRICE says "dollars,dollars" per million prompt and completion tokens',
-    ),
-    _argument(
-        "--llm-all", action="store_true", help="an LLM judges every case; how often the rules agree goes to stderr"
-    ),
-)
 def judge(args: argparse.Namespace) -> int:
     """one JSON verdict a line; exit status 2 where the file or the LLM's settings cannot be used"""
     from dmlr.judge import judge as by_rules
@@ -159,14 +105,7 @@ def judge(args: argparse.Namespace) -> int:
     return 0
 
 
-@_command(
-    _argument("name", help="mathvista, mathvision, mmmath, hallusionbench, mmvp, mmstar or scienceqa"),
-    _argument("--out", default="data", help="its files go into a folder of its name in here (default: data)"),
-    _argument("--source", help="local folder with the hub's files; without it they are downloaded"),
-    _argument("--sample", type=int, metavar="N", help="also write a sample of at most N rows"),
-    _argument("--seed", type=int, default=0, metavar="S", help="of the sample (default: 0)"),
-)
-def data(args: argparse.Namespace) -> int:
+def data(args: argparse.Namespace) -> None:
     """prepare a benchmark of the hub, or verify the files that are there"""
     from dmlr.data.prepare import prepare
 
@@ -175,18 +114,8 @@ def data(args: argparse.Namespace) -> int:
         print(remark)
     done = f"{len(made.written)} files written" if made.written else "unchanged, checksums verified"
     print(f"{made.path}: {made.rows} rows ({done})")
-    return 0
 
 
-@_command(
-    _argument("model", nargs="+", help="parameter file of a model, or its name in notebooks/params/models"),
-    _argument("--seeds", default="", metavar="S,S", help="a run for each seed (default: the parameter files' one)"),
-    _argument("--benchmarks", default="", help="names in notebooks/params/benchmarks, or files (default: Table 1's)"),
-    *PARAMETERS,
-    _argument(
-        "--output", type=Path, help="folder of all runs (default: reports/runs/table1, of one model its folder there)"
-    ),
-)
 def table1(args: argparse.Namespace) -> int:
     """model × benchmark × seed (Table 1's benchmarks), then one table; what is finished is skipped"""
     from dmlr import table1
@@ -198,38 +127,17 @@ def table1(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-@_command(
-    _argument("model", help="hub id or folder"),
-    _argument("--name", help="what requests call it, NAME:METHOD (default: the last part of MODEL)"),
-    _argument("--preset", help="paper, released, demo or search (default: the paper's values)"),
-    PARAMETERS[1],
-    _argument("--host", default="127.0.0.1", help="0.0.0.0: other machines may ask (default: 127.0.0.1)"),
-    _argument("--port", type=int, default=8000, help="default: 8000"),
-    _argument("--fetch", action="store_true", help="images by http(s) too, not only data URIs"),
-    _argument("--quiet", type=float, default=0.015, metavar="S", help="a batch leaves when none came for S seconds,"),
-    _argument("--longest", type=float, default=0.1, metavar="S", help="after S seconds in any case,"),
-    _argument("--batch", type=int, default=16, metavar="N", help="and with N requests"),
-    _argument("--requests", type=int, default=128, metavar="N", help="most under way; one more gets a 429"),
-    _argument("--body", type=int, default=2**25, metavar="BYTES", help="most of a request"),
-    _argument("--pixels", type=int, default=2**24, metavar="N", help="most of an image"),
-    _argument("--seconds", type=float, default=600, metavar="S", help="most for a request"),
-)
-def serve(args: argparse.Namespace) -> int:
+def serve(args: argparse.Namespace) -> None:
     """a model behind OpenAI's chat completions; a DMLR_API_KEY in the environment is demanded of clients"""
     from dmlr.api import load
     from dmlr.serve import Limits, serve
 
-    names = ("quiet", "longest", "batch", "requests", "body", "pixels", "seconds", "fetch")
-    limits = Limits(**{name: getattr(args, name) for name in names}, key=os.environ.get("DMLR_API_KEY", ""))
+    given = {name: value for name in LIMITS if (value := getattr(args, name)) is not None}
+    limits = Limits(**given, fetch=args.fetch, key=os.environ.get("DMLR_API_KEY", ""))
     model = load(args.model, args.preset, **dict(args.parameter))
     serve(model, args.name or Path(args.model).name, limits, args.host, args.port)
-    return 0
 
 
-@_command(
-    _argument("model", nargs="*", help="folder, or hub id in the cache, beside the paper's models"),
-    _argument("--memory", type=float, metavar="GIB", help="plan with a GPU of so much memory, not this one"),
-)
 def doctor(args: argparse.Namespace) -> int:
     """what this machine has, and which models fit in it; exit status 1 where something needed is broken"""
     from dmlr.doctor import examine
@@ -239,25 +147,99 @@ def doctor(args: argparse.Namespace) -> int:
     return 1 if broken else 0
 
 
-@_command()
-def report(args: argparse.Namespace) -> int:
+def report(args: argparse.Namespace) -> None:
     """write reports/index.html from the runs that are there"""
     from dmlr.show.index import write_index
 
     print(f"index: {write_index()}")
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:
-    """All commands with their arguments; `command` is the function that was chosen."""
+    """Every command with its arguments. `command` is the function that was chosen; its docstring is its help."""
     whole = argparse.ArgumentParser(prog="python -m dmlr", description="What is no notebook of DMLR.")
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
-    for function, arguments in _COMMANDS:
+
+    def command(function: Callable[[argparse.Namespace], int | None]) -> Callable[..., argparse.Action]:
         one = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
-        for names, how in arguments:
-            one.add_argument(*names, **how)
         one.set_defaults(command=function)
+        return one.add_argument
+
+    def parameters(argument: Callable[..., argparse.Action]) -> None:
+        argument("-f", "--file", action="append", default=[], help="YAML file of parameters; later files win")
+        argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+        argument("--dry-run", action="store_true", help="print what would be done, how long it takes, what would fail")
+
+    argument = command(run)
+    argument("notebook")
+    parameters(argument)
+    argument("--output", help="path of the executed copy (.ipynb); its report lies beside it")
+    argument("--keep", action="store_true", help="put the outputs into the notebook itself, as git keeps it")
+
+    argument = command(demo)
+    argument("--model", default="", help="hub id or folder; the embedded models if none is given")
+
+    argument = command(bench)
+    argument("shapes", nargs="*", metavar="SHAPE", help="A, B (default on a CPU), 3B, 7B (default on a GPU)")
+    argument("--quick", action="store_true", help="iteration, forward and example alone; printed, not written")
+
+    argument = command(check)
+    argument("files", nargs="+", metavar="FILE", help="JSON list of {prompt, solution, image_path, idx}")
+
+    argument = command(judge)
+    case = "{prediction, ground_truth, choices?, kind?, precision?, relative_tolerance?, question?}"
+    argument("cases", metavar="CASES.json", help=f"a list of {case}")
+    argument(
+        "--llm",
+        action="store_true",
+        help="an LLM judges what the rules cannot: OPENAI_API_KEY, OPENAI_API_BASE_URL, MODEL_TYPE (or .env); what it "
+        'cost, if MODEL_PRICE says "dollars,dollars" per million prompt and completion tokens',
+    )
+    every = "an LLM judges every case; how often the rules agree goes to stderr"
+    argument("--llm-all", action="store_true", help=every)
+
+    argument = command(data)
+    argument("name", help="mathvista, mathvision, mmmath, hallusionbench, mmvp, mmstar or scienceqa")
+    argument("--out", default="data", help="its files go into a folder of its name in here (default: data)")
+    argument("--source", help="local folder with the hub's files; without it they are downloaded")
+    argument("--sample", type=int, metavar="N", help="also write a sample of at most N rows")
+    argument("--seed", type=int, default=0, metavar="S", help="of the sample (default: 0)")
+
+    argument = command(table1)
+    argument("model", nargs="+", help="parameter file of a model, or its name in notebooks/params/models")
+    argument("--seeds", default="", metavar="S,S", help="a run for each seed (default: the parameter files' one)")
+    argument("--benchmarks", default="", help="names in notebooks/params/benchmarks, or files (default: Table 1's)")
+    parameters(argument)
+    folder = "folder of all runs (default: reports/runs/table1, of one model its folder there)"
+    argument("--output", type=Path, help=folder)
+
+    argument = command(serve)
+    argument("model", help="hub id or folder")
+    argument("--name", help="what requests call it, NAME:METHOD (default: the last part of MODEL)")
+    argument("--preset", help="paper, released, demo or search (default: the paper's values)")
+    argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    argument("--host", default="127.0.0.1", help="0.0.0.0: other machines may ask (default: 127.0.0.1)")
+    argument("--port", type=int, default=8000, help="default: 8000")
+    argument("--fetch", action="store_true", help="images by http(s) too, not only data URIs")
+    for name, (kind, unit, what) in LIMITS.items():
+        argument(f"--{name}", type=kind, metavar=unit, help=what)
+
+    argument = command(doctor)
+    argument("model", nargs="*", help="folder, or hub id in the cache, beside the paper's models")
+    argument("--memory", type=float, metavar="GIB", help="plan with a GPU of so much memory, not this one")
+
+    command(report)
     return whole
+
+
+LIMITS = {  # of serve; their defaults stand in serve.Limits
+    "quiet": (float, "S", "a batch leaves when none came for S seconds,"),
+    "longest": (float, "S", "after S seconds in any case,"),
+    "batch": (int, "N", "and with N requests"),
+    "requests": (int, "N", "most under way; one more gets a 429"),
+    "body": (int, "BYTES", "most of a request"),
+    "pixels": (int, "N", "most of an image"),
+    "seconds": (float, "S", "most for a request"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -267,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
-        return args.command(args)
+        return args.command(args) or 0
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
     except Exception as error:

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import uvicorn
@@ -24,6 +25,7 @@ from fastapi.responses import JSONResponse
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from dmlr.api import Answer, Model
 from dmlr.config import ConfigError
@@ -52,6 +54,10 @@ class Refused(HTTPException):
     def __init__(self, status: int, code: str, message: str, param: str | None = None):
         super().__init__(status, message)
         self.code, self.param = code, param
+
+
+def hung_up() -> Refused:
+    return Refused(499, "hung_up", "the client hung up")  # nobody hears it
 
 
 async def as_json(request: Request, error: HTTPException) -> JSONResponse:
@@ -190,6 +196,12 @@ class Waiting:
     kind: tuple[str, tuple[tuple[str, int], ...]]  # method and parameters: what must be equal for two to share a batch
     answer: asyncio.Future[Answer]
 
+    async def given_up(self) -> bool:
+        """Whether it took too long, or its client has hung up."""
+        if not self.answer.done() and await self.request.is_disconnected():
+            self.answer.set_exception(hung_up())
+        return self.answer.done()
+
 
 class Batcher:
     """The one place that runs the model, in one thread; requests wait here for company."""
@@ -202,11 +214,7 @@ class Batcher:
         while True:
             batch = await self._company()
             for kind in dict.fromkeys(one.kind for one in batch):
-                some = [one for one in batch if one.kind == kind and not one.answer.done()]
-                for one in some:
-                    if await one.request.is_disconnected():
-                        one.answer.set_exception(Refused(499, "hung_up", "the client hung up"))
-                await self._answer([one for one in some if not one.answer.done()], *kind)
+                await self._answer([one for one in batch if one.kind == kind and not await one.given_up()], *kind)
 
     async def _company(self) -> list[Waiting]:
         """Requests until none came for `quiet`."""
@@ -218,15 +226,12 @@ class Batcher:
         return batch
 
     async def _answer(self, some: list[Waiting], method: str, parameters: tuple[tuple[str, int], ...]) -> None:
-        def ask() -> list[Answer]:
-            return self.model.ask_many([one.question for one in some], method, **dict(parameters))
-
+        ask = partial(self.model.ask_many, [one.question for one in some], method, **dict(parameters))
         try:
             answers = await asyncio.get_running_loop().run_in_executor(self.worker, ask)
         except Exception as error:  # of what they have in common; the server goes on
-            wrong = isinstance(error, ConfigError)
-            answers = [Refused(400, "invalid_value", str(error)) if wrong else Refused(500, "no_answer", str(error))]
-            answers *= len(some)
+            kind = (400, "invalid_value") if isinstance(error, ConfigError) else (500, "no_answer")
+            answers = [Refused(*kind, str(error)) for _ in some]
         for one, answer in zip(some, answers, strict=True):
             if not one.answer.done():  # who waited too long does not any more
                 (one.answer.set_exception if isinstance(answer, Exception) else one.answer.set_result)(answer)
@@ -287,10 +292,13 @@ def create_app(model: Model, name: str, limits: Limits = Limits()) -> FastAPI:
 async def body_of(request: Request, limit: int) -> bytes:
     """Read as it comes, and no further than the limit."""
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise Refused(413, "too_large", f"the request is larger than {limit} bytes")
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                raise Refused(413, "too_large", f"the request is larger than {limit} bytes")
+    except ClientDisconnect:
+        raise hung_up() from None
     return bytes(body)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from lmms_tasks.letters import SCORERS
 from tiny import noise_image
 
 import dmlr
@@ -77,21 +78,40 @@ def test_results_are_those_of_ask_many_with_the_place_in_the_task_as_number(plug
     assert [result.token_counts for result in results] == [(a.prompt_tokens, a.new_tokens) for a in wanted]
 
 
-def test_budget_answer_and_wording_are_the_tasks_where_asked(plug):
-    model = made(plug, method="vanilla", budget="task", answer="short", prompt="task", batch_size=2)
+def test_budget_and_wording_are_the_tasks_where_asked(plug):
+    model = made(plug, method="vanilla", budget="task", prompt="task", batch_size=2)
     requests = [request(0, max_new_tokens=3), request(1, max_new_tokens=1, until=["\n\n"]), request(2)]
     results = model.generate_until(requests)
     assert [result.token_counts[1] for result in results][:2] == [3, 1] and len(model.added) == 3
     (plain,) = model.model.ask_many([DOCS[0]["prompt"]], "vanilla")
     assert f"<|im_start|>user\n{DOCS[0]['prompt']}<|im_end|>" in plain.whole.prompt, "nothing but the question"
     assert Prompts().system not in plain.whole.prompt
-    model.model = SimpleNamespace(ask_many=lambda *asked, **how: [said("So it is \\boxed{B}.")])
-    assert model.generate_until(requests[:1])[0].text == "B"
 
 
-def said(text):
-    question = api.Question(0, DOCS[0]["prompt"], [])
-    return api.Answer(question, "vanilla", api.methods_answers.Answer(text, "", "eos_token"))
+EYES = (
+    "Are the eyes open or closed?\nA. Open\nB. Closed\nAnswer with the option's letter from the given choices directly."
+)
+# What a reasoning model says, the letter that it means, and which scorers read that letter from the whole text.
+SAID = [
+    ("B", "B", "mmvp scienceqa mmstar"),
+    ("B. Closed", "B", "mmvp scienceqa mmstar"),
+    ("<answer>\\boxed{B}</answer>", "B", "mmstar"),
+    ("A closer look shows shut eyes, so it is \\boxed{B}.", "B", ""),
+    ("The lids are down.\n\nThe answer is (B).", "B", "mmvp mmstar"),
+    ("Both lids are down. Option A would need pupils, so the answer is **B**.", "B", "mmstar"),
+    ("I see no pupils: \\boxed{\\text{Closed}}", "B", ""),
+    ("<think>Maybe B.</think><answer>(a)</answer>", "A", ""),
+    ("A pair of pupils can be seen. <answer>Open</answer>", "A", "mmvp mmstar"),  # by the article
+]
+
+
+def test_short_answers_are_read_rightly_by_three_letter_scorers(plug):
+    model, question = made(plug, method="vanilla", answer="short"), api.Question(0, EYES, [])
+    said = [api.methods_answers.Answer(text, "", "eos_token") for text, *_ in SAID]
+    model.model.ask_many = lambda *asked, **how: [api.Answer(question, "vanilla", one) for one in said]
+    for result, (text, letter, read) in zip(model.generate_until([request(0)] * len(SAID)), SAID, strict=True):
+        assert {scorer(result.text) for scorer in SCORERS.values()} == {letter}
+        assert [name for name, scorer in SCORERS.items() if scorer(text) == letter] == read.split()
 
 
 def test_a_request_that_cannot_be_answered_is_an_empty_text(plug, caplog):
@@ -145,3 +165,30 @@ def test_through_the_harness_itself_answers_are_a_runs(tmp_path, method, answer)
         right = [sample["accuracy"] for sample in samples]
         assert right == [float(entry["is_correct"]) for entry in entries]
         assert right == [sample["bare_number"] for sample in samples], "a bare answer is what is left"
+
+
+ORIGINALS = """
+import json, sys
+from lmms_eval.tasks._task_utils.mcq_extract import extract_mcq_answer
+from lmms_eval.tasks.mmvp.utils import mmvp_process_results
+from lmms_eval.tasks.scienceqa.utils import sqa_process_results
+
+def scienceqa(text):
+    docs = {letter: {"choices": [""] * 26, "answer": ord(letter) - ord("A")} for letter in "ABCD"}
+    return next((letter for letter, doc in docs.items() if sqa_process_results(doc, [text])["exact_match"]), "")
+
+print(json.dumps([{
+    "mmvp": mmvp_process_results({"answer": "A"}, [text])["mmvp_accuracy"]["pred_letter"],
+    "scienceqa": scienceqa(text),
+    "mmstar": extract_mcq_answer(text, choices=["A", "B", "C", "D"]),
+} for text in json.load(sys.stdin)]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HARNESS.exists(), reason="`make lmms-eval` was not run")
+def test_the_letter_scorers_read_as_lmms_evals_own():
+    texts = [text for text, *_ in SAID] + ["", "b", "(B)", "Banana", "It is A", "C: yes", "D) no", "Option B", "a man"]
+    done = subprocess.run([HARNESS, "-c", ORIGINALS], input=json.dumps(texts), capture_output=True, text=True, cwd="/")
+    originals = json.loads(done.stdout.splitlines()[-1])
+    assert originals == [{name: scorer(text) for name, scorer in SCORERS.items()} for text in texts]

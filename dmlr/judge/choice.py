@@ -48,6 +48,16 @@ def compare_choice(candidate: Candidate, letter: str, text: str, options: dict[s
     return (picked == letter, picked) if picked else (False, candidate.text)
 
 
+def chosen(found: Iterable[Candidate], options: dict[str, str]) -> str | None:
+    """What the most explicit candidate that picks anything picks: an option's letter, or its words where it picks
+    several; None where none picks, or there are no options."""
+    for candidate in found if options else ():
+        letter, text = next(iter(options.items()))
+        if picked := compare_choice(candidate, letter, text, options):
+            return picked[1]
+    return None
+
+
 def _picked(candidate: Candidate, known: dict[str, str], letters: str) -> str | None:
     """The letter of the option that is picked, "" for several at once, None for none."""
     answer = MACRO.sub(r"\1", plain(candidate.text)).strip().strip("$\"'“” ")

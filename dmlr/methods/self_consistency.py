@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from dmlr.config import Config
-from dmlr.judge.choice import compare_choice
+from dmlr.judge.choice import chosen
 from dmlr.judge.extract import candidates, normalize_text, parse_options
 from dmlr.judge.quantities import parse_number
 from dmlr.loop.injection import caps_of
@@ -123,11 +123,9 @@ def vote(text: str, question: str) -> str | None:
     An option's letter where the question lists options, else a number (0.50 is 1/2), else normalised words. The
     answer is the most explicit part of the text, found by the rules that the judge uses; no ground truth is involved.
     """
-    found, options = candidates(text), parse_options(question)
-    for candidate in found if options else ():
-        letter, known = next(iter(options.items()))
-        if picked := compare_choice(candidate, letter, known, options):
-            return picked[1]
+    found = candidates(text)
+    if letter := chosen(found, parse_options(question)):
+        return letter
     if not found:
         return None
     number = parse_number(found[0].text)

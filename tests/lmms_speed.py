@@ -1,0 +1,73 @@
+"""Questions per second of lmms-eval's own Qwen2.5-VL class and of ours, in one process: the price of the loop.
+
+    .venv-lmms/bin/python tests/lmms_speed.py [MODEL [QUESTIONS]]
+
+The same weights, questions, wording and most new tokens, float32 on a CPU, medians of three rounds in turn. Theirs
+loads in bfloat16, and is timed so too.
+"""
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.modules.setdefault("decord", ModuleType("decord"))  # reads videos; imported always and not on every machine
+from lmms_eval.api.instance import Instance  # noqa: E402
+from lmms_eval.models.chat.qwen2_5_vl import Qwen2_5_VL  # noqa: E402
+
+from dmlr.lmms_eval import DMLR  # noqa: E402
+
+SHAPES = Path(__file__).parents[1] / "data" / "shapes"
+
+
+def messages_of(doc):
+    image = {"type": "image", "url": Image.open(SHAPES / doc["image_path"]).convert("RGB")}
+    return [{"role": "user", "content": [image, {"type": "text", "text": doc["prompt"]}]}]
+
+
+def theirs(path, batch, as_loaded=False):
+    pixels = {"min_pixels": 28 * 28, "max_pixels": 256 * 28 * 28}  # the images stay as they are, as with ours
+    model = Qwen2_5_VL(path, device="cpu", device_map="cpu", batch_size=batch, **pixels)
+    if not as_loaded:
+        model.model.float()
+    return model
+
+
+def ours(path, batch, method):
+    return DMLR(path, method, preset="demo", prompt="task", budget="task", batch_size=batch)
+
+
+def main(path="data/models/shapes-vl", count="64"):
+    docs = json.loads((SHAPES / "mathematics.json").read_text())[: int(count)]
+    how = {"max_new_tokens": 64}
+    about = [{"task": "shapes", "doc_id": i, "repeats": 1} for i in range(len(docs))]
+    arguments = [(doc["prompt"], messages_of, how, i, "shapes", "test") for i, doc in enumerate(docs)]
+    requests = [Instance("generate_until", one, 0, what) for one, what in zip(arguments, about, strict=True)]
+    for batch in (16, 1):
+        models = {
+            "qwen2_5_vl of lmms-eval": theirs(path, batch),
+            "the same in bfloat16": theirs(path, batch, as_loaded=True),
+            **{f"dmlr, method={method}": ours(path, batch, method) for method in ("vanilla", "dmlr")},
+        }
+        seconds, said = {name: [] for name in models}, {}
+        for number in range(4):  # the first warms up
+            for name, model in models.items():
+                model.task_dict = {"shapes": {"test": docs}}
+                began = time.perf_counter()
+                results = model.generate_until(requests if number else requests[:16])
+                seconds[name].append(time.perf_counter() - began)
+                said[name] = [result.text for result in results]
+        base = said["qwen2_5_vl of lmms-eval"]
+        for name in models:
+            rate = len(requests) / statistics.median(seconds[name][1:])
+            same = sum(one == other for one, other in zip(said[name], base, strict=True))
+            print(f"batch {batch:2}  {name:24} {rate:7.2f} questions/s, {same} of {len(base)} texts as its own class")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
