@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from data.shapes.scenes import EASY
 from dmlr.prompts import Prompts
-from notebooks.training.learner import Learner, Recipe
+from notebooks.training.learner import Learner, Recipe, orthogonal, update
 from notebooks.training.packing import Phase, collate, pack
 from notebooks.training.parts import build_tokenizer, wordings
 
@@ -64,15 +64,17 @@ def test_two_processes_make_the_update_of_their_mean_gradient(tmp_path):
     start = [p.detach().clone() for p in learner.parameters]
     for parameter, gradient in zip(learner.parameters, mean, strict=True):
         parameter.grad = gradient
-    torch.nn.utils.clip_grad_norm_(learner.parameters, 1.0)
-    for optimizer in learner.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3
-        optimizer.step()
+    update(learner.parameters, learner.optimizers, 1e-3)
     moved = [p.detach() - s for p, s in zip(learner.parameters, start, strict=True)]
     by_two = [p - s for p, s in zip(first, start, strict=True)]
     for expected, found in zip(moved, by_two, strict=True):
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=0.05)
+
+
+def test_an_update_is_nearly_orthogonal():
+    for shape in ((24, 40), (40, 24)):
+        values = torch.linalg.svdvals(orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+        assert values.min() > 0.6 and values.max() < 1.3
 
 
 @pytest.mark.slow
@@ -85,7 +87,7 @@ def test_a_state_is_continued_or_refused(tmp_path):
     for each in (learner, again):
         each.step(batch, 1e-3, PHASE, torch.Generator().manual_seed(1))
     assert all(map(torch.equal, learner.parameters, again.parameters))
-    with pytest.raises(RuntimeError, match="another model"):
+    with pytest.raises(RuntimeError, match="Missing key"):
         Learner(size, replace(RECIPE, layers=2), torch.device("cpu")).load_state(tmp_path)
     with pytest.raises(RuntimeError, match="size mismatch"):
         Learner(size, replace(RECIPE, hidden=128), torch.device("cpu")).load_state(tmp_path)

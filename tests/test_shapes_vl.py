@@ -16,7 +16,7 @@ from dmlr.methods.latent import append_latents
 from dmlr.model.encode import encode
 from dmlr.model.vlm import VLM
 from dmlr.prompts import Prompts
-from notebooks.training.learner import Learner, Recipe
+from notebooks.training.learner import Learner, Recipe, see
 from notebooks.training.packing import NO_LABEL, Phase, ask, batches, collate, interleaved, pack, pixel_rows
 from notebooks.training.parts import (
     FAMILIES,
@@ -27,7 +27,7 @@ from notebooks.training.parts import (
     save_checkpoint,
     wordings,
 )
-from notebooks.training.tree_attention import TREE, tree_attention
+from notebooks.training.tree_attention import TREE, Tree, tree_attention
 
 PROMPTS = Prompts()
 
@@ -66,7 +66,7 @@ def test_packed_branches_equal_separate_conversations(processor, family):
     packed = pack(random.Random(8), [PROMPTS], processor.tokenizer, 6)
     batch = collate([packed], len(packed.ids) + 7)
     with torch.no_grad():
-        features, deep = learner.features(batch)
+        features, deep = see(model, batch.pixels)
         logits = model.lm_head(learner.hidden(features, deep, batch))[0]
     assert len(deep) == (family == "qwen3_vl")
 
@@ -113,7 +113,14 @@ def test_think_tokens_guess_the_final_answer(processor):
     assert sum(packed.think) >= 4 and max(packed.patch) >= 0
 
 
-@pytest.mark.parametrize("seed", range(3))
+def dense_mask(branch):
+    """bool [B, 1, S, S]: prefix and own branch, causally; padding sees itself only."""
+    key, query = branch[:, None], branch[:, :, None]
+    seen = ((key == 0) | (key == query)) & (key >= 0)
+    return (seen.tril() | torch.eye(branch.shape[1], dtype=torch.bool))[:, None]
+
+
+@pytest.mark.parametrize("seed", range(2))
 def test_tree_attention_equals_dense_attention(processor, seed):
     """Outputs of all real slots, and the gradients that reach queries, keys and values through them."""
     rng = random.Random(seed)
@@ -125,9 +132,9 @@ def test_tree_attention_equals_dense_attention(processor, seed):
     key, value = (torch.randn(3, 2, *shape[2:], dtype=torch.float64, requires_grad=True) for _ in range(2))
     real = (batch.branch >= 0)[:, :, None, None]
     weight = torch.randn(3, shape[2], 4, 8, dtype=torch.float64) * real
-    tree = tree_attention(query, key, value, 0.3, batch.tree())
+    tree = tree_attention(query, key, value, 0.3, Tree.of(batch.branch))
     dense = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=batch.mask(), scale=0.3, enable_gqa=True
+        query, key, value, attn_mask=dense_mask(batch.branch), scale=0.3, enable_gqa=True
     ).transpose(1, 2)
     torch.testing.assert_close(tree * real, dense * real)
     through_tree, through_dense = (torch.autograd.grad((o * weight).sum(), (query, key, value)) for o in (tree, dense))
@@ -165,6 +172,7 @@ def test_checkpoint_folder_is_an_ordinary_one(processor, tmp_path):
     assert vlm.model.generation_config.do_sample is False and IM_END in vlm.eos_ids
 
 
+@pytest.mark.slow
 def test_notebook_trains_and_examines(tmp_path):
     """Every cell of the training notebook, in seconds instead of minutes."""
     small = {"minutes": 0.1, "vision_minutes": 0.03, "hidden": 64, "layers": 1, "scenes": 1, "processes": 1}

@@ -33,12 +33,12 @@ def vlm(config):
 def test_it_answers_above_a_blind_guess(vlm, config):
     for suite in SUITES:
         records = load_suite("data/shapes", suite)
-        assert accuracy(vlm, records[:40], config)["right"].mean() >= chance_level(records) + 0.15, suite
+        assert accuracy(vlm, records[:24], config)["right"].mean() >= chance_level(records) + 0.15, suite
 
 
 def test_its_deep_features_reach_the_answers(vlm, config):
     """Without what the vision tower's inner blocks add, answers change."""
-    records = load_suite("data/shapes", "composition", 60)
+    records = load_suite("data/shapes", "composition", 24)
     whole = accuracy(vlm, records, config)["answer"]
     flat = VLM.load(config)
     features = flat.family.features

@@ -15,21 +15,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.shapes.scenes import GRID, SEEK, Scene, Thing, random_scene, render
-from notebooks.training.packing import IMAGE_TOKENS, pixel_rows
+from data.shapes.scenes import SEEK, Scene, Thing, random_scene, render
+from notebooks.training.learner import see
+from notebooks.training.packing import pixel_rows
 
 
 @torch.no_grad()
-def look(model, pixels: torch.Tensor) -> torch.Tensor:
-    """Merged visual features [B, IMAGE_TOKENS, D] of the rows of B images."""
-    count = len(pixels) // (4 * IMAGE_TOKENS)
-    seen = model.model.get_image_features(pixels, torch.tensor([[1, 2 * GRID, 2 * GRID]] * count))
-    return torch.cat(list(seen.pooler_output)).view(count, IMAGE_TOKENS, -1)
-
-
 def look_at(model, scenes: Sequence[Scene]) -> torch.Tensor:
     """Merged visual features [B, IMAGE_TOKENS, D]."""
-    return look(model, torch.from_numpy(np.concatenate([pixel_rows(render(scene)) for scene in scenes])))
+    return see(model, torch.from_numpy(np.concatenate([pixel_rows(render(scene)) for scene in scenes])))[0]
 
 
 class Landscape:

@@ -17,10 +17,11 @@ import math
 import multiprocessing
 import random
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
+import pandas as pd
 import torch
 import torch.distributed as dist
 from transformers import AutoProcessor, AutoTokenizer
@@ -48,9 +49,9 @@ def corpus(scenes: int = 1500) -> list[str]:
     return texts
 
 
-def learning_rate(recipe: Recipe, step: int, share: float) -> float:
-    """Warm-up over 200 steps, then cosine over the share of time gone, down to a fiftieth."""
-    return recipe.lr * min(1.0, (step + 1) / 200) * (0.02 + 0.49 * (1 + math.cos(math.pi * share)))
+def learning_rate(most: float, warm_up: int, step: int, share: float) -> float:
+    """Warm-up over so many steps, then cosine over the share of time gone, down to a fiftieth."""
+    return most * min(1.0, (step + 1) / warm_up) * (0.02 + 0.49 * (1 + math.cos(math.pi * share)))
 
 
 def phase(recipe: Recipe, seconds: float) -> Phase:
@@ -66,9 +67,8 @@ def phase(recipe: Recipe, seconds: float) -> Phase:
 def train(folder: str | Path, recipe: Recipe, state_folder: str | Path) -> None:
     """Trains into `folder` (an ordinary checkpoint, renewed every few minutes) and returns when the time is up.
 
-    `state_folder` keeps what a later call continues from (the processor too: the tokenizer is made once) and log.jsonl,
-    a line of means every 50 steps. A later call may give more minutes. ValueError for another recipe, and for a state
-    without its processor.
+    `state_folder` keeps what a later call continues from (the processor too: the tokenizer is made once). A later call
+    may give more minutes. ValueError for another recipe, and for a state without its processor.
     """
     folder, state_folder = Path(folder), Path(state_folder)
     state_folder.mkdir(parents=True, exist_ok=True)
@@ -77,12 +77,7 @@ def train(folder: str | Path, recipe: Recipe, state_folder: str | Path) -> None:
         raise ValueError(f"{state_folder} holds a run of another recipe; name another folder or remove it")
     _make_processor_once(state_folder, recipe)
     told.write_text(json.dumps(asdict(recipe)))
-    if torch.cuda.is_available() or recipe.processes == 1:
-        _work(0, 1, folder, recipe, state_folder)
-        return
-    meeting = state_folder / "meeting"
-    meeting.unlink(missing_ok=True)
-    torch.multiprocessing.spawn(_work, (recipe.processes, folder, recipe, state_folder, meeting), recipe.processes)
+    in_processes(_work, 1 if torch.cuda.is_available() else recipe.processes, state_folder, folder, recipe)
 
 
 def _make_processor_once(state_folder: Path, recipe: Recipe) -> None:
@@ -98,68 +93,97 @@ def _make_processor_once(state_folder: Path, recipe: Recipe) -> None:
     half.rename(kept)
 
 
-def _work(rank: int, world: int, folder: Path, recipe: Recipe, state_folder: Path, meeting: Path | None = None):
-    if meeting is not None:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=meeting.resolve().as_uri(), rank=rank, world_size=world)
+def _work(rank: int, state_folder: Path, folder: Path, recipe: Recipe) -> Iterable[torch.Tensor]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     processor = AutoProcessor.from_pretrained(state_folder / PROCESSOR)
-    tokenizer = processor.tokenizer
-    learner = Learner(len(tokenizer), recipe, device)
-    step, before, saved = 0, 0.0, time.time()
+    learner = Learner(len(processor.tokenizer), recipe, device)
+    progress = {"steps": 0, "seconds": 0.0, "curve": []}
     if (state_folder / STATE).exists():
-        step, before = (json.loads(_metadata(state_folder))[key] for key in ("step", "seconds"))
-        learner.load_state(state_folder)
-
-    def keep(step: int, seconds: float) -> None:
-        learner.save_state(state_folder, {"step": step, "seconds": seconds})
-        parameters = sum(p.numel() for p in learner.model.parameters())
-        log = state_folder / "log.jsonl"
-        curve = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        numbers = {"recipe": asdict(recipe), "steps": step, "seconds": round(seconds), "parameters": parameters}
-        numbers |= {"curve": curve}
-        save_checkpoint(learner.model, processor, folder, numbers)
-
-    start, window = time.time(), []
-    gone, seed = before, f"{recipe.seed} {rank} {step}"
+        progress = learner.load_state(state_folder)
+    first, gone = progress["steps"], progress["seconds"]
     data = batches(
-        tokenizer, wordings(Prompts()), seed, lambda: phase(recipe, gone), recipe.scenes, recipe.length, recipe.targets
+        processor.tokenizer,
+        wordings(Prompts()),
+        f"{recipe.seed} {rank} {first}",
+        lambda: phase(recipe, gone),
+        recipe.scenes,
+        recipe.length,
+        recipe.targets,
     )
-    noise = torch.Generator().manual_seed(recipe.seed + 1000 * step + rank)
-    while (gone := agree(before + time.time() - start)) < 60 * recipe.minutes:
-        if orphaned():  # the notebook was killed: nobody waits for this, and its folders may be somebody else's
-            return
-        share = gone / (60 * recipe.minutes)
-        batch = next(data).to(device)
-        now = None if gone < 60 * recipe.vision_minutes else phase(recipe, gone)
-        told = learner.step(batch, learning_rate(recipe, step, share), now, noise)
-        step += 1
-        if rank > 0:
-            continue
-        window.append(told)
-        if step % 50 == 0:
-            line = json.dumps({"step": step, "seconds": round(gone), **means(window)})
-            with open(state_folder / "log.jsonl", "a", encoding="utf-8") as log:
-                log.write(line + "\n")
-            print(line, flush=True)
-            window.clear()
-        if time.time() - saved > 150:
-            saved = time.time()
-            keep(step, gone)
-    if rank == 0:
-        keep(step, gone)
-    if meeting is not None:
-        check_same_everywhere(learner.parameters)
+    noise = torch.Generator().manual_seed(recipe.seed + 1000 * first + rank)
+
+    def step(number: int, seconds: float) -> dict[str, float]:
+        nonlocal gone
+        gone = seconds
+        now = None if seconds < 60 * recipe.vision_minutes else phase(recipe, seconds)
+        lr = learning_rate(recipe.lr, 200, number, seconds / (60 * recipe.minutes))
+        return learner.step(next(data).to(device), lr, now, noise)
+
+    def keep() -> None:
+        learner.save_state(state_folder, progress)
+        save_checkpoint(learner.model, processor, folder, {"recipe": asdict(recipe), **progress})
+
+    for_minutes(recipe.minutes, rank, progress, step, keep, every=50)
+    return learner.parameters
+
+
+# what both lessons share: a given time, in several processes
+
+
+def in_processes(work: Callable[..., Iterable[torch.Tensor]], processes: int, folder: Path, *given) -> None:
+    """`work(rank, folder, *given)` in single-threaded processes that average their gradients; a single one is this one.
+
+    It returns its parameters. RuntimeError unless they are the same in all processes.
+    """
+    if processes == 1:
+        work(0, folder, *given)
+        return
+    meeting = folder.resolve() / "meeting"
+    meeting.unlink(missing_ok=True)
+    torch.multiprocessing.spawn(_member, (processes, meeting, work, folder, *given), processes)
+    meeting.unlink(missing_ok=True)
+
+
+def _member(rank: int, processes: int, meeting: Path, work: Callable, *given) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=meeting.as_uri(), rank=rank, world_size=processes)
+    parameters = work(rank, *given)
+    if not orphaned():
+        check_same_everywhere(parameters)
         dist.destroy_process_group()
 
 
-def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Mean of each quantity over the rows that have it: answers have a loss only once questions are asked."""
-    columns: dict[str, list[float]] = {}
-    for row in rows:
-        for name, value in row.items():
-            columns.setdefault(name, []).append(value)
-    return {name: round(sum(values) / len(values), 4) for name, values in columns.items()}
+def for_minutes(
+    minutes: float,
+    rank: int,
+    progress: dict,
+    step: Callable[[int, float], dict[str, float]],
+    keep: Callable[[], None],
+    every: int,
+) -> None:
+    """`step(number, seconds gone)` until the time is up, by the first process's clock.
+
+    progress: steps, seconds, curve (a line of means every so many steps); goes on where it stands. The first process
+    prints the lines, and calls `keep` every two and a half minutes and at the end.
+    """
+    start, saved, window = time.time() - progress["seconds"], time.time(), []
+    while (gone := agree(time.time() - start)) < 60 * minutes:
+        if orphaned():  # the notebook was killed: nobody waits for this, and its folders may be somebody else's
+            return
+        window.append(step(progress["steps"], gone))
+        progress |= {"steps": progress["steps"] + 1, "seconds": gone}
+        if progress["steps"] % every == 0:
+            means = pd.DataFrame(window).mean().dropna().round(4).to_dict()  # no loss before answers are asked
+            progress["curve"].append({"step": progress["steps"], "seconds": round(gone), **means})
+            window.clear()
+            if rank == 0:
+                print(json.dumps(progress["curve"][-1]), flush=True)
+        if rank == 0 and time.time() - saved > 150:
+            saved = time.time()
+            keep()
+    progress["seconds"] = gone
+    if rank == 0:
+        keep()
 
 
 def check_same_everywhere(parameters: Iterable[torch.Tensor]) -> None:
@@ -184,10 +208,3 @@ def agree(seconds: float) -> float:
     if dist.is_initialized():
         dist.broadcast(clock, 0)
     return clock.item()
-
-
-def _metadata(folder: Path) -> str:
-    from safetensors import safe_open
-
-    with safe_open(folder / STATE, "pt") as file:
-        return file.metadata()["progress"]

@@ -38,7 +38,6 @@ from data.shapes.questions import (
 from data.shapes.scenes import CELL, COLOURS, GRID, SHAPES, SIDE, Difficulty, Scene, random_scene, render
 from dmlr.prompts import Prompts
 from notebooks.training.parts import CHAT_SUFFIX, ENDOFTEXT, IM_END, IMAGE_PAD, chat_prefix
-from notebooks.training.tree_attention import Tree
 
 IMAGE_TOKENS = GRID * GRID
 KINDS = 1 + len(COLOURS) * len(SHAPES)  # what may lie under a merged token: nothing, or one of these
@@ -106,18 +105,6 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         return Batch(**{name: value.to(device) for name, value in vars(self).items()})
 
-    def tree(self) -> Tree:
-        """The same structure as `mask`, for `tree_attention`."""
-        return Tree.of(self.branch.cpu()).to(self.branch.device)
-
-    def mask(self) -> torch.Tensor:
-        """bool [B, 1, S, S]: prefix and own branch, causally; padding sees itself only."""
-        length = self.ids.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=self.ids.device).tril()
-        key, query = self.branch[:, None], self.branch[:, :, None]
-        seen = causal & ((key == 0) | (key == query)) & (key >= 0)
-        return (seen | torch.eye(length, dtype=torch.bool, device=self.ids.device))[:, None]
-
 
 def ask(scene: Scene, rng: random.Random, questions: int, dense: float = 0.1) -> list[Question]:
     """That many questions about a scene: a share `dense` of DENSE, else of MIX; of a pair sometimes only one."""
@@ -165,21 +152,39 @@ def pack(
     prompts = wordings[0] if rng.random() < 0.5 else rng.choice(wordings)
     solver = rng.choices((0, 1, 2), (0.8, 0.12, 0.08))[0]
     groups = [interleaved(rng, scene, question, latent) for question in asked]
-    before = chat_prefix(prompts.system).replace("<|image_pad|>", "<|image_pad|>" * IMAGE_TOKENS)
-    heads = []
-    for question, think in zip(asked, groups, strict=True):
+    return converse(scene, asked, groups, prompts, tokenizer, solver)
+
+
+def converse(
+    scene: Scene,
+    asked: Sequence[Question],
+    groups: Sequence[Sequence[Sequence[int]]],
+    prompts: Prompts,
+    tokenizer: PreTrainedTokenizerFast,
+    solver: int = 0,
+    guess: bool = True,
+) -> Packed:
+    """Questions about a scene, each with think tokens before the patches of its group; `guess`: of the final answer."""
+    before, heads = opened(prompts.system), []
+    for question, after in zip(asked, groups, strict=True):
         task = prompts.task(question.prompt, solver)
-        if think:
-            task = prompts.latent_task(question.prompt, len(think), solver) + "<|endoftext|>" * len(think)
+        if after:
+            task = prompts.latent_task(question.prompt, len(after), solver) + "<|endoftext|>" * len(after)
         heads.append(tokenizer.encode(before + task + CHAT_SUFFIX, add_special_tokens=False))
     answers = [[*tokenizer.encode(q.response, add_special_tokens=False), IM_END] for q in asked]
-    firsts = [tokenizer.encode(q.answer, add_special_tokens=False)[0] for q in asked]
+    firsts = [tokenizer.encode(q.answer, add_special_tokens=False)[0] if guess else NO_LABEL for q in asked]
     return lay_out(scene, heads, answers, groups, firsts)
+
+
+def opened(system: str) -> str:
+    """The chat up to the text of the user turn, a pad for every image token."""
+    return chat_prefix(system).replace("<|image_pad|>", "<|image_pad|>" * IMAGE_TOKENS)
 
 
 def lay_out(
     scene: Scene, heads: list[list[int]], answers: list[list[int]], groups: list[list[list[int]]], firsts: list[int]
 ) -> Packed:
+    """Branches behind what all heads begin with: the rest of its head, patches after each think token, its answer."""
     shared = _common_prefix(heads)
     ids, labels, guesses = heads[0][:shared], [NO_LABEL] * shared, [NO_LABEL] * shared
     branch, patch, think = [0] * shared, [-1] * shared, [False] * shared
@@ -264,18 +269,13 @@ def batches(
 def collate(packed: Sequence[Packed], length: int) -> Batch:
     """Right-padded to `length`."""
 
-    def padded(rows: list[Sequence], fill: int) -> torch.Tensor:
+    def padded(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
         return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows])
 
-    positions = [np.pad(p.positions, ((0, 0), (0, length - p.positions.shape[1]))) for p in packed]
+    fills = {"ids": ENDOFTEXT, "branch": -1, "labels": NO_LABEL, "guesses": NO_LABEL, "patch": -1, "think": False}
     return Batch(
-        ids=padded([p.ids for p in packed], ENDOFTEXT),
-        branch=padded([p.branch for p in packed], -1),
-        labels=padded([p.labels for p in packed], NO_LABEL),
-        guesses=padded([p.guesses for p in packed], NO_LABEL),
-        patch=padded([p.patch for p in packed], -1),
-        think=padded([p.think for p in packed], 0).bool(),
-        positions=torch.from_numpy(np.stack(positions, axis=1)),
+        **{name: padded([getattr(p, name) for p in packed], fill) for name, fill in fills.items()},
+        positions=torch.stack([padded(p.positions.tolist(), 0) for p in packed], dim=1),
         pixels=torch.from_numpy(np.concatenate([pixel_rows(p.image) for p in packed])),
         kinds=torch.tensor([p.kinds for p in packed]),
     )

@@ -1,7 +1,7 @@
 """The embedded model's parts: a tiny Qwen2.5-VL configuration, a tokenizer of the project's own text, a processor.
 
 The result is an ordinary checkpoint folder; nothing else in the project knows that it is small.
-How it is trained is in `training.py`.
+How it is trained is in lesson.py.
 """
 
 from __future__ import annotations

@@ -14,17 +14,12 @@ Knows nothing about the loop that will search these latents.
 
 from __future__ import annotations
 
-import json
-import math
 import random
-import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -32,29 +27,22 @@ from data.shapes.questions import ABSTENTION, Question, seek
 from data.shapes.scenes import COLOURS, SEEK, Scene, random_scene
 from dmlr.config import locate
 from dmlr.prompts import Prompts
-from notebooks.training.landscape import Landscape, cells, look, look_at
-from notebooks.training.learner import average_gradients
-from notebooks.training.lesson import agree, check_same_everywhere, means, orphaned
+from notebooks.training.landscape import Landscape, cells, look_at
+from notebooks.training.learner import language_states, optimizers_of, see, update
+from notebooks.training.lesson import for_minutes, in_processes, learning_rate
 from notebooks.training.packing import (
     IMAGE_TOKENS,
     NO_LABEL,
     Packed,
     ask,
     collate,
+    converse,
     interleaved,
     lay_out,
-    rope_positions,
+    opened,
 )
-from notebooks.training.parts import (
-    CHAT_SUFFIX,
-    ENDOFTEXT,
-    IM_END,
-    IMAGE_PAD,
-    chat_prefix,
-    save_checkpoint,
-    wordings,
-)
-from notebooks.training.tree_attention import TREE, Tree
+from notebooks.training.parts import CHAT_SUFFIX, IM_END, save_checkpoint, wordings
+from notebooks.training.tree_attention import TREE
 
 LONGEST = 640  # tokens of a packed scene of ordinary questions
 
@@ -107,11 +95,7 @@ class Words:
 class Search:
     """One question with K branches of think tokens behind its prompt: S tokens in all."""
 
-    ids: list[int]
-    branch: list[int]  # 0 for the prompt
-    labels: list[int]  # hard targets: the form of the answer
-    patch: list[int]  # image token copied here, else -1
-    positions: np.ndarray  # [3, S], M-RoPE
+    packed: Packed
     think: torch.Tensor  # [K, L], where the think tokens are
     word: torch.Tensor  # [K], where the answer's word is predicted
     displacements: torch.Tensor  # [K, L, D]
@@ -180,62 +164,6 @@ def patches(rng: random.Random, cells: list[int], asked: int, length: int) -> li
     return [[rng.choice(pool) for _ in range(most) if rng.random() >= missing] for _ in range(length)]
 
 
-def search(
-    rng: random.Random,
-    recipe: Recipe,
-    tokenizer,
-    words: Words,
-    landscape: Landscape,
-    scene: Scene,
-    question: Question,
-    features: torch.Tensor,
-) -> Search:
-    """A question with its branches, every fourth with patches; features: [IMAGE_TOKENS, D] of the scene."""
-    length = 4 if rng.random() < 0.85 else rng.randint(1, 8)
-    places, asked = cells(scene.things), scene.things.index(question.asked[0])
-    directions = landscape.directions(features[places])  # [N, r]
-    numbers = np.random.default_rng(rng.randrange(2**32))
-    displacements = displace(numbers, recipe.branches, length, landscape, directions, asked)
-    groups = [patches(rng, places, asked, length) if k % 4 == 3 else [[]] * length for k in range(recipe.branches)]
-    shares = torch.zeros(recipe.branches, length + 1, len(places))
-    for k, after in enumerate(groups):
-        for at in range(length):
-            if seen := [place for group in after[: at + 1] for place in group]:
-                shares[k, at + 1] = torch.tensor([seen.count(place) / len(seen) for place in places])
-    colours = torch.tensor([list(COLOURS).index(t.colour) for t in scene.things])
-    guess, answer = targets(recipe, landscape.weights(displacements, directions), shares, colours, asked)
-
-    prompts = Prompts()
-    before = chat_prefix(prompts.system).replace("<|image_pad|>", "<|image_pad|>" * IMAGE_TOKENS)
-    ids = tokenizer.encode(before + prompts.latent_task(question.prompt, length), add_special_tokens=False)
-    suffix = tokenizer.encode(CHAT_SUFFIX, add_special_tokens=False) + words.opening
-    first, end = rope_positions(ids)
-    branch, labels, patch, positions = [0] * len(ids), [NO_LABEL] * len(ids), [-1] * len(ids), [first]
-    think, word = [], []
-    for k, after in enumerate(groups):
-        tokens, copies, where = [], [], []
-        for group in after:
-            where.append(len(ids) + len(tokens))
-            tokens += [ENDOFTEXT, *[IMAGE_PAD] * len(group)]
-            copies += [-1, *group]
-        tokens += suffix
-        label = [*[NO_LABEL] * (len(tokens) - len(words.opening) - 1), *words.opening, NO_LABEL]
-        word.append(len(ids) + len(tokens) - 1)
-        think.append(where)
-        said = int(answer[k].argmax())
-        if k % 4 == 3 or said < len(COLOURS):  # how an answer ends; the abstention is long, so only beside patches
-            tokens += words.rest[said]
-            label += [*words.rest[said][1:], IM_END]
-        ids += tokens
-        branch += [k + 1] * len(tokens)
-        labels += label
-        patch += copies + [-1] * (len(tokens) - len(copies))
-        positions.append(np.tile(np.arange(end, end + len(tokens)), (3, 1)))
-    rows = np.concatenate(positions, axis=1)
-    where = (torch.tensor(think), torch.tensor(word))
-    return Search(ids, branch, labels, patch, rows, *where, displacements, guess, answer)
-
-
 def ordinary(rng: random.Random, tokenizer, prompts: Prompts) -> Packed:
     """Five ordinary questions about a scene, half of them with think tokens and patches, answered as ever.
 
@@ -245,49 +173,7 @@ def ordinary(rng: random.Random, tokenizer, prompts: Prompts) -> Packed:
     plain = seek(scene, rng)
     asked = plain + ask(scene, rng, 5 - len(plain), dense=0.0)
     groups = [[] if q in plain else interleaved(rng, scene, q, 0.5) for q in asked]
-    before = chat_prefix(prompts.system).replace("<|image_pad|>", "<|image_pad|>" * IMAGE_TOKENS)
-    heads = []
-    for question, think in zip(asked, groups, strict=True):
-        task = prompts.latent_task(question.prompt, len(think)) if think else prompts.task(question.prompt)
-        text = before + task + "<|endoftext|>" * len(think) + CHAT_SUFFIX
-        heads.append(tokenizer.encode(text, add_special_tokens=False))
-    answers = [[*tokenizer.encode(q.response, add_special_tokens=False), IM_END] for q in asked]
-    return lay_out(scene, heads, answers, groups, [NO_LABEL] * len(asked))
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al., 2024), in float32 and for all matrices of a shape at once.
-
-    torch.optim.Muon works in bfloat16, which a CPU without such instructions does ten times slower.
-    """
-
-    def __init__(self, matrices: list[torch.nn.Parameter], weight_decay: float, momentum: float = 0.95):
-        super().__init__(matrices, {"lr": 0.0})
-        self.weight_decay, self.momentum = weight_decay, momentum
-        shapes = sorted({tuple(p.shape) for p in matrices})
-        self.stacks = [[p for p in matrices if p.shape == shape] for shape in shapes]
-        self.buffers = [torch.zeros(len(stack), *stack[0].shape) for stack in self.stacks]
-
-    @torch.no_grad()
-    def step(self) -> None:
-        lr = self.param_groups[0]["lr"]
-        for stack, buffer in zip(self.stacks, self.buffers, strict=True):
-            gradient = torch.stack([p.grad for p in stack])
-            buffer.lerp_(gradient, 1 - self.momentum)
-            update = orthogonal(gradient.lerp(buffer, self.momentum))
-            size = 0.2 * max(stack[0].shape) ** 0.5  # the root mean square of an AdamW step
-            for p, u in zip(stack, update, strict=True):
-                p.mul_(1 - lr * self.weight_decay).add_(u, alpha=-lr * size)
-
-
-def orthogonal(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """About the nearest orthogonal matrices, by Newton-Schulz: [K, M, N] -> [K, M, N]."""
-    wide = x if x.shape[1] <= x.shape[2] else x.mT
-    wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
-        square = wide @ wide.mT
-        wide = 3.4445 * wide + (-4.7750 * square + 2.0315 * square @ square) @ wide
-    return wide if x.shape[1] <= x.shape[2] else wide.mT
+    return converse(scene, asked, groups, prompts, tokenizer, guess=False)
 
 
 class Teacher:
@@ -302,25 +188,38 @@ class Teacher:
         text = self.model.requires_grad_(False).model.language_model.requires_grad_(True)
         self.model.set_attn_implementation({"text_config": TREE, "vision_config": "sdpa"})
         self.parameters = list(text.parameters())
-        matrices = [p for name, p in text.named_parameters() if p.dim() == 2 and "embed" not in name]
-        others = [p for p in self.parameters if all(p is not q for q in matrices)]
-        self.optimizers = (
-            Muon(matrices, recipe.weight_decay),
-            torch.optim.AdamW(others, weight_decay=0.0, betas=(0.9, 0.97)),
-        )
+        self.optimizers = optimizers_of(text, recipe.weight_decay)
 
-    def hidden(self, ids, branch, patch, positions, features, displaced, parts: int) -> torch.Tensor:
-        """The language model over packed scenes, [B, S, D].
+    def search(self, rng: random.Random, scene: Scene, question: Question, features: torch.Tensor) -> Search:
+        """A question with its branches, every fourth with patches; features: [IMAGE_TOKENS, D] of the scene."""
+        recipe, landscape, words = self.recipe, self.landscape, self.words
+        length = 4 if rng.random() < 0.85 else rng.randint(1, 8)
+        places, asked = cells(scene.things), scene.things.index(question.asked[0])
+        directions = landscape.directions(features[places])  # [N, r]
+        numbers = np.random.default_rng(rng.randrange(2**32))
+        displacements = displace(numbers, recipe.branches, length, landscape, directions, asked)
+        groups = [patches(rng, places, asked, length) if k % 4 == 3 else [[]] * length for k in range(recipe.branches)]
+        shares = torch.zeros(recipe.branches, length + 1, len(places))
+        for k, after in enumerate(groups):
+            for at in range(length):
+                if seen := [place for group in after[: at + 1] for place in group]:
+                    shares[k, at + 1] = torch.tensor([seen.count(place) / len(seen) for place in places])
+        colours = torch.tensor([list(COLOURS).index(t.colour) for t in scene.things])
+        guess, answer = targets(recipe, landscape.weights(displacements, directions), shares, colours, asked)
 
-        ids, branch, patch: [B, S]; positions: [3, B, S]; features: [B, IMAGE_TOKENS, D]; displaced: [B, S, D].
-        """
-        embeds = self.model.get_input_embeddings()(ids) + displaced
-        embeds[(ids == IMAGE_PAD) & (patch < 0)] = features.flatten(0, 1)
-        rows, slots = (patch >= 0).nonzero(as_tuple=True)
-        embeds[rows, slots] = features[rows, patch[rows, slots]]
-        return self.model.model.language_model(
-            inputs_embeds=embeds, position_ids=positions, use_cache=False, tree=Tree.of(branch, parts)
-        ).last_hidden_state
+        answers = []
+        for k, said in enumerate(answer.argmax(-1).tolist()):
+            whole = k % 4 == 3 or said < len(COLOURS)  # the abstention is long, so its end is asked only beside patches
+            answers.append([*words.opening, *words.rest[said], IM_END] if whole else [*words.opening, NO_LABEL])
+        text = Prompts().latent_task(question.prompt, length) + "<|endoftext|>" * length + CHAT_SUFFIX
+        head = self.processor.tokenizer.encode(opened(Prompts().system) + text, add_special_tokens=False)
+        packed = lay_out(scene, [head] * len(groups), answers, groups, [NO_LABEL] * len(groups))
+        think = torch.tensor(packed.think).nonzero().view(len(groups), length)
+        starts = [packed.labels.index(words.opening[0], packed.branch.index(k + 1)) for k in range(len(groups))]
+        word = torch.tensor(starts) + len(words.opening)
+        for place in word.tolist():  # its targets are soft
+            packed.labels[place] = NO_LABEL
+        return Search(packed, think, word, displacements, guess, answer)
 
     def search_loss(self, rng: random.Random) -> tuple[torch.Tensor, dict[str, float]]:
         """Divergence from the soft targets at think tokens and words, and cross-entropy of the answers' form."""
@@ -329,28 +228,20 @@ class Teacher:
             scene = random_scene(rng, "train", SEEK)
             asked += [(scene, question) for question in seek(scene, rng)]
         features = look_at(self.model, [scene for scene, _ in asked])
-        known = (self.recipe, self.processor.tokenizer, self.words, self.landscape)
-        made = [search(rng, *known, *pair, seen) for pair, seen in zip(asked, features, strict=True)]
-        size = -(-max(len(m.ids) for m in made) // 32) * 32
-
-        def padded(rows: Sequence[list[int]], fill: int) -> torch.Tensor:
-            return torch.tensor([row + [fill] * (size - len(row)) for row in rows])
-
-        ids, branch = padded([m.ids for m in made], ENDOFTEXT), padded([m.branch for m in made], -1)
-        labels, patch = padded([m.labels for m in made], NO_LABEL), padded([m.patch for m in made], -1)
-        positions = np.stack([np.pad(m.positions, ((0, 0), (0, size - len(m.ids)))) for m in made], axis=1)
-        displaced = torch.zeros(*ids.shape, features.shape[2])
+        made = [self.search(rng, *pair, seen) for pair, seen in zip(asked, features, strict=True)]
+        batch = collate([m.packed for m in made], -(-max(len(m.packed.ids) for m in made) // 32) * 32)
+        displaced = torch.zeros(*batch.ids.shape, features.shape[2])
         for row, m in enumerate(made):
             displaced[row, m.think] = m.displacements
-        hidden = self.hidden(ids, branch, patch, torch.from_numpy(positions), features, displaced, parts=4)
+        hidden = language_states(self.model, batch, features, displaced, parts=4)
         head = self.model.lm_head
         at_think = head(torch.cat([hidden[row, m.think].flatten(0, 1) for row, m in enumerate(made)]))
         at_word = head(torch.cat([hidden[row, m.word] for row, m in enumerate(made)]))
         answer = torch.cat([m.answer for m in made])
         think = divergence(at_think, torch.cat([m.guess.flatten(0, 1) for m in made]), self.words.colours)
         word = divergence(at_word, answer, self.words.boxed)
-        told = labels != NO_LABEL
-        form = F.cross_entropy(head(hidden[told]), labels[told])
+        told = batch.labels != NO_LABEL
+        form = F.cross_entropy(head(hidden[told]), batch.labels[told])
         right = at_word.argmax(-1) == self.words.boxed[answer.argmax(-1)]
         clear, sure = answer.amax(-1) > 0.8, answer[:, -1] < 0.3
         numbers = {"think": think, "word": word, "form": form}
@@ -364,11 +255,11 @@ class Teacher:
             made = ordinary(rng, self.processor.tokenizer, rng.choice(self.prompts[:1] * 40 + self.prompts))
             packed += [made] if len(made.ids) <= LONGEST else []
         batch = collate(packed, -(-max(len(p.ids) for p in packed) // 64) * 64)
-        features = look(self.model, batch.pixels)
+        features, _ = see(self.model, batch.pixels)
         scale = 1.5 * self.recipe.tau * torch.rand(len(packed), int(batch.branch.max()) + 1) ** 2
         scale = scale.gather(1, batch.branch.clamp(min=0)) * batch.think
         displaced = torch.randn(*batch.ids.shape, features.shape[2]) * scale[..., None]
-        hidden = self.hidden(batch.ids, batch.branch, batch.patch, batch.positions, features, displaced, parts=2)
+        hidden = language_states(self.model, batch, features, displaced)
         told = batch.labels != NO_LABEL
         logits, labels = self.model.lm_head(hidden[told]), batch.labels[told]
         loss = F.cross_entropy(logits, labels)
@@ -377,17 +268,11 @@ class Teacher:
 
     def step(self, rng: random.Random, lr: float) -> dict[str, float]:
         """One update on the mean gradient of all processes; what was measured before it."""
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            group["lr"] = lr
         told = {}
         for loss, numbers in (self.search_loss(rng), self.replay_loss(rng)):
             loss.backward()
             told |= numbers
-        average_gradients(self.parameters)
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        update(self.parameters, self.optimizers, lr)
         return told
 
 
@@ -399,45 +284,20 @@ def divergence(logits: torch.Tensor, target: torch.Tensor, tokens: torch.Tensor)
 
 def train(folder: str | Path, recipe: Recipe) -> None:
     """Trains into `folder`, an ordinary checkpoint, renewed every few minutes; its training.json keeps the curve."""
-    if recipe.processes == 1:
-        _work(0, folder, recipe, None)
-        return
     Path(folder).mkdir(parents=True, exist_ok=True)
-    meeting = Path(folder).resolve() / "meeting"
-    meeting.unlink(missing_ok=True)
-    torch.multiprocessing.spawn(_work, (folder, recipe, meeting), recipe.processes)
-    meeting.unlink(missing_ok=True)
+    in_processes(_work, recipe.processes, Path(folder), recipe)
 
 
-def _work(rank: int, folder: str | Path, recipe: Recipe, meeting: Path | None) -> None:
-    if meeting is not None:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=meeting.as_uri(), rank=rank, world_size=recipe.processes)
+def _work(rank: int, folder: Path, recipe: Recipe) -> list[torch.nn.Parameter]:
     torch.manual_seed(recipe.seed + 1000 * rank)
-    teacher, curve, window, step = Teacher(recipe), [], [], 0
-    start = saved = time.time()
+    teacher, progress = Teacher(recipe), {"steps": 0, "seconds": 0.0, "curve": []}
 
-    def keep(seconds: float) -> None:
-        numbers = {"recipe": asdict(recipe), "steps": step, "seconds": round(seconds), "curve": curve}
-        save_checkpoint(teacher.model, teacher.processor, folder, numbers)
+    def step(number: int, seconds: float) -> dict[str, float]:
+        lr = learning_rate(recipe.lr, 50, number, seconds / (60 * recipe.minutes))
+        return teacher.step(random.Random(f"{recipe.seed} {rank} {number}"), lr)
 
-    while (seconds := agree(time.time() - start)) < 60 * recipe.minutes and not orphaned():
-        share = seconds / (60 * recipe.minutes)
-        lr = recipe.lr * min(1.0, (step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * share)))
-        window.append(teacher.step(random.Random(f"{recipe.seed} {rank} {step}"), lr))
-        step += 1
-        if rank > 0:
-            continue
-        if step % 25 == 0:
-            rows = [{name: value for name, value in row.items() if not math.isnan(value)} for row in window]
-            curve.append({"step": step, "seconds": round(seconds), **means(rows)})
-            print(json.dumps(curve[-1]), flush=True)
-            window.clear()
-        if time.time() - saved > 240:
-            saved = time.time()
-            keep(seconds)
-    if rank == 0:
-        keep(seconds)
-    if meeting is not None:
-        check_same_everywhere(teacher.parameters)
-        dist.destroy_process_group()
+    def keep() -> None:
+        save_checkpoint(teacher.model, teacher.processor, folder, {"recipe": asdict(recipe), **progress})
+
+    for_minutes(recipe.minutes, rank, progress, step, keep, every=25)
+    return teacher.parameters
