@@ -117,14 +117,6 @@ def test_make_knows_its_targets_and_the_environment_depends_on_the_pins():
     assert "HF_HUB_OFFLINE=1" in always
 
 
-def test_ci_runs_what_the_readme_says():
-    ci, readme = (ROOT / ".ci" / "run").read_text(), (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "make lint" in ci
-    for command in ("make test", "make demo"):
-        assert command in readme
-    assert "make test" in ci
-
-
 def test_the_readme_names_files_that_exist():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", readme) + re.findall(r"src=\"(?!https?:)([^\"]+)\"", readme)
