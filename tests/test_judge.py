@@ -7,6 +7,7 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from string import ascii_letters
 
 import pytest
 from hypothesis import given, settings
@@ -24,6 +25,10 @@ MISLABELLED = {66: "identical strings are labelled different (a pass@k fixture w
 COLOURS = {"question": "Which colour?\nA. red\nB. dark red\nC. blue\nD. green"}
 WINGS = {"question": "Are the wings open or closed?\\n Options: (a) Open (b) Closed"}
 YES_NO = {"question": "Is there a dog?\nOptions: (a) Yes (b) No"}
+HELLO, CAT, STOP = (
+    {"question": question}
+    for question in ('Is the word in this image "Hello"?', "Is there a cat on the table?", 'Is the "STOP" sign red?')
+)
 HALVES = {"choices": ["$2$", r"$\frac{1}{2}$"]}
 PERCENT = {"relative_tolerance": 0.01}
 
@@ -38,14 +43,23 @@ CASES = [
     (r"\boxed{Yes}", {}, "yes|Yes, the dog is there.|Oui|是的|I think yes.", "No, there is none.|Nein|so no.", ""),
     (r"\boxed{No}", {}, r"\boxed{\text{No}}", "", "There is no dog.|I would not say yes|yes and no"),
     ("(b) No", YES_NO, "No, it is not.", "Yes, it is.", ""),
+    # a sentence that repeats the question answers it
+    ("Yes", HELLO, "The word in this image is 'Hello'.|It says \"Hello\".", "It says 'Help'.", "The sign is old."),
+    ("No", HELLO, "The word in this image is not 'Hello'.", "", "There is a word.|The word 'Hello' may be there."),
+    ("Yes", CAT, "A cat is on the table.", "There isn't a cat on the table.", "A table is on the cat.|There is a dog."),
+    ("No", CAT, "There is no cat on the table.", "There is a cat on the table.", "There is no dog on the table."),
+    ("Yes", STOP, 'The "STOP" sign is red.', 'The "STOP" sign isn\'t red.', 'The "STOP" sign is blue.'),
     # numbers
     ("12", {}, r"\boxed{12}|There are 5 and 7 of them, so 5 + 7 = 12.", "2|112", "The answer is 5 or 12.|At (1, 12)"),
     (r"\boxed{7}", {}, "7", r"17|\boxed{17}", ""),
     ("3.14159", {"precision": 2}, "3.14", "3.15", ""),
     ("1234", {}, "1,234", "1.234", ""),
-    ("-5", {}, "−5", "5", ""),
+    ("-5", {}, "−5|The result is – 5|x = – 5|it is minus five|– five", "5|five", ""),
     ("5 centimeters", {}, "5 cm|5 centimetres", "5 m", ""),
-    ("100", {}, "10²", "102", ""),
+    ("100", {}, "10²|The area is 10² of it|It is 10^2, as said", "102|The area is 10", ""),
+    ("0.5", {}, r"half|\boxed{one half}|It is \frac{1}{2} of it", "-half|It is -\\frac12 of it", "half of them"),
+    ("1/2", {}, "half", "minus half", ""),
+    ("20", {}, "It does not stop for 20 minutes", "It does not stop for 30 minutes", "It does not take 20 minutes"),
     ("0.335", {}, r"33.5\%", "33.5", ""),
     ("1234.56", {}, "1.234,56 €|USD 1,234.56", "1.23456", ""),
     ("3.5", {}, "La réponse est 3,5|3 1/2|3½", "35", ""),
@@ -72,7 +86,7 @@ CASES = [
     (r"2\sqrt{3}", {}, "2√3", "", ""),
     (r"\frac{\pi}{2}", {}, "pi/2", "", ""),
     ("1+x^2", {}, "x**2+1|x ** 2 + 1|**x^2 + 1**", "x*2 + 1", ""),
-    ("300", {}, "3 x 10^2|3*10^2|**3 \\times 10^2**", "", ""),
+    ("300", {}, "The speed is 3 × 10² m/s|3 x 10^2|3*10^2|**3 \\times 10^2**", "", ""),
     (r"(-\infty, 2]", {}, "x ≤ 2", "x < 2", ""),
     ("x=2", {}, "so x = 2", "so x != 2", ""),
     ("10_3", {}, "10_{3}", "10_2", ""),
@@ -96,7 +110,9 @@ CASES = [
     # options
     ("A", COLOURS, "red", "dark red", "A cat is on the mat."),
     ("B", COLOURS, "The shape is dark red.|It is not A, so I say B", "B. green|red", "It is not dark red.|At $B$."),
-    ("B. dark red", COLOURS, "dark red|B", "A. dark red", ""),
+    ("B. dark red", COLOURS, "dark red|B|(b)", "A. dark red", ""),
+    (r"\boxed{B}", COLOURS, r"dark red|\boxed{B}|The answer is (B) dark red.", "", ""),
+    ("b", COLOURS, "dark red|(b)|B. dark red", "", ""),
     ("C", COLOURS, "A cat is on the mat, so it must be C.", "either C or D", "It is not A, B or C."),
     ("B", COLOURS, "B\n\nExplanation: A is bad, C is bad.|B is the best of A, B, C, D", "", ""),
     ("D", {}, "The answer is surely D, it can't be A or B", "It is C or D", ""),
@@ -131,21 +147,14 @@ def test_verdicts(truth, hints, correct, wrong, unparsed):
             assert status(prediction, truth, **hints) == expected, prediction
 
 
-@pytest.mark.parametrize(("prediction", "truth"), [("", "4"), (None, "4"), ("4", ""), ("4", None)])
-def test_nothing_to_compare_is_unparsed(prediction, truth):
-    assert status(prediction, truth) == "unparsed"
+def test_nothing_to_compare_is_unparsed():
+    assert [status(*case) for case in [("", "4"), (None, "4"), ("4", ""), ("4", None)]] == ["unparsed"] * 4
 
 
 def test_a_verdict_says_which_rule_decided_and_on_what_and_hints_may_be_nonsense():
     verdict = judge("So the answer is (C).", "C. blue", **COLOURS)
     assert (verdict.status, verdict.rule, verdict.answer) == ("correct", "choice:anchor", "C")
     assert status("4", 4, precision="none", kind=3, choices=7) == "correct"
-
-
-@pytest.mark.parametrize("truth", ["B. dark red", "B: dark red", "(b) dark red", "B) dark red", "\\boxed{B}", "B", "b"])
-def test_every_form_of_a_choice_accepts_letter_text_and_both(truth):
-    for prediction in ("\\boxed{B}", "b", "(b)", "dark red", "B. dark red", "The answer is (B) dark red."):
-        assert status(prediction, truth, **COLOURS) == "correct"
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the shared cases are not part of the repository")
@@ -179,36 +188,33 @@ SENTENCES = (
 )
 
 
+SIGNS = ("-{}", "−{}", "–{}", "-${}", "minus {}", "- {}", "– {}")
+
+
 @pytest.mark.parametrize("sentence", SENTENCES.split("|"))
-@pytest.mark.parametrize("signed", ["-{}", "−{}", "–{}", "-${}", "minus {}"])
-def test_a_sign_in_a_sentence_counts(sentence, signed):
-    prediction = sentence.format(signed.format(52))
-    assert (status(prediction, "-52"), status(prediction, "52")) == ("correct", "wrong")
-
-
-@pytest.mark.parametrize("prediction", ["10-5", "range 10-5", "x - 5", "8 cm - 5 cm", "- 4\n- 5"])
-def test_a_minus_between_operands_and_a_bullet_are_no_sign(prediction):
-    assert find_numbers(prediction)[-1].value == 5
+def test_a_sign_in_a_sentence_counts(sentence):
+    for signed in SIGNS[:-2] if sentence.startswith("from") else SIGNS:
+        prediction = sentence.format(signed.format(52))
+        assert (status(prediction, "-52"), status(prediction, "52")) == ("correct", "wrong"), prediction
 
 
 MARKS = (" ", "\\,", "\\!", ",\\!", ",\\! ", "{,}", "\\ ", "\u00a0", "\u202f", "'", "_", "~", ",")
 
 
-@pytest.mark.parametrize("form", ["{}", "\\boxed{{{}}}", "{} units", "\\${}", "USD {}", "{}.00"])
 @pytest.mark.parametrize("mark", MARKS)
-def test_thousands_may_be_set_apart_in_many_ways(form, mark):
-    prediction = form.format(f"{1234567:,}".replace(",", mark))
-    assert (status(prediction, "1234567"), status(prediction, "1234")) == ("correct", "wrong")
+def test_thousands_may_be_set_apart_in_many_ways(mark):
+    for form in ("{}", "\\boxed{{{}}}", "{} units", "\\${}", "USD {}", "{}.00"):
+        prediction = form.format(f"{1234567:,}".replace(",", mark))
+        assert (status(prediction, "1234567"), status(prediction, "1234")) == ("correct", "wrong"), prediction
 
 
 MARKERS = "<|im_end|> <|im_start|>user <|eot_id|> </s> <eos> <end_of_turn> [/INST] <|im_start|>user\\boxed{7} \nUser:7"
 
 
-@pytest.mark.parametrize("marker", MARKERS.split(" "))
 @pytest.mark.parametrize("body", ["4 + 4 = 8, then 8 * 2 = 16.", "So $x = 16$", "\\boxed{16}", "<s>The answer is 16."])
-def test_what_a_chat_goes_on_with_is_no_answer(body, marker):
-    assert status(body + marker, "16") == "correct"
-    assert status(body + marker, "7") == status(body + marker, "8") == "wrong"
+def test_what_a_chat_goes_on_with_is_no_answer(body):
+    for marker in MARKERS.split(" "):
+        assert [status(body + marker, truth) for truth in ("16", "7", "8")] == ["correct", "wrong", "wrong"], marker
 
 
 DENIALS = """B不是 A|是B而不是A|选B不选A|B，A不对|Bであり、Aではない
@@ -225,52 +231,23 @@ def test_an_option_that_is_denied_in_any_language_is_not_chosen(prediction):
         assert (status(prediction, "B", **hints), status(prediction, "A", **hints)) == ("correct", "wrong")
 
 
-YES_OR_NO = [
-    (
-        'Is the word in this image "Hello"?',
-        "The word in this image is 'Hello'.|It says \"Hello\".|The sign reads Hello.",
-        "The word in this image is 'Goodbye'.|The word in this image is not 'Hello'.|It says 'Help'.",
-        "There is a word.|The image is blurry|The word 'Hello' may be there.",
-    ),
-    (
-        "Is there a cat on the table?",
-        "There is a cat on the table.|A cat is on the table.",
-        "There is no cat on the table.|There isn't a cat on the table.",
-        "There is a dog on the table.|A table is on the cat.",
-    ),
-    ('Is the "STOP" sign red?', 'The "STOP" sign is red.', 'The "STOP" sign isn\'t red.', 'The "STOP" sign is blue.'),
-]
-
-
-@pytest.mark.parametrize(("question", "yes", "no", "neither"), YES_OR_NO)
-def test_a_sentence_that_repeats_the_question_answers_it(question, yes, no, neither):
-    for texts, expected in ((yes, ["correct", "wrong"]), (no, ["wrong", "correct"]), (neither, ["unparsed"] * 2)):
-        for text in texts.split("|"):
-            assert [status(text, truth, question=question) for truth in ("Yes", "No")] == expected, text
-
-
 # ------------------------------------------------------------------------------------ extraction
 
 
 def test_boxes_are_balanced_nested_and_grouped():
-    assert last_boxed("\\boxed{\\frac{1}{2}} then \\boxed{x_{1}^{2}}") == "x_{1}^{2}"
-    assert last_boxed("\\boxed{1} and \\boxed{2") == "1"
+    assert last_boxed("\\boxed{\\frac{1}{2}} then \\boxed{x_{1}^{2}} and \\boxed{2") == "x_{1}^{2}"
     assert last_boxed("\\boxed{\\{1, 2\\}}") == "\\{1, 2\\}"
     groups = boxed_groups("\\boxed{1} and $\\boxed{2}$, but \\boxed{3}")
     assert [contents for _, contents in groups] == [["1", "2"], ["3"]]
-
-
-def test_the_most_explicit_part_comes_first():
     found = candidates("The answer is 3. Hence \\boxed{4}. Final answer: 5")
     assert [(c.text, c.rule) for c in found][:2] == [("5", "final_answer"), ("4", "boxed")]
 
 
 @pytest.mark.parametrize("layout", ["{}. {}", "({}) {}", "{}) {}", "{}: {}"])
-@pytest.mark.parametrize("between", ["\n", "\n\n"])
-def test_options_in_any_layout_are_found_and_told_apart(layout, between):
+def test_options_in_any_layout_are_found_and_told_apart(layout):
     options = {"A": "red wine", "B": "both (a) and (b)", "C": "a drop"}
     lines = [layout.format(*option) for option in options.items()]
-    question = "Which one?\n" + between.join(lines)
+    question = "Which one?\n" + "\n\n".join(lines)
     assert parse_options(question) == options
     for line, (letter, text) in zip(lines, options.items(), strict=True):
         for prediction in (f"\\boxed{{{letter}}}", f"The answer is {letter}.", line, f"\\boxed{{{text}}}"):
@@ -286,6 +263,8 @@ def test_options_inline_and_the_last_list():
 
 
 def test_numbers_in_prose():
+    for unsigned in ("10-52", "range 10-52", "x - 52", "8 cm - 52 cm", "- 4\n- 52", "90°-52"):
+        assert find_numbers(unsigned)[-1].value == 52
     values = [float(number.value) for number in find_numbers("H2O: 3 of 1,000 cost $2.50, -½ or 1e3; x-4")]
     assert values == [3, 1000, 2.5, -0.5, 1000, 4]
     assert parse_number("2x") is None and parse_number("3 apples").value == 3
@@ -295,7 +274,7 @@ def test_numbers_in_prose():
 
 
 @given(st.integers(-(10**9), 10**9), st.integers(-(10**9), 10**9))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_integers_equal_themselves_in_every_spelling_and_no_other(a, b):
     for spelling in ("{}", "{:,}", "\\boxed{{{}}}", "${}$", "{}.0", "The answer is {}.", "<answer>{}</answer>"):
         prediction = spelling.format(a)
@@ -304,15 +283,15 @@ def test_integers_equal_themselves_in_every_spelling_and_no_other(a, b):
 
 
 @given(st.decimals(-1000, 1000, places=4), st.integers(0, 3))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_precision_is_a_number_of_decimals(value, places):
     rounded = round(value, places)
     assert status(str(rounded), str(value), precision=places) == "correct"
     assert status(str(rounded + 2 * 10 ** -type(value)(places)), str(value), precision=places) == "wrong"
 
 
-@given(st.from_regex(r"[A-Za-z]{3,10}( [A-Za-z]{3,10}){0,3}", fullmatch=True))
-@settings(max_examples=30, deadline=None)
+@given(st.lists(st.text(ascii_letters, min_size=3, max_size=10), min_size=1, max_size=4).map(" ".join))
+@settings(max_examples=20, deadline=None)
 def test_text_equals_itself_whatever_its_case_and_markup(text):
     for spelling in (text.upper(), f"**{text}**", f" {text}. ", f'"{text}"', f"<answer>{text}</answer>"):
         assert status(spelling, text, kind="text") == "correct", spelling
@@ -326,7 +305,7 @@ TOKENS = "\\boxed{ } { $ answer is \\frac{ ^ _ ( ) [ ] , and or A B 1 12 \\text{
     st.text(max_size=30) | st.sampled_from(["12", "B. red", "\\frac12", "Yes"]),
     st.text(max_size=40),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_any_text_gets_a_verdict(prediction, truth, question):
     assert status(prediction, truth, question=question) in ("correct", "wrong", "unparsed")
 
@@ -334,14 +313,14 @@ def test_any_text_gets_a_verdict(prediction, truth, question):
 LONG = ["{", "\\boxed{", "\\frac{", "1,", " ", "answer is ", "1 and ", "(,", "$", "\\(", "**", "not A "]
 
 
-@pytest.mark.parametrize("unit", LONG)
-def test_a_megabyte_of_anything_returns_at_once(unit):
-    text = unit * (2**20 // len(unit))
+def test_a_megabyte_of_anything_returns_at_once():
     start = time.process_time()
-    for truth in ("12", "B. red", "\\frac{1}{2}", "[1, 2]"):
-        assert status(text, truth) in ("wrong", "unparsed")
-    assert status("12", text) in ("wrong", "unparsed")
-    assert time.process_time() - start < 10
+    for unit in LONG:
+        text = unit * (2**20 // len(unit))
+        for truth in ("12", "B. red", "\\frac{1}{2}", "[1, 2]"):
+            assert status(text, truth) in ("wrong", "unparsed")
+        assert status("12", text) in ("wrong", "unparsed")
+    assert time.process_time() - start < 20
 
 
 def test_a_computation_without_end_is_cut_off_and_the_next_answer_comes(monkeypatch):

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 from judge_server import JudgeServer, says
@@ -78,7 +79,7 @@ def test_the_report_shows_what_the_judge_did_and_cost_and_where_the_rules_disagr
     assert f"no capacity {ATTACK}" in text and "http_403" in text and "sk-very-secret" not in text
 
 
-def test_without_a_price_and_without_failures_the_tables_say_so():
+def test_without_a_price_failures_or_an_llm_the_section_says_so():
     agreement = {rules: {llm: int(rules == llm) for llm in COLUMNS} for rules in COLUMNS[:3]}
     asked = {"model": "m", "requests": 3, "cached": 1, "failed": 0, "prompt_tokens": 300, "completion_tokens": 30}
     asked |= {"cost_usd": None, "failures": {}, "agreement": agreement}
@@ -86,14 +87,13 @@ def test_without_a_price_and_without_failures_the_tables_say_so():
     assert rows == [["d", "vanilla", "m", "3", "1", "3", "0", "300", "30", "price not given"]]
     assert "same verdict on 3 of 3" in sentence and table[0][1:] == ["1", "0", "0", "0"]
     assert "Why calls failed" not in text
-
-
-def test_a_run_without_an_llm_says_nothing_of_one():
     assert llm_report.llm_report({("d", "vanilla"): {"llm_judge": None}, ("d", "dmlr"): {}}) == ""
 
 
 def test_where_only_the_undecided_is_asked_the_sentence_says_so():
-    counts = {("unparsed", "correct"): 3, ("unparsed", "wrong"): 2, ("unparsed", "unparsed"): 1}
-    told = llm_report.agreement_in_words({**counts, ("unparsed", "judge_failed"): 4, ("correct", "correct"): 0})
+    counts = pd.DataFrame(0, index=COLUMNS[:3], columns=COLUMNS)
+    counts.loc["unparsed", "judge_failed"] = 4
+    assert llm_report.agreement_in_words(counts) == "No answer has a verdict of both."
+    counts.loc["unparsed"] = [3, 2, 1, 4]
+    told = llm_report.agreement_in_words(counts)
     assert "found 3 of 6 answers correct, 2 wrong, and no answer in 1" in told
-    assert llm_report.agreement_in_words({("unparsed", "judge_failed"): 4}) == "No answer has a verdict of both."

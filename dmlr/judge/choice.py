@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from string import ascii_uppercase
 
 from dmlr.judge.expressions import equal, is_prose, looks_like_math
 from dmlr.judge.extract import DENIES, MACRO, Candidate, normalize_text, plain, split_choice, stated
@@ -42,10 +43,8 @@ def compare_choice(candidate: Candidate, letter: str, text: str, options: dict[s
     if candidate.rule == "formula":
         return None  # a letter in a formula is a point or a variable
     known = options or ({letter: text} if text else {})
-    picked = _picked(candidate, known, "".join(options) or "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    if picked is None:
-        return None
-    return (picked == letter, picked) if picked else (False, candidate.text)
+    picked = _picked(candidate, known, "".join(options) or ascii_uppercase)
+    return None if picked is None else (picked == letter, picked or candidate.text)
 
 
 def chosen(found: Iterable[Candidate], options: dict[str, str]) -> str | None:
@@ -76,21 +75,14 @@ def _picked(candidate: Candidate, known: dict[str, str], letters: str) -> str | 
     mention, alone = stated(said, mentions, last=not first)
     if mention:
         return (mention[1] or mention[2]).upper() if alone else ""
-    if candidate.explicit and looks_like_math(answer) and not is_prose(answer):
-        return _meant(candidate, known)  # "2 + 3" names neither of the options 2 and 3: what it is worth decides
-    sentence = answer.split("\n")[0] if candidate.explicit else sentences[-1]
-    return _named_in(sentence, known) or _meant(candidate, known)
-
-
-def _meant(candidate: Candidate, known: dict[str, str]) -> str | None:
-    """The option that the answer means though it says it otherwise: yes/no in a sentence, an equal expression."""
+    # No letter: yes or no in a sentence, an equal expression ("2 + 3" names neither of the options 2 and 3), a text.
     words = {normalize_text(text): letter for letter, text in known.items()}
-    if set(words) in ({"yes", "no"}, {"true", "false"}):
-        outcome = compare_yes_no(candidate, next(iter(words)))
-        return None if outcome is None else words[outcome[1]]
-    if candidate.explicit and not is_prose(candidate.text) and looks_like_math(candidate.text):
-        return _only(letter for letter, text in known.items() if text and equal(text, candidate.text))
-    return None
+    two = set(words) in ({"yes", "no"}, {"true", "false"})
+    if two and (outcome := compare_yes_no(candidate, next(iter(words)))):
+        return words[outcome[1]]
+    if candidate.explicit and looks_like_math(answer) and not is_prose(answer):
+        return _only(letter for letter, text in known.items() if text and equal(text, answer))
+    return _named_in(answer.split("\n")[0] if candidate.explicit else sentences[-1], known)
 
 
 def _letter_of_text(answer: str, known: dict[str, str]) -> str | None:

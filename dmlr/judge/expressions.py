@@ -17,23 +17,6 @@ _WORD = re.compile(
     r"|[\u0400-\u04ff\u3040-\u9fff]"
 )
 _AND = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b(?!\s*\}))\s*")
-_SYMBOLS = dict(
-    pair.split()
-    for pair in (
-        r"≤ \le,≥ \ge,≠ \neq,≈ \approx,∈ \in,∪ \cup,∩ \cap,× \times,· \cdot,⋅ \cdot,± \pm,∓ \mp,∞ \infty,π \pi,"
-        r"θ \theta,α \alpha,β \beta,∅ \emptyset,÷ /,– -,² ^2,³ ^3,° ^\circ"
-    ).split(",")
-)
-_TRANSLATED = str.maketrans({symbol: macro + " " * macro[-1].isalpha() for symbol, macro in _SYMBOLS.items()})
-_SPELLINGS = [  # of one operation, in code and in handwriting
-    (re.compile(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)|√\s*\(([^()]*)\)|√\s*(\w+)"), r"\\sqrt{\1\2\3}"),
-    (re.compile(r"!="), r"\\neq "),
-    (re.compile(r"\*\*"), "^"),
-    (re.compile(r"(?<=[\w)}])\s*\*\s*(?=[\w(\\])"), r"\\cdot "),
-    (re.compile(r"(?<=\d)\s+x\s+(?=\d)"), r"\\times "),
-    (re.compile(r"(?<![A-Za-z\\])(pi|infty)(?![A-Za-z])"), r"\\\1 "),
-    (re.compile(r"\\varnothing"), r"\\emptyset "),
-]
 
 
 def is_prose(text: str) -> bool:
@@ -57,25 +40,20 @@ def formulas_in(text: str) -> list[str]:
     """
     if not is_prose(_AND.sub(", ", text)):
         return []
-    runs: list[list[str]] = [[]]
-    for token in text.split():
-        if is_prose(f"{token} "):
-            runs.append([token])  # the word before the run, which may deny it
-        else:
-            runs[-1].append(token)
-        if token[-1] in ".;" or (token[-1] == "," and is_prose(f"{token} ")):
-            runs.append([])
-    found = []
-    for run in runs:
-        word, formula = (run[0], run[1:]) if run and is_prose(f"{run[0]} ") else ("", run)
-        if looks_like_math(joined := " ".join(formula).strip(".,;:")) and not DENIES.search(word):
-            found.append(joined)
+    found, word, run = [], "", []  # a run of mathematics, and the word before it, which may deny it
+    for token in [*text.split(), "end"]:
+        prose = is_prose(f"{token} ")
+        run += [] if prose else [token]
+        if prose or token[-1] in ".;":
+            if looks_like_math(formula := " ".join(run).strip(".,;:")) and not DENIES.search(word):
+                found.append(formula)
+            word, run = token if prose and token[-1] not in ".,;" else "", []
     return found
 
 
 def latex_key(text: str) -> str:
     """Spelling variants of one LaTeX expression made equal; spaces between words and digits are kept."""
-    text = MACRO.sub(r"\1", _spelled(text))
+    text = MACRO.sub(r"\1", spelled(text))
     text = re.sub(r"\\left|\\right|\\[,;:! ()\[\]]|\$", "", text)
     return re.sub(r"\s+(?!\w)|(?<!\w)\s+", "", re.sub(r"\s+", " ", text.strip().rstrip(".").strip()))
 
@@ -98,14 +76,7 @@ def as_latex(text: str) -> str:
     """An expression without dollars gets them (math-verify reads bare LaTeX as prose); prose stays prose."""
     joined = _AND.sub(", ", text := text.strip())
     prose = is_prose(joined)
-    text = text if prose else _spelled(joined)
+    text = text if prose else spelled(joined)
     if not text or prose or re.search(r"\$|\\\(|\\\[", text):
         return text
     return f"${text.rstrip('.')}$"
-
-
-def _spelled(text: str) -> str:
-    text = spelled(text).translate(_TRANSLATED)
-    for pattern, spelling in _SPELLINGS:
-        text = pattern.sub(spelling, text)
-    return text

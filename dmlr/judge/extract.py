@@ -62,9 +62,10 @@ def candidates(prediction: str) -> list[Candidate]:
     `<think>` was never closed.
     """
     text, complete = strip_reasoning(prediction)
-    text = first_turn(text)
-    if (inside := answer_tag(text)) is not None:
-        return [Candidate(c.text, "answer_tag" if c.rule == "text" else c.rule) for c in candidates(inside)]
+    text = _first_turn(text)
+    for piece in reversed(re.split(r"<answer>|<\|begin_of_box\|>", text)[1:]):
+        if inside := re.split(r"</answer>|<\|end_of_box\|>", piece, maxsplit=1)[0].strip():
+            return [Candidate(c.text, "answer_tag" if c.rule == "text" else c.rule) for c in candidates(inside)]
     boxes = boxed_groups(text)
     strong = [(start, Candidate(unbox(", ".join(contents)), "boxed")) for start, contents in boxes[-1:]]
     strong += _after_last("final_answer", text)
@@ -74,6 +75,21 @@ def candidates(prediction: str) -> list[Candidate]:
         found.append(Candidate(_last_formula(text), "formula"))
         found.append(Candidate(_AFTERTHOUGHT.split(text, maxsplit=1)[0].strip() or text, "text"))
     return [candidate for candidate in found if candidate.text.strip()]
+
+
+def strip_reasoning(text: str) -> tuple[str, bool]:
+    """Text after the last `</think>`, and whether the reasoning was finished (an open `<think>` is not)."""
+    for end in ("</think>", "<|channel|>final<|message|>"):
+        if end in text:
+            return text.rpartition(end)[2], True
+    return text, "<think>" not in text
+
+
+def _first_turn(text: str) -> str:
+    """The text up to where the chat goes on, with a user's turn or a control token; tokens before it are left out."""
+    text = re.sub(rf"\A(?:\s*{_MARKER})+(?:assistant\b)?", "", text)
+    text = _NEXT_TURN.split(text, maxsplit=1)[0]
+    return text if "<answer>" in text else text.split("</answer>", 1)[0]
 
 
 def _after_last(rule: str, text: str) -> list[tuple[int, Candidate]]:
@@ -99,31 +115,15 @@ def _last_formula(text: str) -> str:
     return ", ".join((match[1] or match[2]).strip() for match in joined)
 
 
-def strip_reasoning(text: str) -> tuple[str, bool]:
-    """Text after the last `</think>`, and whether the reasoning was finished (an open `<think>` is not)."""
-    for end in ("</think>", "<|channel|>final<|message|>"):
-        if end in text:
-            return text.rpartition(end)[2], True
-    return text, "<think>" not in text
-
-
-def first_turn(text: str) -> str:
-    """The text up to where the chat goes on, with a user's turn or a control token; tokens before it are left out."""
-    text = re.sub(rf"\A(?:\s*{_MARKER})+(?:assistant\b)?", "", text)
-    text = _NEXT_TURN.split(text, maxsplit=1)[0]
-    return text if "<answer>" in text else text.split("</answer>", 1)[0]
-
-
-def answer_tag(text: str) -> str | None:
-    """Content of the last non-empty `<answer>` tag; one that was never closed runs to the end. None without."""
-    pieces = re.split(r"<answer>|<\|begin_of_box\|>", text)[1:]
-    contents = [re.split(r"</answer>|<\|end_of_box\|>", piece, maxsplit=1)[0].strip() for piece in pieces]
-    return next((content for content in reversed(contents) if content), None)
-
-
 def boxed_groups(text: str) -> list[tuple[int, list[str]]]:
     """Outermost balanced boxes as (position, contents); boxes joined by a comma or "and" are one group."""
-    closing = _matching_braces(text) if _BOX.search(text) else {}
+    stack: list[int] = []
+    closing: dict[int, int] = {}  # position of a brace -> of its partner
+    for token in _BRACE_TOKEN.finditer(text) if _BOX.search(text) else ():
+        if token[0] == "{":
+            stack.append(token.start())
+        elif token[0] == "}" and stack:
+            closing[stack.pop()] = token.start()
     groups: list[tuple[int, list[str]]] = []
     end = -1
     for match in _BOX.finditer(text):
@@ -139,16 +139,6 @@ def boxed_groups(text: str) -> list[tuple[int, list[str]]]:
             groups.append((match.start(), [content]))
         end = stop + 1
     return groups
-
-
-def _matching_braces(text: str) -> dict[int, int]:
-    stack, closing = [], {}
-    for match in _BRACE_TOKEN.finditer(text):
-        if match[0] == "{":
-            stack.append(match.start())
-        elif match[0] == "}" and stack:
-            closing[stack.pop()] = match.start()
-    return closing
 
 
 def last_boxed(text: str) -> str | None:
@@ -181,20 +171,19 @@ def parse_options(question: str | None) -> dict[str, str]:
     without a gap; the last run in the text counts, and one option alone is no list.
     """
     question = re.sub(r"\\n(?=\s*\(?[A-Z]\s*[).:]|\s*\([a-z]\))", "\n", question or "")
-    return _last_run(_LINE_OPTION, question) or _last_run(_INLINE_OPTION, question)
-
-
-def _last_run(option: re.Pattern, question: str) -> dict[str, str]:
-    run: dict[str, str] = {}
-    best: dict[str, str] = {}
-    for match in option.finditer(question):
-        letter = (match[1] or match[2]).upper()
-        if letter == "A":
-            run = {}
-        if letter == chr(ord("A") + len(run)):
-            run[letter] = match[3].strip()
-            best = run if len(run) > 1 else best
-    return best
+    for option in (_LINE_OPTION, _INLINE_OPTION):
+        run: dict[str, str] = {}
+        best: dict[str, str] = {}
+        for match in option.finditer(question):
+            letter = (match[1] or match[2]).upper()
+            if letter == "A":
+                run = {}
+            if letter == chr(ord("A") + len(run)):
+                run[letter] = match[3].strip()
+                best = run if len(run) > 1 else best
+        if best:
+            return best
+    return {}
 
 
 def options_of(choices: Sequence[Any] | Mapping[str, Any] | None, question: str | None) -> dict[str, str]:
@@ -231,6 +220,11 @@ _NOT = (
 )
 DENIES = re.compile(rf"(?i){_NOT}")
 _NOT_BEFORE = re.compile(rf"(?i){_NOT}(?:(?!\b(?:but|doubt|more|less|only)\b)[^.,;:!?\n\d]){{0,20}}$")
+# "does not stop for 20 minutes" denies the stop, not the number.
+_NOT_THE_VERB = re.compile(
+    r"(?i)(?:not|n['’]t|cannot|never) (?!be |think |believe |go |opt )[a-z]+ "
+    r"(?:for|until|till|before|after|within|in|during|over|under|at)(?: (?:a|an|the|about|another|at least))?\s+$"
+)
 _NOT_AFTER = re.compile(  # but "B is not A" and "B不是A" name B
     r"(?i)[)\]*\"']*\s*(?:(?:is|are|was|can|could|would|does|ist|est|es|é|è)\s*)?"
     r"(?:not\b|n['’]t\b|cannot\b|wrong\b|incorrect|false\b|(?:be )?(?:excluded|ruled out|eliminated)"
@@ -249,7 +243,10 @@ def stated(text: str, found: Sequence[re.Match], last: bool) -> tuple[re.Match |
     denied = False
     for before, match in zip([None, *found], found, strict=False):
         joined = before is not None and bool(_JOIN.fullmatch(text[before.end() : match.start()]))
-        denied = (denied and joined) or bool(_NOT_BEFORE.search(text[max(0, match.start() - 40) : match.start()]))
+        ahead = text[max(0, match.start() - 40) : match.start()]
+        letter = match[0].strip(" ()").isalpha()
+        denied_here = _NOT_BEFORE.search(ahead) and (letter or not _NOT_THE_VERB.search(ahead))
+        denied = (denied and joined) or bool(denied_here)
         if not denied and not _NOT_AFTER.match(text[match.end() : match.end() + 30]):
             said.append((match, joined and bool(said) and said[-1][0] is before))
     if not said:

@@ -17,13 +17,12 @@ import sys
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import anyio
 import diskcache
-import httpx2
 import openai
 from anyio.from_thread import start_blocking_portal
 
@@ -36,7 +35,8 @@ STATUSES = ("correct", "wrong", "unparsed", "judge_failed")
 
 # Ways to ask, from the one that binds the reply most to the one that every server understands.
 _FORMS = ({"temperature": 0, "response_format": RESPONSE_FORMAT}, {"temperature": 0}, {})
-_REFUSED = re.compile("http_4(?:00|04|15|22)")  # what servers answer to a parameter that they do not know
+# Reasons to ask in the next way: a parameter that the server does not know, or a reply that is no verdict.
+_ASK_OTHERWISE = ("http_400", "http_404", "http_415", "http_422", "unreadable_reply")
 _UNANSWERED = re.compile(r"timeout|connection|http_(?:403|408|429|5\d\d)")  # reasons that lie with the server alone
 _CACHE_ERRORS = (OSError, ValueError, sqlite3.Error, zlib.error, diskcache.Timeout)
 _SHOWN = 300
@@ -45,8 +45,8 @@ _SHOWN = 300
 class LLMJudge:
     """Asks one model on one server. `usage` and `failures` (reason: first message) add up over all calls.
 
-    At most `concurrency` requests are open; each attempt may take `timeout` seconds from first byte to last, and is
-    repeated up to `max_retries` times when that can help, after the pause that the server asks for or a growing one.
+    At most `concurrency` requests are open; each is repeated up to `max_retries` times when that can help, after the
+    pause that the server asks for or a growing one, and ends after (`max_retries` + 1) × `timeout` seconds.
     JudgeError when the cache folder cannot be made.
     """
 
@@ -63,7 +63,7 @@ class LLMJudge:
         self.concurrency, self.timeout, self.max_retries = concurrency, timeout, max_retries
         self.usage = dict.fromkeys(("prompt_tokens", "completion_tokens", "requests", "cached", "failed"), 0)
         self.failures: dict[str, str] = {}
-        self._form = 0  # of _FORMS, the first that this server did not refuse
+        self._form = 0  # of _FORMS, the last that worked
         self._fruitless = 0  # calls in a row that the server did not answer
         # JSON, not pickles: a folder that others can write to must not run their code.
         plain = {"disk": diskcache.JSONDisk, "disk_compress_level": 0, "eviction_policy": "none"}
@@ -72,24 +72,21 @@ class LLMJudge:
         except (OSError, sqlite3.Error) as error:
             raise JudgeError(f"{cache_folder}: cannot hold the judge's cache: {error}") from None
 
-    def judge_many(
-        self, cases: Sequence[Mapping[str, Any]], progress: Callable[[], object] | None = None
-    ) -> list[Verdict]:
-        """Verdicts in the order of the cases (keys as of `judge.judge`); `progress` is called after each one asked.
+    def judge_many(self, cases: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+        """Verdicts in the order of the cases (keys as of `judge.judge`).
 
         Raises nothing for what a server does. Once it rejects the key, or leaves 3 × `concurrency` calls in a row
         without answer, the remaining cases fail unasked. An interrupt stops at once and keeps what was answered.
         """
-        keyed = [(self._key(data := data_message(case)), data, _without_asking(case)) for case in cases]
-        verdicts = {key: known for key, _, given in keyed if (known := given or self._recall(key))}
-        waiting = {key: data for key, data, _ in keyed if key not in verdicts}
-        self.usage["cached"] += sum(given is None and key not in waiting for key, _, given in keyed)
-        self._fruitless = 0
+        asked = [data_message(case) for case in cases]
+        verdicts = {data: self._known(data, case) for data, case in zip(asked, cases, strict=True)}
+        waiting = [data for data, verdict in verdicts.items() if verdict is None]
+        self.usage["cached"] += sum(bool(verdicts[data] and verdicts[data].rule.startswith("llm:")) for data in asked)
         if waiting:
             # A thread with an event loop of its own: notebooks already run one in this thread.
             with start_blocking_portal() as portal:
-                verdicts |= portal.call(self._ask_all, waiting, progress or (lambda: None))
-        found = [verdicts[key] for key, _, _ in keyed]
+                portal.call(self._ask_all, waiting, verdicts)
+        found = [verdicts[data] for data in asked]
         self.usage["failed"] += sum(verdict.status == "judge_failed" for verdict in found)
         return found
 
@@ -99,14 +96,16 @@ class LLMJudge:
         cost = None if price is None else sum(n * dollars for n, dollars in zip(tokens, price, strict=True)) / 1e6
         return {"model": self.settings.model, **self.usage, "cost_usd": cost, "failures": dict(self.failures)}
 
-    async def _ask_all(self, waiting: Mapping[str, str], progress: Callable[[], object]) -> dict[str, Verdict]:
-        verdicts: dict[str, Verdict] = {}
+    async def _ask_all(self, waiting: Sequence[str], verdicts: dict[str, Verdict | None]) -> None:
         free = anyio.Semaphore(self.concurrency)
+        self._fruitless = 0
 
-        async def ask_one(key: str, data: str) -> None:
+        async def count(request: Any) -> None:
+            self.usage["requests"] += 1
+
+        async def ask_one(data: str) -> None:
             async with free:
-                verdicts[key] = await self._ask(client, key, data)
-                progress()
+                verdicts[data] = await self._ask(client, data)
 
         async with (
             openai.AsyncOpenAI(
@@ -114,36 +113,34 @@ class LLMJudge:
                 base_url=self.settings.base_url,
                 timeout=self.timeout,
                 max_retries=self.max_retries,
-                http_client=_WholeTimeout(self.timeout, self.usage),
+                http_client=openai.DefaultAsyncHttpxClient(event_hooks={"request": [count]}),
             ) as client,
             anyio.create_task_group() as tasks,
         ):
-            for key, data in waiting.items():
-                tasks.start_soon(ask_one, key, data)
-        return verdicts
+            for data in waiting:
+                tasks.start_soon(ask_one, data)
 
-    async def _ask(self, client: openai.AsyncOpenAI, key: str, data: str) -> Verdict:
+    async def _ask(self, client: openai.AsyncOpenAI, data: str) -> Verdict:
         """One case: the ways to ask in turn, until one brings a reply that can be read."""
         if self._fruitless >= 3 * self.concurrency:
             return self._failed("not_asked", "the server left too many calls in a row without answer")
         reason = message = ""
-        refused = False
         for form in range(self._form, len(_FORMS)):
             try:
-                completion = await client.chat.completions.create(
-                    model=self.settings.model, messages=messages(data), **_FORMS[form]
-                )
+                # The client's own time-out begins anew with every byte received.
+                with anyio.fail_after(self.timeout * (self.max_retries + 1)):
+                    completion = await client.chat.completions.create(
+                        model=self.settings.model, messages=messages(data), **_FORMS[form]
+                    )
                 reply = read_reply(self._content(completion))
             except Exception as error:  # whatever it is, it is not the fault of the output that is judged
                 reason, message = _reason(error)
-                refused = refused or bool(_REFUSED.fullmatch(reason))
-                if not (_REFUSED.fullmatch(reason) or reason == "unreadable_reply"):
-                    break  # another way to ask would not help
+                if reason not in _ASK_OTHERWISE:
+                    break
             else:
-                self._fruitless = 0
-                self._form = form if refused else self._form
-                reply = Reply(answer=self._shown(reply.answer), verdict=reply.verdict)
-                await anyio.to_thread.run_sync(self._keep, key, reply)
+                self._fruitless, self._form = 0, form
+                reply.answer = self._shown(reply.answer)
+                await anyio.to_thread.run_sync(self._keep, data, reply)
                 return self._verdict(reply)
         self._fruitless = self._fruitless + 1 if _UNANSWERED.fullmatch(reason) else 0
         if reason == "http_401":
@@ -152,16 +149,16 @@ class LLMJudge:
 
     def _content(self, completion: Any) -> str:
         """Text of a completion, its tokens counted. ValueError for what is none: the client checks no types."""
-        for name in ("prompt_tokens", "completion_tokens"):
-            count = getattr(getattr(completion, "usage", None), name, None)
-            self.usage[name] += count if isinstance(count, int) else 0
         try:
+            for name in ("prompt_tokens", "completion_tokens"):
+                self.usage[name] += int(getattr(completion.usage, name, None) or 0)
             return "" + completion.choices[0].message.content
         except (AttributeError, IndexError, TypeError, KeyError):
             raise ValueError("the server's reply is no chat completion with text") from None
 
     def _verdict(self, reply: Reply) -> Verdict:
-        return Verdict(reply.status, f"llm:{self.settings.model}", reply.answer)
+        status = "unparsed" if reply.verdict == "no_answer" else reply.verdict
+        return Verdict(status, f"llm:{self.settings.model}", reply.answer)
 
     def _failed(self, reason: str, message: str) -> Verdict:
         self.failures.setdefault(reason, self._shown(message))
@@ -179,15 +176,20 @@ class LLMJudge:
         question = json.dumps([self.settings.base_url, self.settings.model, messages(data)])
         return hashlib.sha256(question.encode()).hexdigest()
 
-    def _recall(self, key: str) -> Verdict | None:
+    def _known(self, data: str, case: Mapping[str, Any]) -> Verdict | None:
+        """The verdict of the cache, or the rules' where there is nothing to compare; None where it must be asked."""
+        if not clean(case.get("ground_truth")).strip():
+            return Verdict("unparsed", "no_ground_truth", "")
+        if not output_of(case):
+            return Verdict("unparsed", "no_answer", "")
         try:
-            return self._verdict(Reply.model_validate(self._cache[key]))
+            return self._verdict(Reply.model_validate(self._cache[self._key(data)]))
         except (KeyError, *_CACHE_ERRORS):  # not there, or damaged: it is asked again
             return None
 
-    def _keep(self, key: str, reply: Reply) -> None:
+    def _keep(self, data: str, reply: Reply) -> None:
         try:
-            self._cache[key] = reply.model_dump()
+            self._cache[self._key(data)] = reply.model_dump()
         except _CACHE_ERRORS as error:
             warnings.warn(f"{self._cache.directory}: LLM verdicts are not kept: {error}", stacklevel=2)
 
@@ -197,29 +199,13 @@ def _reason(error: Exception) -> tuple[str, str]:
     match error:
         case openai.APIStatusError():
             return f"http_{error.status_code}", error.message
-        case openai.APITimeoutError():
+        case openai.APITimeoutError() | TimeoutError():
             return "timeout", "no whole reply in time"
         case openai.APIConnectionError():
             return "connection", f"{type(error.__cause__).__name__}: {error.__cause__}"
         case ValueError():  # no JSON, another protocol, or no verdict
             return "unreadable_reply", str(error)
     return type(error).__name__, str(error)
-
-
-class _WholeTimeout(openai.DefaultAsyncHttpxClient):
-    """Counts attempts and limits each as a whole: the library's time-out begins anew with every byte received."""
-
-    def __init__(self, seconds: float, usage: dict[str, int]) -> None:
-        super().__init__(timeout=seconds)
-        self._seconds, self._usage = seconds, usage
-
-    async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
-        self._usage["requests"] += 1
-        try:
-            with anyio.fail_after(self._seconds):
-                return await super().send(request, **options)
-        except TimeoutError:
-            raise httpx2.ReadTimeout("no whole reply in time", request=request) from None
 
 
 def judge_cases(
@@ -250,10 +236,3 @@ def agreement(by_rules: Sequence[str], by_llm: Sequence[str]) -> dict[str, dict[
 def shared_cache() -> Path:
     """The cache that runs share: the folder JUDGE_CACHE of the environment, else one beside this checkout's runs."""
     return Path(os.environ.get("JUDGE_CACHE") or Path(locate("reports")) / "runs" / "judge_cache")
-
-
-def _without_asking(case: Mapping[str, Any]) -> Verdict | None:
-    """The verdict where there is nothing to compare, as the rules give it."""
-    if not clean(case.get("ground_truth")).strip():
-        return Verdict("unparsed", "no_ground_truth", "")
-    return None if output_of(case) else Verdict("unparsed", "no_answer", "")

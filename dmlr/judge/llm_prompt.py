@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -39,10 +38,6 @@ of the ground truth.
 Reply with one JSON object and nothing else: {"answer": "the final answer as the output words it, empty if there is \
 none", "verdict": "correct", "wrong" or "no_answer"}."""
 
-_STATUS = {"correct": "correct", "wrong": "wrong", "no_answer": "unparsed"}
-_VERDICT_LINE = re.compile(r"(?im)^[^\w\n[{]*(?:verdict[^\w\n]+)?(correct|incorrect|wrong|no[ _]answer)[^\w\n]*$")
-_ANSWER_LINE = re.compile(r"(?im)^[^\w\n]*answer[^\w\n]*:[* ]*(.*)$")
-
 
 class Reply(BaseModel):
     """What the judge answers. The answer comes first, so that the verdict follows from it."""
@@ -51,10 +46,6 @@ class Reply(BaseModel):
 
     answer: str
     verdict: Literal["correct", "wrong", "no_answer"]
-
-    @property
-    def status(self) -> str:
-        return _STATUS[self.verdict]
 
 
 # Structured output as the chat-completions protocol asks for it.
@@ -93,39 +84,25 @@ def messages(data: str) -> list[dict[str, str]]:
 
 
 def read_reply(text: str) -> Reply:
-    """A reply as JSON, after reasoning, prose or a code fence too, or as a line of its own. ValueError for anything
-    else, and for two verdicts at once."""
+    """A reply as JSON, after reasoning, prose or a code fence too. ValueError for anything else, and for two verdicts
+    at once."""
     text, complete = strip_reasoning(text)
     if not complete:
         raise ValueError("reasoning that breaks off")
-    if objects := _objects(text):
-        judged = [item for item in objects if "verdict" in item] or objects
-        if len(judged) > 1:
-            raise ValueError("more than one verdict")
-        try:
-            return Reply.model_validate(judged[0])
-        except ValidationError:
-            raise ValueError("JSON of another schema") from None
-    found = _VERDICT_LINE.findall(text.lower())
-    verdicts = {verdict.replace(" ", "_").replace("incorrect", "wrong") for verdict in found}
-    if len(verdicts) != 1:
-        raise ValueError("more than one verdict" if verdicts else "no verdict")
-    answers = _ANSWER_LINE.findall(text)
-    return Reply(answer=answers[-1].strip() if answers else "", verdict=verdicts.pop())
-
-
-def _objects(text: str) -> list[dict[str, Any]]:
-    """The JSON objects in a text, outermost ones, in order; ValueError for one that has a key twice."""
     decoder, found, at = json.JSONDecoder(object_pairs_hook=_each_key_once), [], text.find("{")
     while at >= 0:
         try:
-            value, end = decoder.raw_decode(text, at)
+            value, at = decoder.raw_decode(text, at)
+            found += [value] if "verdict" in value else []
         except (json.JSONDecodeError, RecursionError):
-            end = at + 1
-        else:
-            found.append(value)
-        at = text.find("{", end)
-    return found
+            at += 1
+        at = text.find("{", at)
+    if len(found) != 1:
+        raise ValueError("more than one verdict" if found else "no verdict")
+    try:
+        return Reply.model_validate(found[0])
+    except ValidationError:
+        raise ValueError("JSON of another schema") from None
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field, HttpUrl, SecretStr, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, HttpUrl, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from dmlr.config import root
@@ -16,21 +15,18 @@ class JudgeError(RuntimeError):
 
 
 def _key(key: SecretStr) -> SecretStr:
-    if not re.fullmatch("[!-~]+", key.get_secret_value()):
+    if not all("!" <= character <= "~" for character in key.get_secret_value()):
         raise ValueError("holds blanks or characters that no key has")
     return key
 
 
 def _address(url: str) -> str:
-    TypeAdapter(HttpUrl).validate_python(url)
+    HttpUrl(url)  # raises; the address itself stays as it was written
     return url
 
 
-def _pair(value: Any) -> Any:
-    return value.split(",") if isinstance(value, str) else value
-
-
 Dollars = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Price = Annotated[tuple[Dollars, Dollars], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
 
 
 class JudgeSettings(BaseSettings):
@@ -47,9 +43,7 @@ class JudgeSettings(BaseSettings):
         "https://api.openai.com/v1", validation_alias="OPENAI_API_BASE_URL"
     )
     model: str = Field("gpt-4.1-2025-04-14", validation_alias="MODEL_TYPE")
-    price: Annotated[tuple[Dollars, Dollars] | None, NoDecode, BeforeValidator(_pair)] = Field(
-        None, validation_alias="MODEL_PRICE"
-    )
+    price: Annotated[Price | None, NoDecode] = Field(None, validation_alias="MODEL_PRICE")
 
     @classmethod
     def from_environment(cls) -> JudgeSettings:
@@ -60,14 +54,10 @@ class JudgeSettings(BaseSettings):
         try:
             return cls(_env_file=(".env", root() / ".env"))  # the later one wins
         except ValidationError as error:
-            problem = error.errors(include_input=False)[0]
+            wrong = "; ".join(f"{each['loc'][0]}: {each['msg']}" for each in error.errors(include_input=False))
         except (OSError, ValueError) as error:
-            raise JudgeError(f".env cannot be read: {type(error).__name__}") from None
-        name = problem["loc"][0]
-        if problem["type"] == "missing":
-            raise JudgeError(
-                f"the LLM judge needs {name}, in the environment or in a file .env in the project's root or in the "
-                "working folder (for a server that checks no key, any word will do)"
-            )
-        example = ': expected dollars per million prompt and completion tokens, such as "2,8"'
-        raise JudgeError(f"{name} cannot be used: {problem['msg']}{example if name == 'MODEL_PRICE' else ''}")
+            wrong = f".env: {type(error).__name__}"
+        raise JudgeError(
+            f"the LLM judge cannot be asked, {wrong} (OPENAI_API_KEY, any word for a server that checks none, and "
+            'MODEL_PRICE, such as "2,8", are read from the environment or from .env in the project\'s root or here)'
+        )

@@ -1,4 +1,4 @@
-"""Numbers in text, read exactly: signs, separators, decimal commas, fractions, percent, currency and units."""
+"""Numbers in text, read exactly: signs, separators, decimal commas, fractions, powers, percent, currency and units."""
 
 from __future__ import annotations
 
@@ -15,30 +15,33 @@ _LATEX_THOUSANDS = re.compile(r"(?<=\d)\s?(?:\{,\}|,\\[!,;:]|\\[,!;: ]|~)\s?(?=\
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{(\d{1,20})\}")
 _BLANK = r"[ \u00a0\u2009\u202f'’_]"
 _GROUPED = re.compile(  # 1,234 and 1 234 and 1.234,5
-    rf"(?<![\w.,])[1-9]\d{{0,2}}(?:(?:,\d{{3}})+(?!\d)|(?:{_BLANK}\d{{3}})+(?![\d/]|{_BLANK}\d)"
+    rf"(?<![\w.,])[1-9]\d{{0,2}}(?:(?:,\d{{3}})+(?!\d)|(?:{_BLANK}\d{{3}})+(?![\d/^]|{_BLANK}\d)"
     r"|(?:\.\d{3})+(?=,\d)|(?:\.\d{3}){2,}(?!\.?\d))"
 )
-_DECIMAL_COMMA = re.compile(r"(?<![\d.,])(\d+),(?=\d{2}(?![\d,]))|(?<![\d.,])(0|\d{4,}),(?=\d+(?![\d,]))")
+_DECIMAL_COMMA = re.compile(r"(?<![\d.,])(\d+),(?=\d{2}(?!,?\d))|(?<![\d.,])(0|\d{4,}),(?=\d+(?!,?\d))")
 
 _MONEY = r"(?:USD|EUR|GBP|US)?\s?\\?[$€£¥₹¢]|(?:USD|EUR|GBP)\s"
-# In "5-3", "x - 3" and "- 3" at the head of a line the minus is no sign.
-_SIGN = r"(?P<sign>(?<![A-Za-z0-9)\]}%°!])[-–](?=[\d.$€£¥₹\\])|(?<=[=≈:(])\s*[-–]\s|\A[-–]\s|(?i:minus|negative)\s+)"
+# In "5-3", "x - 3" and "- 3" at the head of a line the minus is no sign; in "it is - 3" it is.
+_SIGN = r"(?P<sign>(?<![A-Za-z0-9)\]}%!])-(?=[\d.$€£¥₹\\])|\A-\s|(?i:minus|negative)\s+)"
+_SIGN_APART = re.compile(
+    r"(?i)((?:\b(?:is|are|be|get|gives|equals?|about|than|but|and|of)|['’]s|是|\\approx|[=:(€$£]|\bUSD)[^\S\n]*)-[^\S\n](?=[\d.$€£¥₹\\])"
+)
+_POWER = r"\^(?:-?\d{1,2}|\{-?\d{1,2}\})(?!\d)"
 _NUMBER = (
     rf"(?:\+\s?|{_SIGN})?(?:{_MONEY})?\s?"
-    r"(?P<body>\d+\s+\d+\s*/\s*\d+(?!\.?\d)|\d+(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?![\dA-Za-z])|\s*/\s*\d+(?!\.?\d))?|\.\d+)"
-    r"(?P<times>\s?(?:thousand|million|billion|trillion)\b|k\b)?"
+    rf"(?P<body>\d+\s+\d+\s*/\s*\d+(?!\.?\d)|\d+(?:\.\d+)?(?:[eE][-+]?\d{{1,3}}(?![\dA-Za-z])|\s*/\s*\d+(?!\.?\d)"
+    rf"|{_POWER})?|\.\d+)(?P<times>\s?(?:thousand|million|billion|trillion)\b|k\b|\s?\\(?:times|cdot)\s*10{_POWER})?"
 )
-_IN_PROSE = re.compile(rf"(?<![A-Za-z0-9_.,^{{}}\\]){_NUMBER}(?P<percent>\s*(?:\\?%|percent\b|pct\b))?")
-_POWER = r"(?:[²³]|\^\{?-?\d\}?)?"
-_UNIT = rf"[A-Za-zµμΩ°\u4e00-\u9fff]+\.?{_POWER}(?:[/ ·*][A-Za-z]+\.?{_POWER}){{0,3}}"
-_SYMBOL = r"\\?%|°|\^\\circ|\^\{\\circ\}|\\circ|\\Omega|\\?[$€£¥₹¢]|[\u4e00-\u9fff]+"
+_IN_PROSE = re.compile(rf"(?<![A-Za-z0-9_.,^{{}}\\]){_NUMBER}(?P<unit>\s*(?:\\?%|percent\b|pct\b))?")
+_UNIT = rf"[A-Za-zµμΩ\u4e00-\u9fff]+\.?(?:{_POWER})?(?:(?:[/ *]|\\cdot )[A-Za-z]+\.?(?:{_POWER})?){{0,3}}"
+_SYMBOL = r"\\?%|\^\\circ(?: [CF])?|\\circ|\\Omega|\\?[$€£¥₹¢]|[\u4e00-\u9fff]+"
 _ALONE = re.compile(rf"{_NUMBER}(?P<space>\s*)(?P<unit>{_SYMBOL}|{_UNIT})?")
 
 _TIMES = {"thousand": 10**3, "k": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _UNITS = {
     alias: aliases.split()[0]
     for aliases in (
-        *("% \\% percent pct percentage", "deg ° ^\\circ ^{\\circ} \\circ degree", "mm millimeter millimetre"),
+        *("% \\% percent pct percentage", "deg ^\\circ \\circ degree", "mm millimeter millimetre"),
         *("cm centimeter centimetre", "m meter metre", "km kilometer kilometre", "in inch inches", "ft foot feet"),
         *("mg milligram", "g gram", "kg kilogram", "ml mL milliliter millilitre", "l L liter litre"),
         *("s sec second", "min minute", "h hr hour", "cm2", "m2", "cm3", "m3"),
@@ -46,14 +49,50 @@ _UNITS = {
     for alias in aliases.split()
 }
 
+
+def _fraction(repeating: re.Match) -> str:
+    whole, start, period = repeating.groups()
+    digits = int(f"{whole}{start}{period}") - int(f"{whole}{start}" or 0)
+    return str(Fraction(digits, 10 ** (len(start) + len(period)) - 10 ** len(start)))
+
+
+_SYMBOLS = dict(
+    pair.split()
+    for pair in (
+        r"≤ \le,≥ \ge,≠ \neq,≈ \approx,∈ \in,∪ \cup,∩ \cap,× \times,· \cdot,⋅ \cdot,± \pm,∓ \mp,∞ \infty,π \pi,"
+        r"θ \theta,α \alpha,β \beta,∅ \emptyset,÷ /,– -"
+    ).split(",")
+)
+_TRANSLATED = str.maketrans({symbol: macro + " " * macro[-1].isalpha() for symbol, macro in _SYMBOLS.items()})
+_SPELLINGS = [
+    (re.compile(r"(?<=\d)\s?(?=[¼-¾⅐-⅞])"), " "),
+    (re.compile("[¼-¾⅐-⅞]"), lambda match: unicodedata.normalize("NFKC", match[0]).replace("⁄", "/")),
+    (re.compile("[⁰¹²³⁴-⁹]+"), lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}"),
+    (re.compile(r"\^\{(\d|\\circ)\}(?![A-Za-z])"), r"^\1"),
+    (re.compile(r"°(?=[A-Za-z])"), r"^\\circ "),
+    (re.compile("°"), r"^\\circ"),
+    (_SIGN_APART, r"\1-"),
+    (_LATEX_THOUSANDS, ""),
+    (_REPEATING, _fraction),
+    # one operation, in code and in handwriting
+    (re.compile(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)|√\s*\(([^()]*)\)|√\s*(\w+)"), r"\\sqrt{\1\2\3}"),
+    (re.compile(r"!="), r"\\neq "),
+    (re.compile(r"\*\*"), "^"),
+    (re.compile(r"(?<=[\w)}])\s*\*\s*(?=[\w(\\])"), r"\\cdot "),
+    (re.compile(r"(?<=\d)\s+x\s+(?=\d)"), r"\\times "),
+    (re.compile(r"(?<![A-Za-z\\])(pi|infty)(?![A-Za-z])"), r"\\\1 "),
+    (re.compile(r"\\varnothing"), r"\\emptyset "),
+]
+
 _SMALL = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen"
 ).split()
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-_WORDS = dict(zip([*_SMALL, *_TENS], [*range(20), *range(20, 100, 10)], strict=True))
+_WORDS = dict(zip([*_SMALL, *_TENS, "half"], [*range(20), *range(20, 100, 10), Fraction(1, 2)], strict=True))
 _IN_WORDS = re.compile(
-    rf"\b(?:(?:{'|'.join(_TENS)})(?: (?:{'|'.join(_SMALL[1:10])}))?|{'|'.join(_SMALL)})\b(?!\s+(?:of|half)\b)"
+    r"((?<![A-Za-z])(?:minus|negative)\s|(?<!\w)-\s?)?\b("
+    rf"(?:{'|'.join(_TENS)})(?:[ -](?:{'|'.join(_SMALL[1:10])}))?|{'|'.join(_SMALL)}|half)\b(?!\s+(?:of|half)\b)"
 )
 
 
@@ -108,7 +147,6 @@ def parse_number(text: str) -> Number | None:
     if (match := _ALONE.fullmatch(text)) is None:
         return None
     unit = re.sub(r"(?<=[A-Za-z])\^\{?(\d)\}?", r"\1", match["unit"] or "").rstrip(".")
-    unit = unit.replace("²", "2").replace("³", "3")
     name = _UNITS.get(unit) or _UNITS.get(unit.removesuffix("s"), "")
     # "2x" and "3 i" are expressions; a unit is known, a symbol, or a word or a capital after a space.
     word = match["space"] and (len(unit) > 1 or unit.isupper())
@@ -120,7 +158,7 @@ def parse_number(text: str) -> Number | None:
 
 def find_numbers(text: str) -> list[Number]:
     """Every number in prose, in order; digits inside words (H2O), exponents and subscripts are none."""
-    return [Number(value, bool(match["percent"])) for match, value in _found(western(spelled(text)))]
+    return list(_found(western(spelled(text))).values())
 
 
 def find_number(text: str, last: bool) -> Number | None:
@@ -132,34 +170,37 @@ def find_number(text: str, last: bool) -> Number | None:
     """
     text = western(spelled(text))
     text = re.sub(r"[\[({][^\[\](){}]*,[^\[\](){}]*[\])}]", lambda match: " " * len(match[0]), text)
-    found = dict(_found(text))
-    if not found:
+    if not (found := _found(text)):
         return _number_in_words(text)
     match, alone = stated(text, list(found), last)
-    return Number(found[match], bool(match["percent"])) if match and alone else None
+    return found[match] if match and alone else None
+
+
+def _found(text: str) -> dict[re.Match, Number]:
+    values = {match: _value(match) for match in _IN_PROSE.finditer(text)}
+    return {match: Number(value, bool(match["unit"])) for match, value in values.items() if value is not None}
 
 
 def _number_in_words(text: str) -> Number | None:
-    """The only number that a text writes in words, up to ninety-nine; "one" counts only where it stands alone."""
-    text = text.lower().replace("-", " ")
+    """The only number that a text writes in words, up to ninety-nine; "one" and "half" count where they stand alone."""
+    text = re.sub(r"\b(?:one|a)[ -](?=half\b)", "", text.lower())
     if re.search(r"\d|hundred|thousand|million", text) or len(text) > _MAX_CHARACTERS:
         return None
-    found = {sum(_WORDS[word] for word in words.split()) for words in _IN_WORDS.findall(text)}
-    found -= set() if re.fullmatch(r"\W*\w+\W*", text) else {1}
+    found = {
+        sum(_WORDS[word] for word in re.split("[ -]", words)) * (-1 if sign else 1)
+        for sign, words in _IN_WORDS.findall(text)
+    }
+    if not re.fullmatch(r"\W*(?:(?:minus|negative)\s)?\w+\W*", text):
+        found -= {1, Fraction(1, 2)}
     return Number(Fraction(found.pop())) if len(found) == 1 else None
 
 
 def spelled(text: str) -> str:
-    """Plain characters; LaTeX's thousands separators left out, its repeating decimals and "½" as fractions."""
-    text = re.sub(r"(?<=\d)\s?(?=[¼-¾⅐-⅞])", " ", plain(text))
-    text = re.sub("[¼-¾⅐-⅞]", lambda match: unicodedata.normalize("NFKC", match[0]).replace("⁄", "/"), text)
-    return _REPEATING.sub(_fraction, _LATEX_THOUSANDS.sub("", text))
-
-
-def _fraction(repeating: re.Match) -> str:
-    whole, start, period = repeating.groups()
-    digits = int(f"{whole}{start}{period}") - int(f"{whole}{start}" or 0)
-    return str(Fraction(digits, 10 ** (len(start) + len(period)) - 10 ** len(start)))
+    """One spelling of mathematics: LaTeX for symbols and powers, thousands and signs not set apart, "½" as 1/2."""
+    text = plain(text).translate(_TRANSLATED)
+    for pattern, spelling in _SPELLINGS:
+        text = pattern.sub(spelling, text)
+    return text
 
 
 def western(text: str) -> str:
@@ -168,16 +209,17 @@ def western(text: str) -> str:
     return _DECIMAL_COMMA.sub(r"\1\2.", text)
 
 
-def _found(text: str) -> list[tuple[re.Match, Fraction]]:
-    values = ((match, _value(match)) for match in _IN_PROSE.finditer(text))
-    return [(match, value) for match, value in values if value is not None]
-
-
 def _value(match: re.Match) -> Fraction | None:
     if len(match["body"]) > _MAX_CHARACTERS:
         return None
+    base, _, power = match["body"].partition("^")
+    times, _, zeros = (match["times"] or "").partition("^")
     try:
-        value = sum(Fraction(part) for part in re.sub(r"\s*/\s*", "/", match["body"]).split())
+        value = sum(Fraction(part) for part in re.sub(r"\s*/\s*", "/", base).split()) ** int(power.strip("{}") or 1)
     except (ValueError, ZeroDivisionError):
         return None
-    return (-value if match["sign"] else value) * _TIMES.get((match["times"] or "").strip(), 1)
+    return (
+        (-value if match["sign"] else value)
+        * _TIMES.get(times.strip(), 1)
+        * Fraction(10) ** int(zeros.strip("{}") or 0)
+    )

@@ -66,9 +66,9 @@ def judge(
         return Verdict("unparsed", "no_answer", "")
     tolerance = Tolerance(_decimals(precision), _share(relative_tolerance))
     rule, compare = _comparison(unbox(truth), options_of(choices, question), kind, tolerance, question)
-    decided = [(candidate, outcome) for candidate in found if (outcome := compare(candidate)) is not None]
+    decided = ((candidate, outcome) for candidate in found if (outcome := compare(candidate)) is not None)
     if rule == "text":  # "The answer is 42" may be all of the truth, or 42 may: any part that equals it will do
-        decided.sort(key=lambda pair: not pair[1][0])
+        decided = sorted(decided, key=lambda pair: not pair[1][0])
     for candidate, (right, answer) in decided:
         return Verdict("correct" if right else "wrong", f"{rule}:{candidate.rule}", _clip(answer))
     return Verdict("unparsed", rule, _clip(found[0].text))
@@ -141,7 +141,8 @@ def _same_item(answer: str | Number, expected: str, tolerance: Tolerance) -> boo
     return a.matches(b, tolerance) if a and b else normalize_text(str(answer)) == normalize_text(expected)
 
 
-_ASSIGNED = re.compile(r"[$\s]*(?:so\s+)?\\?[A-Za-z∠][\w\\{}()'∠ ]{0,20}[=≈]\s*([^=]+)")
+_ASSIGNED = re.compile(r"[$\s]*(?:so\s+)?(?:\\?[A-Za-z∠][\w\\{}()'∠ ]{0,20})?[=≈]\s*([^=]+)")
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}|\\[dt]?frac\s*(\d)(\d)")
 
 
 def _compare_number(candidate: Candidate, truth: Number, shown: str, tolerance: Tolerance):
@@ -150,6 +151,8 @@ def _compare_number(candidate: Candidate, truth: Number, shown: str, tolerance: 
     answer = parse_number(text) or (parse_number(assigned[1]) if assigned else None)
     if answer is None and re.fullmatch(r"[-+−]?\d+,\d+\.?", text):
         answer = parse_number(text.replace(",", "."))  # where one number is asked for: a decimal comma
+    if is_prose(text) and not re.search(r"(?<!\\)\$|\\[(\[]", text):
+        text = _FRACTION.sub(r"\1\3/\2\4", text)  # math-verify would not see the sign before it
     if answer is None and (LATEX.search(text) or not is_prose(text)):
         value = shown if truth.percent or truth.unit else str(truth.value)
         if (right := equal(value, text, tolerance)) is not None:

@@ -5,7 +5,6 @@ Reads `llm_judge` of results.json, as verdicts.ask_llm leaves it. Nothing is sho
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,11 +13,10 @@ import pandas as pd
 from dmlr.show.page import table
 from dmlr.stats.metrics import wilson
 
-Results = Mapping[tuple[str, str], Mapping[str, Any]]
 _WORDS = {"correct": "correct", "wrong": "wrong", "unparsed": "no answer", "judge_failed": "call failed"}
 
 
-def llm_report(results: Results) -> str:
+def llm_report(results: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
     """The section for the results of a run, by (dataset, method); "" when no LLM judged."""
     used = [
         {"dataset": dataset, "method": method, **result["llm_judge"]}
@@ -36,14 +34,9 @@ def llm_report(results: Results) -> str:
     if failures:
         caption = "Why calls failed: first message of each kind. A failed call is no verdict."
         parts.append(table(pd.DataFrame(failures), caption))
-    counts: Counter[tuple[str, str]] = Counter()
-    for asked in used:
-        counts.update({(rules, llm): n for rules, row in asked["agreement"].items() for llm, n in row.items()})
-    rows = [
-        {"rules": _WORDS[rules]} | {f"LLM: {word}": counts[rules, llm] for llm, word in _WORDS.items()}
-        for rules in ("correct", "wrong", "unparsed")
-    ]
-    parts += ["<h3>Rules against LLM</h3>", f"<p>{agreement_in_words(counts)}</p>", table(pd.DataFrame(rows))]
+    counts = sum(pd.DataFrame(asked["agreement"]).T for asked in used)
+    shown = counts.rename(index=_WORDS, columns=lambda llm: f"LLM: {_WORDS[llm]}").rename_axis("rules").reset_index()
+    parts += ["<h3>Rules against LLM</h3>", f"<p>{agreement_in_words(counts)}</p>", table(shown)]
     return "\n".join(parts)
 
 
@@ -58,17 +51,20 @@ def costs(used: list[dict[str, Any]]) -> pd.DataFrame:
     return frame[[*first, "prompt tokens", "completion tokens", "cost"]]
 
 
-def agreement_in_words(counts: Mapping[tuple[str, str], int]) -> str:
-    """A sentence: how often both said the same, where both were asked; else what the LLM made of the undecided."""
-    both = {pair: n for pair, n in counts.items() if pair[1] != "judge_failed"}
-    total = sum(both.values())
+def agreement_in_words(counts: pd.DataFrame) -> str:
+    """A sentence: how often both said the same, where both were asked; else what the LLM made of the undecided.
+
+    `counts` of answers: a row for each status by the rules, a column for each by the LLM.
+    """
+    both = counts.drop(columns="judge_failed")
+    total = int(both.to_numpy().sum())
     if not total:
         return "No answer has a verdict of both."
-    if any(n for (rules, _), n in both.items() if rules != "unparsed"):
-        same = wilson(sum(n for (rules, llm), n in both.items() if rules == llm), total)
+    if both.drop(index="unparsed").to_numpy().any():
+        same = wilson(sum(int(both.loc[status, status]) for status in both.index), total)
         return f"Rules and LLM give the same verdict on {same.correct} of {total} answers: {same}."
-    right, wrong = both.get(("unparsed", "correct"), 0), both.get(("unparsed", "wrong"), 0)
+    right, wrong, none = both.loc["unparsed", ["correct", "wrong", "unparsed"]]
     return (
         f"Only what the rules could not decide was asked: the LLM found {right} of {total} answers correct, "
-        f"{wrong} wrong, and no answer in {total - right - wrong}."
+        f"{wrong} wrong, and no answer in {none}."
     )
