@@ -22,6 +22,7 @@ def ablations(tmp_path_factory):
     given = {
         "dataset": "data/shapes/visual.json",
         "end_data_idx": 4,
+        "reward_iterations": "0,2",
         "output_dir": str(folder / "runs"),
     }
     return folder, given, notebooks.run(ABLATIONS, given, folder / "out.ipynb")
@@ -42,6 +43,7 @@ def test_ablations_have_a_row_for_every_setting(ablations):
         "think tokens L": 5,
         "reward, read at": 6,
         "update and acceptance": 6,
+        "reward": 5,
     }
     for axis, count in axes.items():
         assert len(shown[axis].find_all("tr")) == 1 + count, axis
@@ -50,7 +52,7 @@ def test_ablations_have_a_row_for_every_setting(ablations):
         result = runs[f"max_num_steps={label}"]
         assert accuracy == f"{result['accuracy']:.1%}" and result["total"] == 4
         assert len(result["entries"][0]["rewards"] or []) == int(label)
-    assert len(soup.find_all("img")) == 8 and all(image["alt"] for image in soup.find_all("img"))
+    assert len(soup.find_all("img")) == 9 and all(image["alt"] for image in soup.find_all("img"))
     assert external_requests(page) == []
 
 
@@ -79,5 +81,9 @@ def test_efficiency_shows_what_was_measured(tmp_path):
         result = read_results(tmp_path / f"samples/num_samples={count}/visual/dmlr")
         mean = sum(entry["best_reward"] for entry in result["entries"]) / 4
         assert f"{mean:.4f}" in text and result["config"]["num_samples"] == count
+    for method in ("vanilla", "ulr", "dmlr"):
+        spent = read_results(tmp_path / f"samples/methods/visual/{method}")["efficiency"]
+        whole = sum(spent[f"{phase}_seconds"] for phase in ("prefill", "optimise", "decode")) / 4
+        assert f"{1e3 * whole:.1f}" in text
     assert "no run under none yet" in text
     assert external_requests(page) == []
