@@ -140,7 +140,8 @@ def test_a_hostile_answer_is_text_in_a_report(tmp_path):
     report = notebooks.run(benchmark, {**given, "verify_only": True}, tmp_path / "report.ipynb")
     with opened(viewport={"width": 390, "height": 900}) as page:
         page.goto(report.as_uri(), wait_until="networkidle")
-        assert page.locator("body").text_content().count(ATTACK) > 10
+        cards = [card.text_content() for card in page.locator("article.dmlr-card").all()]
+        assert [text.count(ATTACK) for text in cards] == [5, 0, 5]  # question, two answers with two each; an error
         assert page.evaluate("() => window.hacked") is None
         assert page.left == []
         described = page.evaluate("() => [...document.images].map(image => image.alt.trim())")

@@ -352,6 +352,7 @@ def test_ones_own_image_and_question(explorer, tmp_path):
     assert explorer.walk.question.images[0].size == (90, 60)
     assert explorer.walk.question.text == f"What is there? {ATTACK}"
     assert "<script" not in explorer.status.value
+    assert not {"✓", "✗"} & set(explorer.answers.value)  # nobody said what is right
     explorer.example.value = 1
     shown = explorer.walk.question.images
     explorer.question.value = "What else is there?"

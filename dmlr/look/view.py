@@ -157,5 +157,6 @@ def next_tokens_html(next_tokens: NextTokens, token: int | None = None) -> str:
         columns[f"think token {t + 1}", "p"] = [p for _, p in next_tokens[t]]
     table = pd.DataFrame(columns).style.hide(axis="index").hide(axis="columns", level=1)
     for t in shown:
-        table.bar(subset=[(f"think token {t + 1}", "p")], color=token_colour(t), vmin=0, vmax=1)
+        shade = f"{token_colour(t)}80"  # half transparent: the number stands on it
+        table.bar(subset=[(f"think token {t + 1}", "p")], color=shade, vmin=0, vmax=1)
     return table.format(precision=3, escape="html").to_html()

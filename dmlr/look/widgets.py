@@ -96,8 +96,8 @@ class Explorer:
         self.freeze.options = [(f"think token {t + 1}", t) for t in tokens]
         self.seed.value = walk.config.seed
         self.outcomes.value = ""
-        self.say(walk.example.question + (f" — truth: {walk.example.solution}" if walk.example.solution else ""))
         self.draw()
+        self.say(walk.example.question + (f" — truth: {walk.example.solution}" if walk.example.solution else ""))
 
     def draw(self) -> None:
         """The moment of the slider."""
