@@ -217,14 +217,11 @@ def test_check_finds_twins(write):
 def test_check_opens_images_and_looks_at_solutions_of_rows_without_them(write, tmp_path):
     (tmp_path / "text.png").write_text("not an image")
     rows = [row(), row(idx=1, image_path="text.png"), row(idx=2, image_path="none.png", prompt=OPTIONS, solution="D")]
-    problems = check_dataset(write(rows))
-    assert [(p.row, p.kind, p.fatal) for p in problems] == [
+    assert [(p.row, p.kind, p.fatal) for p in check_dataset(write(rows))] == [
         (1, "image_unreadable", True),
         (2, "image_missing", True),
         (2, "letter_not_an_option", False),
     ]
-    text = report(problems)
-    assert text.index("image_unreadable") < text.index("letter_not_an_option") and "row 2" in text
 
 
 def test_a_first_option_that_is_never_right_is_suspicious(write):
@@ -279,78 +276,71 @@ def saved(tmp_path, image, name="image.png", **options):
     return tmp_path / name
 
 
-def pixel(image, at=(0, 0)):
-    assert image.mode == "RGB"
-    return image.getpixel(at)
+PALETTE = Image.new("P", (2, 2), 1)
+PALETTE.putpalette([0, 0, 0, 0, 0, 255])
+EXIF = Image.Exif()
+EXIF[0x0112] = 6  # turned by 90 degrees
 
 
-def test_transparency_lies_on_white(tmp_path):
-    assert pixel(open_image(saved(tmp_path, Image.new("RGBA", (2, 2), (255, 0, 0, 0))))) == (255, 255, 255)
-    assert pixel(open_image(saved(tmp_path, Image.new("LA", (2, 2), (0, 255))))) == (0, 0, 0)
-    palette = Image.new("P", (2, 2), 1)
-    palette.putpalette([0, 0, 0, 0, 0, 255])
-    assert pixel(open_image(saved(tmp_path, palette))) == (0, 0, 255)
-    assert pixel(open_image(saved(tmp_path, palette, transparency=1))) == (255, 255, 255)
-
-
-def test_sixteen_bit_greyscale_is_scaled_and_not_clipped(tmp_path):
-    grey = Image.fromarray(np.array([[0, 32768, 65535]], dtype=np.uint16))
-    assert [pixel(open_image(saved(tmp_path, grey)), (x, 0))[0] for x in range(3)] == [0, 128, 255]
-    floats = Image.fromarray(np.array([[0, 0.5, 1]], dtype=np.float32))
-    assert [pixel(open_image(saved(tmp_path, floats, "f.tiff")), (x, 0))[0] for x in range(3)] == [0, 128, 255]
-
-
-def test_orientation_and_other_colour_spaces(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    assert open_image(saved(tmp_path, Image.new("RGB", (8, 4)), "e.jpg", exif=exif)).size == (4, 8)
-    assert open_image(saved(tmp_path, Image.new("CMYK", (8, 4)), "c.jpg")).mode == "RGB"
-    assert open_image(saved(tmp_path, Image.new("1", (8, 4), 1))).getpixel((0, 0)) == (255, 255, 255)
+@pytest.mark.parametrize(
+    ("image", "name", "options", "size", "pixels"),
+    [
+        (Image.new("RGBA", (2, 2), (255, 0, 0, 0)), "a.png", {}, (2, 2), {255}),  # on white
+        (Image.new("LA", (2, 2), (0, 255)), "a.png", {}, (2, 2), {0}),
+        (PALETTE, "a.png", {}, (2, 2), {0, 255}),
+        (PALETTE, "a.png", {"transparency": 1}, (2, 2), {255}),
+        (Image.fromarray(np.array([[0, 32768, 65535]], dtype=np.uint16)), "a.png", {}, (3, 1), {0, 128, 255}),
+        (Image.fromarray(np.array([[0, 0.5, 1]], dtype=np.float32)), "a.tiff", {}, (3, 1), {0, 128, 255}),
+        (Image.new("RGB", (8, 4), "white"), "a.jpg", {"exif": EXIF}, (4, 8), {255}),
+        (Image.new("CMYK", (8, 4)), "a.jpg", {}, (8, 4), {255}),
+        (Image.new("1", (8, 4), 1), "a.png", {}, (8, 4), {255}),
+    ],
+)
+def test_whatever_an_image_is_like_becomes_rgb(tmp_path, image, name, options, size, pixels):
+    opened = open_image(saved(tmp_path, image, name, **options))
+    assert (opened.mode, opened.size) == ("RGB", size) and set(np.unique(opened).tolist()) == pixels
 
 
 def test_every_kind_of_source(tmp_path):
     path = saved(tmp_path, Image.new("RGB", (3, 2), "lime"), "a b.png")
     data = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
     for source in (path, str(path), path.as_uri(), data, Image.open(path)):
-        assert pixel(open_image(source)) == (0, 255, 0)
+        assert open_image(source).getpixel((0, 0)) == (0, 255, 0)
 
 
-def test_what_is_no_image_is_a_clear_error(tmp_path, monkeypatch):
-    good = saved(tmp_path, Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)))
-    (tmp_path / "cut.png").write_bytes(good.read_bytes()[:2000])
-    (tmp_path / "text.png").write_text("hello")
-    (tmp_path / "empty.png").write_bytes(b"")
-    saved(tmp_path, Image.new("L", (8000, 10)), "wide.png")
-    for source, reason in [
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
         ("cut.png", "(?i)truncated"),
         ("text.png", "not an image"),
         ("empty.png", "empty"),
         ("none.png", "No such file"),
+        ("", "directory"),
         ("wide.png", "8000 x 10.*differ by more than 200"),
-    ]:
-        with pytest.raises(ImageError, match=reason) as error:
-            open_image(tmp_path / source)
-        assert source in str(error.value)
-    with pytest.raises(ImageError, match="directory"):
-        open_image(tmp_path)
+        ("nan.tiff", "no number"),
+        ("sum.png", "checksum"),
+        ("large.png", "bomb"),
+    ],
+)
+def test_what_is_no_image_is_a_clear_error(tmp_path, monkeypatch, source, reason):
+    good = saved(tmp_path, Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)))
+    content = bytearray(good.read_bytes())
+    content[-14] ^= 1  # of the checksum of the last chunk of pixels; without it, other pixels pass
+    made = {"cut.png": content[:2000], "text.png": b"hello", "empty.png": b"", "sum.png": content}
+    if source in made:
+        (tmp_path / source).write_bytes(made[source])
+    saved(tmp_path, Image.new("L", (8000, 10)), "wide.png")
+    saved(tmp_path, Image.fromarray(np.array([[0, np.nan, 1]], dtype=np.float32)), "nan.tiff")
+    saved(tmp_path, Image.new("L", (500, 400)), "large.png")
+    monkeypatch.setattr(images, "MAX_IMAGE_PIXELS", 100_000)
+    with pytest.raises(ImageError, match=reason) as error:
+        open_image(tmp_path / source)
+    assert source in str(error.value)
+
+
+def test_a_text_that_is_no_base64_is_an_error():
     with pytest.raises(ImageError, match="base64"):
         open_image("data:image/png;base64,&&&")
-    monkeypatch.setattr(images, "MAX_IMAGE_PIXELS", 64 * 64 - 1)
-    with pytest.raises(ImageError, match="bomb"):
-        open_image(good)
-
-
-def test_a_damaged_png_and_pixels_that_are_no_number_are_found(tmp_path, write):
-    image = saved(tmp_path, Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)))
-    content = bytearray(image.read_bytes())
-    content[-14] ^= 1  # of the checksum of the last chunk of pixels; without it, other pixels pass
-    (tmp_path / "a b.png").write_bytes(content)
-    with pytest.raises(ImageError, match="a b.png: .*checksum"):
-        open_image(tmp_path / "a b.png")
-    nan = saved(tmp_path, Image.fromarray(np.array([[0, np.nan, 1]], dtype=np.float32)), "nan.tiff")
-    with pytest.raises(ImageError, match="nan.tiff: .*no number"):
-        open_image(nan)
-    assert kinds(check_dataset(write([row(image_path="nan.tiff")]))) == ["image_unreadable"]
 
 
 def test_a_password_in_a_url_is_not_shown():
@@ -390,23 +380,16 @@ def server():
 
 
 def test_an_image_comes_from_a_server_within_a_time_or_not_at_all(server, monkeypatch):
-    assert pixel(open_image(f"{server}/good.png")) == (0, 255, 0)
-    with pytest.raises(ImageError, match="404"):
-        open_image(f"{server}/none.png")
+    assert open_image(f"{server}/good.png").getpixel((0, 0)) == (0, 255, 0)
+    for url, reason in ((f"{server}/none.png", "404"), ("http://127.0.0.1:9/good.png", "cannot be fetched")):
+        with pytest.raises(ImageError, match=reason):
+            open_image(url)
     monkeypatch.setattr(images, "_DOWNLOAD_SECONDS", 0.2)
     for dripping in ("body", "head"):
         start = time.monotonic()
         with pytest.raises(ImageError, match="not fetched within 0.2 seconds"):
             open_image(f"{server}/{dripping}.png")
         assert time.monotonic() - start < 1.5
-
-
-def test_a_large_file_is_fetched_up_to_the_limit(server, monkeypatch):
     monkeypatch.setattr(images, "MAX_DOWNLOAD", 50)
     with pytest.raises(ImageError, match="larger than"):
         open_image(f"{server}/good.png")
-
-
-def test_a_server_that_is_not_there_is_an_error():
-    with pytest.raises(ImageError, match="cannot be fetched"):
-        open_image("http://127.0.0.1:9/good.png")

@@ -28,46 +28,47 @@ def check_dataset(path: str | Path) -> list[Problem]:
 
 def check_rows(rows: list[tuple[Example | None, Notes]]) -> list[Problem]:
     """`check_dataset` of rows as `read_rows` gives them."""
-    problems: list[Problem] = []
     first: dict[tuple, Example] = {}
     for example, notes in rows:
         if example is not None:
             _check_images(example, notes)
             _check_solution(example, notes)
             _check_twin(example, first.setdefault((example.question, example.images), example), notes)
-        problems += sorted(notes.problems, key=lambda problem: not problem.fatal)
-    return _check_whole([example for example, _ in rows if example], problems) + problems
+    problems = [one for _, notes in rows for one in sorted(notes.problems, key=lambda problem: not problem.fatal)]
+    return _of_file([example for example, _ in rows if example], problems) + problems
 
 
-def _check_whole(examples: list[Example], problems: list[Problem]) -> list[Problem]:
+def _of_file(examples: list[Example], problems: list[Problem]) -> list[Problem]:
     """What shows in no row alone: no image is there at all, the first option is never right."""
-    of_file = []
+    found = []
     lost = [problem for problem in problems if problem.kind == "image_missing"]
     if len(lost) > 1 and len(lost) == sum(len(example.images) for example in examples):
         message = f"none of the {len(lost)} images is there: put them where the paths lead, or start in their folder"
-        of_file.append(Problem(None, None, "images_elsewhere", message))
-    chosen = [_chosen(example, options) for example in examples if (options := _options(example))]
+        found.append(Problem(None, None, "images_elsewhere", message))
+    chosen = [_chosen(unbox(example.solution), options) for example in examples if (options := _options(example))]
     right, empty = len(chosen) - chosen.count(None) - chosen.count("?"), chosen.count(None)
     if right >= MANY and "A" not in chosen:
         message = f"none of {right} solutions is the first option"
         message += f", and {empty} are empty: was answer index 0 taken for none?" if empty else ""
-        of_file.append(Problem(None, None, "first_option_never", message))
-    return of_file
-
-
-def _chosen(example: Example, options: dict[str, str]) -> str | None:
-    """Letter of the option that the solution names; "?" when it names none, None when there is no solution."""
-    answer = unbox(example.solution)
-    if not answer:
-        return None
-    part, same = split_choice(answer), normalize_text(answer)
-    letter = part[0] if part else answer.upper()
-    by_text = [letter for letter, text in options.items() if normalize_text(text) == same]
-    return by_text[0] if by_text else letter if letter in options else "?"
+        found.append(Problem(None, None, "first_option_never", message))
+    return found
 
 
 def _options(example: Example) -> dict[str, str]:
     return options_of(example.meta.get("choices"), example.question)
+
+
+def _letter(answer: str) -> str | None:
+    """The letter that an answer names: "b", "(b)", "B. dog"; None for any other text."""
+    part = split_choice(answer)
+    return part[0] if part else answer.upper() if len(answer) == 1 and answer.isalpha() else None
+
+
+def _chosen(answer: str, options: dict[str, str]) -> str | None:
+    """Letter of the option that an answer is, by its text or its letter; "?" of no option, None without an answer."""
+    same = [letter for letter, text in options.items() if normalize_text(text) == normalize_text(answer)]
+    named = _letter(answer)
+    return None if not answer else same[0] if same else named if named in options else "?"
 
 
 def _check_twin(example: Example, twin: Example, notes: Notes) -> None:
@@ -90,47 +91,35 @@ def _check_images(example: Example, notes: Notes) -> None:
 
 
 def _check_solution(example: Example, notes: Notes) -> None:
-    answer = unbox(example.solution)
+    answer, options = unbox(example.solution), _options(example)
     if not answer:
         if example.solution.strip():
             notes.add("solution_unparsable", f"nothing in the solution {shorten(example.solution)!r} is an answer")
         return
     if answer.count("{") != answer.count("}"):
         notes.add("solution_unparsable", f"braces do not match in the solution {shorten(answer)!r}")
-    if not (options := _options(example)):
+    if not options:
         return
     texts = {letter: normalize_text(text) for letter, text in options.items()}
     doubled = [text for text in options.values() if list(texts.values()).count(normalize_text(text)) > 1]
     if doubled and len(set(doubled)) == len(doubled):
-        shown = " and ".join(map(repr, map(shorten, doubled)))
-        notes.add("options_alike", f"options that differ in case or punctuation alone: {shown}")
+        alike = " and ".join(map(repr, map(shorten, doubled)))
+        notes.add("options_alike", f"options that differ in case or punctuation alone: {alike}")
     elif doubled:
         notes.add("options_doubled", f"options with the same text: {shorten(doubled[0])!r}")
-    if any(not text for text in texts.values()):
+    if not all(texts.values()):
         notes.add("options_empty", "an option has no text")
-    _check_choice(answer, options, texts, notes)
 
-
-def _check_choice(answer: str, options: dict[str, str], texts: dict[str, str], notes: Notes) -> None:
-    part, whole = split_choice(answer), normalize_text(answer) in texts.values()
-    shown = shorten(answer)
-    by_accident = re.match(r"([A-H])[.):]?\s", answer)
+    part, letter, whole = split_choice(answer), _letter(answer), normalize_text(answer) in texts.values()
+    by_accident, shown = re.match(r"([A-H])[.):]?\s", answer), f"the solution {shorten(answer)!r}"
     if whole and by_accident and texts.get(by_accident[1]) != normalize_text(answer):
-        notes.add(
-            "option_like_letter", f"the solution {shown!r} is an option's text that begins like a letter by accident"
-        )
-    elif part and part[0] not in options:
-        notes.add(
-            "letter_not_an_option", f"the solution {shown!r} names a letter that is not among {', '.join(options)}"
-        )
-    elif part and part[1] and normalize_text(part[1]) != texts[part[0]]:
-        notes.add(
-            "option_text_differs", f"option {part[0]} reads {shorten(options[part[0]])!r}, the solution {shown!r}"
-        )
-    elif not part and len(answer) == 1 and answer.isalpha() and not whole and answer.upper() not in options:
-        notes.add("letter_not_an_option", f"the solution {shown!r} is not among {', '.join(options)}")
-    elif not part and not whole and not (len(answer) == 1 and answer.upper() in options):
-        notes.add("solution_not_an_option", f"the solution {shown!r} is neither a letter nor the text of an option")
+        notes.add("option_like_letter", f"{shown} is an option's text that begins like a letter by accident")
+    elif letter and letter not in options and (part or not whole):
+        notes.add("letter_not_an_option", f"{shown} names a letter that is not among {', '.join(options)}")
+    elif part and part[1] and normalize_text(part[1]) != texts[letter]:
+        notes.add("option_text_differs", f"option {letter} reads {shorten(options[letter])!r}, {shown}")
+    elif not letter and not whole:
+        notes.add("solution_not_an_option", f"{shown} is neither a letter nor the text of an option")
 
 
 def report(problems: list[Problem], examples_each: int = 3) -> str:

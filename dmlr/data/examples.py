@@ -75,37 +75,11 @@ def load_dataset(path: str | Path) -> tuple[list[Example], list[Problem]]:
     return [example for example, notes in rows if example and not notes.fatal], problems
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[Example | None, Notes]]:
-    """Each row with its problems, as an Example also when it is unusable for the lack of its image alone.
-
-    Raises DatasetError as load_dataset does.
-    """
-    path, rows = _read(path)
-    has_images = any(isinstance(row, dict) and row.get("image_path") for row in rows)
-    seen: dict[str, int] = {}
-    for number, row in enumerate(rows):
-        notes = Notes(number)
-        if not isinstance(row, dict):
-            notes.add("not_an_object", f"expected an object with prompt and solution, found {type(row).__name__}", True)
-            yield None, notes
-            continue
-        if isinstance(row, _KeysTwice):
-            notes.add("key_doubled", "a key is there twice: its last value counts")
-        row = _whole_characters(row, notes)
-        idx = _checked_idx(row, seen, notes)
-        question = _checked_prompt(row, notes)
-        solution = _checked_solution(row, notes)
-        usable = not notes.fatal
-        images = _checked_images(row, path.parent, has_images, notes)
-        meta = {k: v for k, v in row.items() if k not in ("prompt", "solution", "image_path", "idx")}
-        yield (Example(number, idx, question, solution, images, meta) if usable else None), notes
-
-
 class Notes:
     """Collects the problems of one row."""
 
-    def __init__(self, row: int, idx: int | str | None = None) -> None:
-        self.row, self.idx, self.problems = row, idx, []
+    def __init__(self, row: int) -> None:
+        self.row, self.idx, self.problems = row, None, []
 
     def add(self, kind: str, message: str, fatal: bool = False) -> None:
         self.problems.append(Problem(self.row, self.idx, kind, message, fatal))
@@ -115,24 +89,44 @@ class Notes:
         return any(problem.fatal for problem in self.problems)
 
 
-def _read(path: str | Path) -> tuple[Path, list]:
+def read_rows(path: str | Path) -> Iterator[tuple[Example | None, Notes]]:
+    """Each row with its problems, as an Example also when it is unusable for the lack of its image alone.
+
+    Raises DatasetError as load_dataset does.
+    """
     path = Path(locate(str(path)))
+    rows = _read(path)
+    has_images = any(isinstance(row, dict) and row.get("image_path") for row in rows)
+    seen: dict[str, int] = {}
+    for number, row in enumerate(rows):
+        notes, example = Notes(number), None
+        if isinstance(row, dict):
+            row = _whole_characters(row, notes)
+            parts = _idx(row, seen, notes), _prompt(row, notes), _solution(row, notes)
+            usable = not notes.fatal
+            images = _images(row, path.parent, has_images, notes)
+            meta = {k: v for k, v in row.items() if k not in ("prompt", "solution", "image_path", "idx")}
+            example = Example(number, *parts, images, meta) if usable else None
+        else:
+            notes.add("not_an_object", f"expected an object with prompt and solution, found {type(row).__name__}", True)
+        yield example, notes
+
+
+def _read(path: Path) -> list:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
         rows = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_object)
     except OSError as error:
-        raise DatasetError(f"dataset file {path}: {error.strerror or error}") from None
+        reason = error.strerror or str(error)
     except UnicodeDecodeError as error:
-        raise DatasetError(f"dataset file {path}: not UTF-8 text (byte {error.start})") from None
-    except RecursionError:
-        raise DatasetError(f"dataset file {path}: nested too deeply to be a list of objects") from None
-    except ValueError as error:
-        raise DatasetError(f"dataset file {path}: not valid JSON: {error}") from None
-    if not isinstance(rows, list):
-        raise DatasetError(f"dataset file {path}: expected a JSON list of objects, found {type(rows).__name__}")
-    if not rows:
-        raise DatasetError(f"dataset file {path}: the list is empty")
-    return path, rows
+        reason = f"not UTF-8 text (byte {error.start})"
+    except (ValueError, RecursionError) as error:
+        reason = f"not valid JSON: {error}"
+    else:
+        if isinstance(rows, list) and rows:
+            return rows
+        reason = "the list is empty" if rows == [] else f"expected a JSON list of objects, found {type(rows).__name__}"
+    raise DatasetError(f"dataset file {path}: {reason}")
 
 
 def _refuse_constant(name: str) -> None:
@@ -155,6 +149,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict:
 
 def _whole_characters(row: dict, notes: Notes) -> dict:
     """The row in text that can be written: JSON may hold half of a character (\\ud83d), no file or page can."""
+    if isinstance(row, _KeysTwice):
+        notes.add("key_doubled", "a key is there twice: its last value counts")
     text = json.dumps(row, ensure_ascii=False)
     if not _HALF.search(text):
         return row
@@ -162,7 +158,7 @@ def _whole_characters(row: dict, notes: Notes) -> dict:
     return json.loads(text.encode("utf-8", "replace"))
 
 
-def _checked_idx(row: dict, seen: dict[str, int], notes: Notes) -> int | str:
+def _idx(row: dict, seen: dict[str, int], notes: Notes) -> int | str:
     idx = row.get("idx")
     idx = int(idx) if isinstance(idx, float) and idx.is_integer() else idx
     if idx is None:
@@ -177,14 +173,12 @@ def _checked_idx(row: dict, seen: dict[str, int], notes: Notes) -> int | str:
     return idx
 
 
-def _checked_prompt(row: dict, notes: Notes) -> str:
+def _prompt(row: dict, notes: Notes) -> str:
     prompt = row.get("prompt")
     if prompt is None:
         notes.add("prompt_missing", "no prompt", True)
-    elif not isinstance(prompt, str):
-        notes.add("prompt_empty", "the prompt is not text", True)
-    elif not prompt.strip():
-        notes.add("prompt_empty", "the prompt is empty", True)
+    elif not isinstance(prompt, str) or not prompt.strip():
+        notes.add("prompt_empty", f"the prompt is {'empty' if isinstance(prompt, str) else 'not text'}", True)
     else:
         text = _LITERAL_NEWLINE.sub("\n", prompt)
         if text != prompt:
@@ -195,34 +189,32 @@ def _checked_prompt(row: dict, notes: Notes) -> str:
     return ""
 
 
-def _checked_solution(row: dict, notes: Notes) -> str:
-    if row.get("solution") is None:
-        notes.add("solution_missing", "no solution: the row cannot be judged")
-        return ""
-    text = str(row["solution"])
+def _solution(row: dict, notes: Notes) -> str:
+    text = "" if row.get("solution") is None else str(row["solution"])
     if not text.strip():
-        notes.add("solution_empty", "the solution is empty: the row cannot be judged")
+        kind, what = ("missing", "no solution") if row.get("solution") is None else ("empty", "the solution is empty")
+        notes.add(f"solution_{kind}", f"{what}: the row cannot be judged")
         return ""
     if _CONTROL.search(text):
         notes.add("control_characters", "the solution holds control characters")
     return text
 
 
-def _checked_images(row: dict, folder: Path, has_images: bool, notes: Notes) -> tuple[str, ...]:
+def _images(row: dict, folder: Path, has_images: bool, notes: Notes) -> tuple[str, ...]:
     sources = row.get("image_path")
     if sources is None and ("image_path" in row or not has_images):
         return ()
     if sources is None or sources == "":
         notes.add("image_missing", "names no image, but other rows do (write null for a question without one)", True)
         return ()
-    images = [_checked_image(source, folder, notes) for source in (sources if isinstance(sources, list) else [sources])]
+    images = [_image(source, folder, notes) for source in (sources if isinstance(sources, list) else [sources])]
     return tuple(source for source in images if source)
 
 
-def _checked_image(source: Any, folder: Path, notes: Notes) -> str | None:
+def _image(source: Any, folder: Path, notes: Notes) -> str | None:
     if not isinstance(source, str) or not source:
         kind = type(source).__name__
-        notes.add("image_invalid", f"image_path must be text or a list of texts, found {kind or 'nothing'}", True)
+        notes.add("image_invalid", f"image_path must be text or a list of texts, found {kind}", True)
         return None
     if re.match(r"(?i)https?://|data:", source):
         return source

@@ -60,6 +60,7 @@ def open_image(source: str | Path | ImageFile | Image.Image, most: int | None = 
     MAX_ASPECT_RATIO times.
     """
     name = _name(source)
+    most = most or MAX_IMAGE_PIXELS
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the pixel limit below decides
@@ -70,7 +71,11 @@ def open_image(source: str | Path | ImageFile | Image.Image, most: int | None = 
                 if image.format == "PNG":  # whose checksums loading does not look at
                     image.verify()
                     image = Image.open(io.BytesIO(content))
-            _check_size(image, name, most or MAX_IMAGE_PIXELS)
+            shape, sides = f"{image.width} x {image.height}", sorted(image.size)
+            if sides[0] * sides[1] > most:
+                raise ImageError(f"{name}: {shape} pixels are more than {most} (decompression bomb?)")
+            if sides[1] > MAX_ASPECT_RATIO * sides[0]:
+                raise ImageError(f"{name}: {shape}: sides differ by more than {MAX_ASPECT_RATIO} times; crop or pad")
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except ImageError:
@@ -92,14 +97,6 @@ def _name(source: str | Path | ImageFile | Image.Image) -> str:
     if isinstance(source, Image.Image):
         return "image"
     return source.name if isinstance(source, ImageFile) else shorten(without_password(str(source)))
-
-
-def _check_size(image: Image.Image, name: str, most: int) -> None:
-    width, height = image.size
-    if width * height > most:
-        raise ImageError(f"{name}: {width} x {height} pixels are more than {most} (decompression bomb?)")
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise ImageError(f"{name}: {width} x {height}: sides differ by more than {MAX_ASPECT_RATIO} times; crop or pad")
 
 
 def _read(source: str, name: str) -> bytes:

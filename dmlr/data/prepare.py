@@ -20,21 +20,22 @@ import os
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from dmlr.config import check_names
 from dmlr.data.benchmarks import BENCHMARKS, Benchmark
 from dmlr.data.check import check_dataset, report
 from dmlr.data.images import MAX_DOWNLOAD, ImageFile, open_image, shorten
-from dmlr.data.manifest import ManifestFolder
-from dmlr.json_files import as_json
+from dmlr.json_files import as_json, replace_file
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the hub's library is imported, below
 
+MANIFEST = "manifest.json"
 _SAMPLE = re.compile(r".+-(\d+)-seed(-?\d+)\.json")
 _KEPT = {"PNG": ".png", "JPEG": ".jpg"}
 
@@ -49,8 +50,50 @@ class Prepared:
 
     path: Path
     rows: int
-    written: list[str] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
+    written: list[str]
+    remarks: list[str]
+
+
+class Folder:
+    """A benchmark's files. `sums`: SHA-256 by name, and `origin`: what they were made of, both as the manifest has them
+    (empty without one); `written`: names of those that were written by this object."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.written = path, []
+        try:
+            saved = json.loads((path / MANIFEST).read_bytes())
+            self.sums, self.origin = dict(saved["files"]), dict(saved["source"])
+        except (OSError, ValueError, TypeError, KeyError):  # none yet, or one that cannot be trusted
+            self.sums, self.origin = {}, {}
+
+    def damaged(self) -> list[str]:
+        """Files of the manifest that are missing or have another content, in its order."""
+        return [name for name in self.sums if not self._is_whole(name)]
+
+    def write(self, name: str, content: bytes) -> None:
+        """Make sure that a file has this content, and write it whole or not at all; one that has it is not touched.
+
+        BenchmarkError when the manifest knows the file with another content.
+        """
+        path, checksum = self.path / name, hashlib.sha256(content).hexdigest()
+        if self.sums.setdefault(name, checksum) != checksum:
+            raise BenchmarkError(
+                f"{path}: the source now gives another content than the one the folder was made from; "
+                f"give that source, or remove {self.path} to make it anew"
+            )
+        if not self._is_whole(name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, content)
+            self.written.append(name)
+
+    def finish(self) -> None:
+        """Write the manifest."""
+        content = {"source": self.origin, "files": dict(sorted(self.sums.items()))}
+        replace_file(self.path / MANIFEST, as_json(content))
+
+    def _is_whole(self, name: str) -> bool:
+        path = self.path / name
+        return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == self.sums[name]
 
 
 def prepare(
@@ -66,28 +109,31 @@ def prepare(
     A row that cannot be used is left out, and a remark says which and why. With `sample` the result is a file of at
     most that many rows, drawn by `seed`; a larger sample contains a smaller one of the same seed. Groups (MMVP's pairs,
     HallusionBench's figures) are not kept whole in it. Raises ConfigError for an unknown name, BenchmarkError when the
-    source cannot be read, ManifestError when it differs from that of the files which are there, OSError when nothing
-    can be written.
+    source cannot be read, or differs from that of the files which are there, or when another process writes them,
+    OSError when nothing can be written.
     """
     if sample is not None and sample < 1:
         raise BenchmarkError(f"sample = {sample}: a sample has at least one row")
     name = _canonical(name)
-    files = ManifestFolder(Path(out) / name)
+    files = Folder(Path(out) / name)
     wanted = f"{name}.json" if sample is None else f"{name}-{sample}-seed{seed}.json"
     damaged, remarks = files.damaged(), []
-    if damaged or wanted not in files.known:
-        with files.lock():
-            if damaged:
-                more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
-                remarks.append(f"missing or changed, made again: {', '.join(damaged[:3])}{more}")
-            samples = {file: match for file in [wanted, *damaged] if (match := _SAMPLE.fullmatch(file))}
-            if not files.known or set(damaged) - samples.keys():
-                remarks += _make(name, files, source)
-            rows = json.loads((files.folder / f"{name}.json").read_bytes())
-            for file, match in samples.items():
-                files.write(file, as_json(sample_rows(rows, int(match[1]), int(match[2]))))
-            files.finish()
-    path = files.folder / wanted
+    if damaged:
+        more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+        remarks.append(f"missing or changed, made again: {', '.join(damaged[:3])}{more}")
+    if damaged or wanted not in files.sums:
+        files.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(files.path / ".lock", timeout=0):
+                if not files.sums or not all(map(_SAMPLE.fullmatch, damaged)):
+                    remarks += _make(name, files, source)
+                rows = json.loads((files.path / f"{name}.json").read_bytes())
+                for drawn in filter(None, map(_SAMPLE.fullmatch, [wanted, *damaged])):
+                    files.write(drawn[0], as_json(sample_rows(rows, int(drawn[1]), int(drawn[2]))))
+                files.finish()
+        except Timeout:
+            raise BenchmarkError(f"{files.path}: another process is writing here; wait for it or stop it") from None
+    path = files.path / wanted
     return Prepared(path, len(json.loads(path.read_bytes())), files.written, remarks)
 
 
@@ -106,19 +152,18 @@ def _canonical(name: str) -> str:
     return key
 
 
-def _make(name: str, files: ManifestFolder, source: str | Path | None) -> list[str]:
-    """Writes rows and images; returns remarks."""
+def _make(name: str, files: Folder, source: str | Path | None) -> list[str]:
+    """Writes all rows and images; returns remarks."""
     benchmark, rows, unusable = BENCHMARKS[name], [], []
     with _one_sentence(source or benchmark.repo):
-        revision = None if source else commit(benchmark.repo, files.origin.get("revision"))
+        revision = None if source else _commit(benchmark.repo, files.origin.get("revision"))
     files.origin = files.origin or {"repo": benchmark.repo, "revision": revision}
     for number, raw in enumerate(raw_rows(benchmark, source, revision)):
         try:
             row, image = row_of(benchmark, raw, number)
-        except KeyError as error:
-            unusable.append(f"row {number}: has no column {error} (columns: {', '.join(raw)})")
-        except (ValueError, TypeError, AttributeError, IndexError) as error:
-            unusable.append(f"row {number}: {error}")
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+            reason = f"has no column {error} (columns: {', '.join(raw)})" if isinstance(error, KeyError) else error
+            unusable.append(f"row {number}: {reason}")
         else:
             if image is not None:
                 files.write(row["image_path"], image)
@@ -131,34 +176,29 @@ def _make(name: str, files: ManifestFolder, source: str | Path | None) -> list[s
         remarks.append(f"{len(unusable)} rows cannot be used and are left out: {'; '.join(unusable[:3])}")
     if benchmark.rows and count != benchmark.rows:
         remarks.append(f"{count} rows, where the benchmark has {benchmark.rows}")
-    if problems := check_dataset(files.folder / f"{name}.json"):
+    if problems := check_dataset(files.path / f"{name}.json"):
         remarks.append(f"{len(problems)} problems in the data as published:\n{report(problems)}")
     return remarks
 
 
 def row_of(benchmark: Benchmark, raw: Mapping[str, Any], number: int) -> tuple[dict[str, Any], bytes | None]:
-    """A raw row as one of the dataset file, and its image's file. KeyError for a missing column, ValueError, TypeError,
-    AttributeError or IndexError for what cannot be read."""
+    """A raw row as one of the dataset file, and its image's file: PNG or JPEG as it is, anything else as PNG.
+
+    KeyError for a missing column, ValueError, TypeError, AttributeError or IndexError for what cannot be read.
+    """
     content, path = (raw.get(benchmark.image) or {}).get("bytes"), None
     if content is None and str(raw.get("visual_input")) != "0":  # HallusionBench's word for a question without image
         raise ValueError(f"has no image in column {benchmark.image!r} (columns: {', '.join(raw)})")
     fields = benchmark.fields(raw)
     if content is not None:
-        content, suffix = image_file(content)
-        path = f"images/{number:05d}{suffix}"
+        image = open_image(ImageFile("its image", content))
+        kind = Image.open(io.BytesIO(content)).format
+        if kind not in _KEPT:
+            image.save(converted := io.BytesIO(), "PNG")
+            content = converted.getvalue()
+        path = f"images/{number:05d}{_KEPT.get(kind, '.png')}"
     first = {"prompt": fields.pop("prompt"), "solution": fields.pop("solution"), "image_path": path, "idx": number}
     return {**first, **fields}, content
-
-
-def image_file(content: bytes) -> tuple[bytes, str]:
-    """Content and suffix of an encoded image's file: as it is when it is PNG or JPEG, else PNG. ImageError."""
-    image = open_image(ImageFile("its image", content))
-    kind = Image.open(io.BytesIO(content)).format
-    if kind in _KEPT:
-        return content, _KEPT[kind]
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue(), ".png"
 
 
 # ---------------------------------------------------------------------------------------------- the hub's files
@@ -179,7 +219,7 @@ def _one_sentence(where: str | Path) -> Iterator[None]:
         ) from None
 
 
-def commit(repo: str, revision: str | None = None) -> str:
+def _commit(repo: str, revision: str | None) -> str:
     """The commit of a dataset on the hub: the newest, unless a revision is given."""
     from huggingface_hub import HfApi
 
@@ -202,10 +242,11 @@ def raw_rows(benchmark: Benchmark, source: str | Path | None, revision: str | No
         if not benchmark.splits:
             how = {"repo_type": "dataset", "revision": revision, "allow_patterns": ["*.jsonl", "*.zip"]}
             yield from _archived_rows(Path(source or snapshot_download(benchmark.repo, token=_token(), **how)))
+        where = str(Path(source).resolve()) if source else benchmark.repo  # the library cannot name "."
         for split in benchmark.splits:
             # Streaming reads the files where they lie; otherwise a second copy is made in the cache.
             how = {"split": split, "revision": revision, "token": _token(), "streaming": True}
-            yield from datasets.load_dataset(str(source or benchmark.repo), benchmark.config, **how).decode(False)
+            yield from datasets.load_dataset(where, benchmark.config, **how).decode(False)
 
 
 def _archived_rows(folder: Path) -> Iterator[dict[str, Any]]:

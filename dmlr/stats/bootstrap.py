@@ -7,6 +7,7 @@ by scipy. Knows nothing about what is measured.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,20 +49,16 @@ class Bootstrap:
 
     def mean(self, value: str, rows: Sequence[bool] | None = None) -> Estimate:
         """The mean of a column over the rows chosen (a mask; none: all); rows without a value do not count."""
-        sums = self._sums(value, rows)
-        return self._estimate(lambda total, count: total / count, sums, int(sums[1].sum()), int((sums[1] > 0).sum()))
+        return self._estimate(lambda total, count: total / count, self._sums(value, rows))
 
     def difference(self, value: str, rows: Sequence[bool], minus: Sequence[bool]) -> Estimate:
-        """Mean over `rows` minus mean over `minus`."""
-        one, two = self._sums(value, rows), self._sums(value, minus)
-        n, clusters = min(one[1].sum(), two[1].sum()), min((one[1] > 0).sum(), (two[1] > 0).sum())
-        return self._estimate(lambda a, m, b, n: a / m - b / n, [*one, *two], int(n), int(clusters))
+        """Mean over `rows` minus mean over `minus`; n and clusters are those of the smaller."""
+        return self._estimate(lambda a, m, b, n: a / m - b / n, self._sums(value, rows) + self._sums(value, minus))
 
     def by(self, value: str, keys: Sequence[str]) -> pd.DataFrame:
         """A row per combination of the columns `keys`, in order of appearance: keys, value, low, high, n, clusters."""
-        keys = list(keys)
         rows = []
-        for names, part in self.table.groupby(keys, sort=False, observed=True):
+        for names, part in self.table.groupby(list(keys), sort=False, observed=True):
             estimate = self.mean(value, self.table.index.isin(part.index))
             rows.append({**dict(zip(keys, names, strict=True)), **vars(estimate)})
         return pd.DataFrame(rows, columns=[*keys, "value", "low", "high", "n", "clusters"])
@@ -72,27 +69,24 @@ class Bootstrap:
         used = ~np.isnan(values) & (True if rows is None else np.asarray(rows, dtype=bool))
         return [np.bincount(self.cluster[used], weights, self.count).astype(float) for weights in (values[used], None)]
 
-    def _estimate(self, ratio, sums: Sequence[np.ndarray], n: int, clusters: int) -> Estimate:
+    def _estimate(self, ratio, sums: list[np.ndarray]) -> Estimate:
         """`ratio` of the summed `sums`, with its percentile interval; NaN where too few clusters tell."""
+        counts = np.array(sums[1::2])  # [1 or 2, C]
+        n, clusters = int(counts.sum(axis=1).min()), int((counts > 0).sum(axis=1).min())
         if not n:
             return Estimate(math.nan, math.nan, math.nan, n, clusters)
 
         def statistic(*parts: np.ndarray, axis: int = -1) -> np.ndarray:
-            with np.errstate(invalid="ignore", divide="ignore"):  # a resample may miss all clusters that have a value
-                return ratio(*(part.sum(axis=axis) for part in parts))
+            return ratio(*(part.sum(axis=axis) for part in parts))
 
         point = float(statistic(*sums))
         if clusters < MIN_CLUSTERS:
             return Estimate(point, math.nan, math.nan, n, clusters)
-        draws = resampled(sums, statistic, self.samples, self.seed, paired=True)
-        low, high = np.nanquantile(draws, [0.025, 0.975])
+        from scipy.stats import DegenerateDataWarning, bootstrap  # takes a second that a run need not pay
+
+        how = {"n_resamples": self.samples, "method": "percentile", "vectorized": True, "paired": True, "batch": 500}
+        with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
+            warnings.simplefilter("ignore", DegenerateDataWarning)  # a resample without any value has no mean: left out
+            result = bootstrap(tuple(sums), statistic, rng=np.random.default_rng(self.seed), **how)
+        low, high = np.nanquantile(result.bootstrap_distribution, [0.025, 0.975])
         return Estimate(point, float(low), float(high), n, clusters)
-
-
-def resampled(data: Sequence[np.ndarray], statistic, samples: int, seed: int, *, paired: bool = False) -> np.ndarray:
-    """A statistic of `samples` resamples with replacement, by scipy; `paired` arrays are resampled together."""
-    from scipy.stats import bootstrap  # takes a second that a run need not pay
-
-    options = {"n_resamples": samples, "method": "percentile", "vectorized": True, "paired": paired, "batch": 500}
-    result = bootstrap(tuple(data), statistic, rng=np.random.default_rng(seed), **options)
-    return result.bootstrap_distribution

@@ -8,7 +8,7 @@ imported where they are used: a run needs none of them.
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +16,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dmlr.stats.bootstrap import resampled
 from dmlr.stats.outcomes import is_right, tally
 
 Records = Iterable[Mapping[str, Any]]
 LEVEL = 0.95  # of every interval
-TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 PHASES = ("prefill", "optimise", "decode")  # of an example's `seconds`
 
 
@@ -110,9 +108,13 @@ def paired(a: Records, b: Records, *, seed: int = 0, samples: int = 10_000) -> P
     n, only_one = len(common), len(a) + len(b) - 2 * len(common)
     if n == 0:
         return Paired(0, *[math.nan] * 5, [], [], 1.0, only_one)
+    from scipy.stats import bootstrap
+
     difference = np.array([float(b[idx]) - a[idx] for idx in common])
-    draws = resampled([difference], np.mean, samples, seed) if n > 1 else difference
-    low, high = np.quantile(draws, TAILS)
+    low = high = difference.mean()
+    if n > 1:
+        how = {"confidence_level": LEVEL, "n_resamples": samples, "method": "percentile", "batch": 500}
+        low, high = bootstrap([difference], np.mean, rng=np.random.default_rng(seed), **how).confidence_interval
     accuracy_a, accuracy_b = (sum(run[idx] for idx in common) / n for run in (a, b))
     numbers = (accuracy_a, accuracy_b, float(difference.mean()), float(low), float(high))
     return Paired(n, *numbers, gained, lost, mcnemar_exact(len(gained), len(lost)), only_one)
@@ -142,25 +144,18 @@ def efficiency(records: Records) -> dict[str, float | int | None]:
     return phases | {name: count / spent if count and spent else None for name, (count, spent) in counts.items()}
 
 
-def group_accuracy(records: Records, key: str) -> Accuracy:
+def group_accuracy(records: Records, key: str, size: int | None = None) -> Accuracy:
     """Share of groups with every example right (MMVP's pairs by pair_id, HallusionBench's figures and questions).
 
-    Records without the key do not enter. A group with a member that was not judged is left out: it is
-    neither right nor wrong.
+    Records without the key do not enter. A group with a member that was not judged is left out: it is neither right
+    nor wrong; so is one that has not `size` members, as half a pair in a sample.
     """
     groups = defaultdict(list)
     for record in records:
         if record.get(key) is not None:
             groups[record[key]].append(is_right(record))
-    whole = [all(group) for group in groups.values() if None not in group]
+    whole = [all(group) for group in groups.values() if None not in group and size in (None, len(group))]
     return wilson(sum(whole), len(whole))
-
-
-def pair_accuracy(records: Records) -> Accuracy:
-    """Share of pairs (two records with the same pair_id) with both right; half a pair, as a sample leaves, is none."""
-    records = list(records)
-    size = Counter(record.get("pair_id") for record in records)
-    return group_accuracy((record for record in records if size[record.get("pair_id")] == 2), "pair_id")
 
 
 def by_category(records: Records, key: str = "category") -> pd.DataFrame:
@@ -170,12 +165,6 @@ def by_category(records: Records, key: str = "category") -> pd.DataFrame:
         groups["(none)" if record.get(key) is None else str(record[key])].append(record)
     rows = [{key: name, **vars(accuracy(groups[name]))} for name in sorted(groups)]
     return pd.DataFrame(rows, columns=[key, "correct", "total", "value", "low", "high"])
-
-
-def category_mean(records: Records, key: str = "category") -> float:
-    """Unweighted mean of the accuracies per category (MMStar's second metric); NaN without any."""
-    values = by_category([r for r in records if r.get(key) is not None], key)["value"].dropna()
-    return float(values.mean()) if len(values) else math.nan
 
 
 def auroc(records: Records, score: str = "best_reward") -> Auroc:
@@ -192,7 +181,7 @@ def auroc(records: Records, score: str = "best_reward") -> Auroc:
     from scipy.stats import norm
     from sklearn.metrics import roc_auc_score
 
-    value, z = float(roc_auc_score(right, scores)), norm.ppf(TAILS[1])
+    value, z = float(roc_auc_score(right, scores)), norm.ppf((1 + LEVEL) / 2)
 
     def outside(bound: float) -> float:
         """How far beyond z standard deviations (of a true value `bound`) the observed value lies."""
@@ -224,11 +213,10 @@ def reliability(records: Records, score: str = "best_reward", bins: int = 5) -> 
     """
     scores, right = _scored(records, score)
     edges = np.unique(np.quantile(scores, np.linspace(0, 1, bins + 1)[1:-1])) if len(scores) else []
-    where = np.searchsorted(edges, scores, "right")
     rows = []
-    for inside in (where == number for number in np.unique(where)):
-        ends = {"score": scores[inside].mean(), "score_low": scores[inside].min(), "score_high": scores[inside].max()}
-        rows.append(ends | vars(wilson(int(right[inside].sum()), int(inside.sum()))))
+    for _, part in pd.DataFrame({"score": scores, "right": right}).groupby(np.searchsorted(edges, scores, "right")):
+        ends = {"score": part["score"].mean(), "score_low": part["score"].min(), "score_high": part["score"].max()}
+        rows.append(ends | vars(wilson(int(part["right"].sum()), len(part))))
     return pd.DataFrame(rows, columns=["score", "score_low", "score_high", "correct", "total", "value", "low", "high"])
 
 
@@ -247,14 +235,14 @@ def summary(runs: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     rows = []
     for run in runs:
         entries, value = run["entries"], accuracy(run["entries"])
-        numbers = {"accuracy": value.value, "low": value.low, "high": value.high}
-        names = {name: run.get(name) for name in ("model", "dataset", "method")}
-        means = {
-            "abstained": sum(bool(entry.get("abstained")) for entry in entries),
-            "best_reward": _mean(entry.get("best_reward") for entry in entries),
-            "seconds": _mean(_seconds(entry.get("seconds")) for entry in entries),
-        }
-        rows.append(names | tally(entries) | numbers | means)
+        means = {"best_reward": [e.get("best_reward") for e in entries], "seconds": [_seconds(e) for e in entries]}
+        rows.append(
+            {name: run.get(name) for name in ("model", "dataset", "method")}
+            | tally(entries)
+            | {"accuracy": value.value, "low": value.low, "high": value.high}
+            | {"abstained": sum(bool(entry.get("abstained")) for entry in entries)}
+            | {name: pd.Series(values, dtype=float).mean() for name, values in means.items()}
+        )
     return pd.DataFrame(rows, columns=_SUMMARY)
 
 
@@ -264,9 +252,6 @@ _SUMMARY = (
 )
 
 
-def _seconds(value: Any) -> float | None:
-    return sum(v or 0 for v in value.values()) if isinstance(value, Mapping) else value
-
-
-def _mean(values: Iterable[float | None]) -> float:
-    return sum(known) / len(known) if (known := [v for v in values if v is not None]) else math.nan
+def _seconds(record: Mapping[str, Any]) -> float | None:
+    phases = record.get("seconds")
+    return sum(spent or 0 for spent in phases.values()) if isinstance(phases, Mapping) else phases
