@@ -33,7 +33,7 @@ def test_wilson_against_published_values(correct, total, low, high):
     assert (interval.low, interval.high) == pytest.approx((low, high), abs=6e-5)
 
 
-@pytest.mark.parametrize("total", [1, 7, 500])
+@pytest.mark.parametrize("total", [1, 7, 60])
 def test_wilson_contains_its_value_and_mirrors(total):
     for correct in range(total + 1):
         one, other = metrics.wilson(correct, total), metrics.wilson(total - correct, total)
