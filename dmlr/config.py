@@ -9,26 +9,26 @@ notebooks and parameter files name one, and state what differs. Knows nothing ab
 from __future__ import annotations
 
 import difflib
-import types
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+NONE = ("none", "null", "")  # what a command line may write for None
+T = TypeVar("T")
+OrNone = Annotated[T | None, BeforeValidator(lambda value: None if f"{value}".strip().lower() in NONE else value)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Reward = Literal["entropy", "logprob", "self-certainty", "progress", "ulr"]
 RewardPosition = Literal["think", "think_next", "group_end", "answer"]
 AcceptAt = Literal["updated", "candidate"]
 Generation = Literal["checkpoint", "plain"]
+Bits = Annotated[Literal[4, 8], BeforeValidator(lambda value: int(value) if value in ("4", "8") else value)]
 
 
 class ConfigError(ValueError):
     """A parameter that does not exist, has the wrong type or is out of range; the message names the mend."""
-
-
-NONE = ("none", "null", "")  # what a command line may write for None
 
 
 class Config(BaseModel):
@@ -51,16 +51,14 @@ class Config(BaseModel):
     methods: str = Field("vanilla,dmlr", description="methods to run, separated by commas")
     output_dir: str = Field("", description="folder of the run; empty: reports/runs/<model>_<dataset>")
     start_data_idx: int = Field(0, ge=0, description="first example")
-    end_data_idx: int | None = Field(100, ge=0, description="one past the last example; none: to the end")
+    end_data_idx: OrNone[int] = Field(100, ge=0, description="one past the last example; none: to the end")
     device: str = Field("auto", description="torch device; auto: cuda if present, else cpu")
     dtype: Dtype = Field("auto", description="weights and activations; auto: bfloat16 on a GPU, float32 on a CPU")
     device_map: str = Field(
         "", description="layers over several devices by accelerate: auto, balanced, ...; empty: one device"
     )
-    load_in_bits: Literal[4, 8] | None = Field(
-        None, description="language model in 4 or 8 bits (pip install bitsandbytes)"
-    )
-    batch_size: int | None = Field(
+    load_in_bits: OrNone[Bits] = Field(None, description="language model in 4 or 8 bits (pip install bitsandbytes)")
+    batch_size: OrNone[int] = Field(
         None, ge=1, description="examples that go through the model together; none: by free memory"
     )
     cuda_graphs: bool = Field(
@@ -83,10 +81,10 @@ class Config(BaseModel):
     banned_strings: str = Field(
         "addCriterion", description="strings never generated (a glitch of Qwen2.5-VL), separated by |"
     )
-    min_pixels: int | None = Field(
+    min_pixels: OrNone[int] = Field(
         None, ge=1, description="image size at least, in merged visual tokens; none: the model's own"
     )
-    max_pixels: int | None = Field(
+    max_pixels: OrNone[int] = Field(
         256, ge=1, description="image size at most, in merged visual tokens; none: the model's own"
     )
     # optimisation of the think tokens
@@ -94,10 +92,10 @@ class Config(BaseModel):
     max_num_steps: int = Field(15, ge=0, description="T, iterations; 0 leaves the think tokens as they are")
     lr: float = Field(1e-3, ge=0, description="eta, learning rate")
     sigma: float = Field(0.1, ge=0, description="noise scale, absolute in embedding units")
-    lr_relative: float | None = Field(
+    lr_relative: OrNone[float] = Field(
         None, ge=0, description="eta as a multiple of sigma squared, in place of lr; none: lr"
     )
-    sigma_relative: float | None = Field(
+    sigma_relative: OrNone[float] = Field(
         None, ge=0, description="sigma as a multiple of the embedding's RMS; none: sigma"
     )
     sigma_decay: float = Field(0.95, ge=0, le=1, description="factor on sigma after each iteration")
@@ -114,9 +112,9 @@ class Config(BaseModel):
     disable_best_reward: bool = Field(False, description="decode the last state instead of the best one")
     visual_only: bool = Field(False, description="start the think tokens from mean-pooled visual features")
     # injection of image patches
-    num_selected_patches: int | None = Field(16, ge=0, description="most patches per think token; none: no cap")
-    max_total_patches: int | None = Field(16, ge=0, description="most patches over all think tokens; none: no cap")
-    initial_patch_count: int | None = Field(
+    num_selected_patches: OrNone[int] = Field(16, ge=0, description="most patches per think token; none: no cap")
+    max_total_patches: OrNone[int] = Field(16, ge=0, description="most patches over all think tokens; none: no cap")
+    initial_patch_count: OrNone[int] = Field(
         2,
         ge=0,
         description="patches per think token at the start; none: every patch; 0: none (the released 0 is every)",
@@ -147,7 +145,7 @@ class Config(BaseModel):
     ulr_sigma: float = Field(25.0, ge=0, description="ulr: noise scale, absolute in embedding units")
     ulr_sigma_decay: float = Field(0.95, ge=0, le=1, description="ulr: factor on its noise scale after each iteration")
     ulr_temperature: float = Field(0.2, ge=0.001, description="ulr: temperature of the alignment loss")
-    consistency_samples: int | None = Field(
+    consistency_samples: OrNone[int] = Field(
         None, ge=1, description="self-consistency: sampled answers; none: what dmlr costs, 3 to 40"
     )
     consistency_temperature: float = Field(0.7, ge=0.01, description="self-consistency: temperature of the samples")
@@ -171,23 +169,6 @@ class Config(BaseModel):
             super().__init__(**values)
         except ValidationError as errors:
             raise _config_error(errors.errors()[0], values) from None
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _from_text(cls, value: Any, info: Any) -> Any:
-        """What a command line or a YAML file writes, as pydantic reads it."""
-        kind, optional, choices = _kind(cls.model_fields[info.field_name])
-        if kind is not str and isinstance(value, str):
-            value = value.strip().lower()
-            if optional and value in NONE:
-                return None
-            if kind is int and not value.lstrip("+-").isdigit():
-                value = float(value)  # "1e3" is an integer; what is none is refused as such
-            elif choices:
-                value = int(value)
-        if kind in (int, float) and isinstance(value, bool):
-            raise ValueError(f"expected {kind.__name__}")
-        return value
 
     @model_validator(mode="after")
     def _together(self) -> Config:
@@ -282,8 +263,7 @@ class Config(BaseModel):
     @classmethod
     def help(cls, name: str) -> str:
         """One line about a parameter: what it means and its range."""
-        field = cls.model_fields[name]
-        return f"{field.description}{_range(field)}"
+        return f"{cls.model_fields[name].description}{_range(name)}"
 
 
 def root() -> Path:
@@ -315,20 +295,19 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {spelled[close[0]]!r}?)" if close else ""
 
 
-def _kind(field: FieldInfo) -> tuple[type, bool, tuple]:
-    """A parameter's type, whether it may be none, and its choices, if it has any."""
-    union = get_origin(field.annotation) in (Union, types.UnionType)
-    parts = get_args(field.annotation) if union else (field.annotation,)
-    (part,) = (each for each in parts if each is not type(None))
-    choices = get_args(part) if get_origin(part) is Literal else ()
-    return type(choices[0]) if choices else part, len(parts) > 1, choices
+@cache
+def _declared(name: str) -> tuple[dict[str, Any], bool]:
+    """A parameter's JSON schema, and whether it may be none."""
+    schema = Config.model_json_schema()["properties"][name]
+    kinds = schema.get("anyOf", [schema])
+    return kinds[0], len(kinds) > 1
 
 
-def _range(field: FieldInfo) -> str:
-    _, _, choices = _kind(field)
-    if choices:
-        return f" [{', '.join(map(str, choices))}]"
-    low, high = (next((getattr(m, end) for m in field.metadata if hasattr(m, end)), None) for end in ("ge", "le"))
+def _range(name: str) -> str:
+    schema, _ = _declared(name)
+    if "enum" in schema:
+        return f" [{', '.join(map(str, schema['enum']))}]"
+    low, high = schema.get("minimum"), schema.get("maximum")
     if low is None:
         return ""
     return f" [{low} to {high}]" if high is not None else f" [>= {low}]"
@@ -339,13 +318,13 @@ def _config_error(error: Mapping[str, Any], values: Mapping[str, Any]) -> Config
     if not error["loc"]:
         return error["ctx"]["error"]  # of the parameters together
     name = error["loc"][0]
-    field, given = Config.model_fields[name], f"{name} = {values[name]!r}"
-    kind, optional, choices = _kind(field)
-    if error["type"] == "literal_error" and values[name] is not None:
-        return ConfigError(f"{given} is not one of{_range(field)}{_nearest(str(values[name]), map(str, choices))}")
+    (schema, optional), given, value = _declared(name), f"{name} = {values[name]!r}", values[name]
+    if error["type"] == "literal_error" and value is not None:
+        return ConfigError(f"{given} is not one of{_range(name)}{_nearest(str(value), map(str, schema['enum']))}")
     if error["type"].endswith("_than_equal"):
-        return ConfigError(f"{name} = {float(values[name]):g} is out of range{_range(field)}")
-    return ConfigError(f"{given}: expected {kind.__name__}{' | None' * optional}{_range(field)}")
+        return ConfigError(f"{name} = {float(value):g} is out of range{_range(name)}")
+    kind = {"integer": "int", "number": "float", "boolean": "bool", "string": "str"}[schema["type"]]
+    return ConfigError(f"{given}: expected {kind}{' | None' * optional}{_range(name)}")
 
 
 # What presets set: the loop, the size of images, the length of an answer.

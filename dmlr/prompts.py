@@ -13,50 +13,7 @@ from pathlib import Path
 
 import yaml
 
-_SYSTEM = (
-    "You are a careful visual assistant. Reason inside <think></think>, then give the answer inside <answer></answer>."
-)
-_STEP_BY_STEP = (
-    "Look at the image and reason step by step. Put your final answer into \\boxed{}; "
-    "for a multiple-choice question that is the letter of the option.\n\n{question}"
-)
-_DETAILED = (
-    "Look closely at the image. Write down every step of your reasoning in detail, check it, and put your final "
-    "answer into \\boxed{}; for a multiple-choice question that is the letter of the option.\n\n{question}"
-)
-_ANSWER_ONLY = (
-    "Look at the image and answer with nothing but the final answer in \\boxed{}; "
-    "for a multiple-choice question that is the letter of the option.\n\n{question}"
-)
-_LATENTS = (
-    "\n\nThe next {count} special tokens are your inner space, where reasoning happens without words. "
-    "You may answer directly after them.\n"
-)
-_SELF_SCORE = (
-    "\n\nDo not answer the question. Rate from 0 to 1 how well the inner space above leads to the right answer. "
-    "Reply with the number only."
-)
-_HELPER = "You are a careful visual assistant."
-_RATIONALE = (
-    "Look at the image and work out, step by step, what is needed to answer the question below. Write down this "
-    "reasoning only; the answer itself will be asked for next.\n\n{question}"
-)
-_RATIONALE_ANSWER = "{task}\n\nReasoning that was worked out before:\n{rationale}"
-_SCENE_GRAPH = (
-    "Describe the image as a scene graph in JSON, as far as it matters for the question below: the objects, their "
-    "attributes, and the relations between them. Write the JSON only and do not answer the question.\n\n{question}"
-)
-_SCENE_GRAPH_ANSWER = (
-    "Scene graph of the image:\n{scene_graph}\n\nUse both the image and this scene graph as context.\n\n{task}"
-)
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
-# What each replaceable template must hold, exactly once.
-_REQUIRED = {
-    "rationale": ("question",),
-    "rationale_answer": ("task", "rationale"),
-    "scene_graph": ("question",),
-    "scene_graph_answer": ("task", "scene_graph"),
-}
 
 
 @dataclass(frozen=True)
@@ -72,15 +29,39 @@ class Prompts:
     not ask for tags: both of Multimodal-CoT, the first of CCoT.
     """
 
-    system: str = _SYSTEM
-    solver: tuple[str, ...] = (_STEP_BY_STEP, _DETAILED, _ANSWER_ONLY)
-    latents: str = _LATENTS
-    self_score: str = _SELF_SCORE
-    helper: str = _HELPER
-    rationale: str = _RATIONALE
-    rationale_answer: str = _RATIONALE_ANSWER
-    scene_graph: str = _SCENE_GRAPH
-    scene_graph_answer: str = _SCENE_GRAPH_ANSWER
+    system: str = (
+        "You are a careful visual assistant. Reason inside <think></think>, then give the answer inside "
+        "<answer></answer>."
+    )
+    solver: tuple[str, ...] = (
+        "Look at the image and reason step by step. Put your final answer into \\boxed{}; "
+        "for a multiple-choice question that is the letter of the option.\n\n{question}",
+        "Look closely at the image. Write down every step of your reasoning in detail, check it, and put your final "
+        "answer into \\boxed{}; for a multiple-choice question that is the letter of the option.\n\n{question}",
+        "Look at the image and answer with nothing but the final answer in \\boxed{}; "
+        "for a multiple-choice question that is the letter of the option.\n\n{question}",
+    )
+    latents: str = (
+        "\n\nThe next {count} special tokens are your inner space, where reasoning happens without words. "
+        "You may answer directly after them.\n"
+    )
+    self_score: str = (
+        "\n\nDo not answer the question. Rate from 0 to 1 how well the inner space above leads to the right answer. "
+        "Reply with the number only."
+    )
+    helper: str = "You are a careful visual assistant."
+    rationale: str = (
+        "Look at the image and work out, step by step, what is needed to answer the question below. Write down this "
+        "reasoning only; the answer itself will be asked for next.\n\n{question}"
+    )
+    rationale_answer: str = "{task}\n\nReasoning that was worked out before:\n{rationale}"
+    scene_graph: str = (
+        "Describe the image as a scene graph in JSON, as far as it matters for the question below: the objects, their "
+        "attributes, and the relations between them. Write the JSON only and do not answer the question.\n\n{question}"
+    )
+    scene_graph_answer: str = (
+        "Scene graph of the image:\n{scene_graph}\n\nUse both the image and this scene graph as context.\n\n{task}"
+    )
 
     def task(self, question: str, solver_prompt_idx: int = 0) -> str:
         """The user turn's text without think tokens."""
@@ -131,19 +112,16 @@ def load_prompts(path: str | Path | None) -> Prompts:
     if "solver" in values:
         solver = values["solver"]
         values["solver"] = tuple(solver) if isinstance(solver, list) else (solver,) * 3
+        if len(values["solver"]) != 3:
+            raise ValueError(f"{path}: solver needs three templates (or one text for all), found {len(solver)}")
     for name, value in values.items():
-        if not all(isinstance(text, str) for text in (value if name == "solver" else [value])):
-            raise ValueError(f"{path}: {name} must be text, found {value!r}")
-    prompts = Prompts(**values)
-    if len(prompts.solver) != 3:
-        raise ValueError(f"{path}: solver needs three templates (or one text for all), found {len(prompts.solver)}")
-    required = [("solver", template, "question") for template in prompts.solver]
-    required += [
-        (name, getattr(prompts, name), placeholder) for name, all_ in _REQUIRED.items() for placeholder in all_
-    ]
-    for name, template, placeholder in required:
-        if template.count(f"{{{placeholder}}}") != 1:
-            raise ValueError(
-                f"{path}: a {name} template must contain {{{placeholder}}} exactly once: {template[:60]!r}"
-            )
-    return prompts
+        default = getattr(Prompts, name)
+        pairs = zip(value, default, strict=True) if name == "solver" else [(value, default)]
+        for template, known in pairs:
+            if not isinstance(template, str):
+                raise ValueError(f"{path}: {name} must be text, found {value!r}")
+            for placeholder in _PLACEHOLDER.findall(known):
+                if placeholder != "count" and template.count(f"{{{placeholder}}}") != 1:
+                    must = f"{path}: a {name} template must contain {{{placeholder}}} exactly once"
+                    raise ValueError(f"{must}: {template[:60]!r}")
+    return Prompts(**values)

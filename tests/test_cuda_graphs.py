@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from dmlr.config import Config
 from dmlr.loop.injection import Patches
 from dmlr.loop.optimize import optimize
-from dmlr.loop.score import score
+from dmlr.loop.score import confidence
 from dmlr.methods import METHODS
 from dmlr.methods.answers import Question
 from dmlr.methods.latent import question_noise
@@ -257,7 +257,7 @@ def test_a_forward_stays_on_its_device(family):
     latents = torch.zeros(3, 2, 4, vlm.text_config.hidden_size, device="meta")
     index, count = (torch.zeros(*shape, dtype=torch.long, device="meta") for shape in ((3, 4, 5), (3, 4)))
     with StaysOn("meta"):
-        reward, attention, _ = score(vlm, prefix, config, latents, Patches(index, count))
+        reward, attention = confidence(vlm, prefix, config, latents, Patches(index, count), True)
     assert reward.shape == (3, 2) and attention.shape == (3, 4, prefix.images.shape[1])
 
 

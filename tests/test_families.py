@@ -17,8 +17,8 @@ from dmlr.config import Config
 from dmlr.loop.optimize import initial_latents, optimize
 from dmlr.loop.reference import Reference, eager
 from dmlr.methods import METHODS
-from dmlr.methods.answers import NO_IMAGE, Question
-from dmlr.methods.latent import append_latents, question_noise
+from dmlr.methods.answers import Question
+from dmlr.methods.latent import NO_IMAGE, append_latents, question_noise
 from dmlr.model.decode import decode
 from dmlr.model.encode import encode
 from dmlr.model.families import FAMILIES, ModelError, check_known

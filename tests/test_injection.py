@@ -2,17 +2,22 @@
 
 import torch
 
-from dmlr.loop.injection import Patches, choose_patches, interleave, patch_caps, reward_slots
+from dmlr.config import Config
+from dmlr.loop.injection import Patches, caps_of, choose_patches, interleave, reward_slots
 
 
 def test_caps_share_the_total_and_follow_the_stride():
-    counts = torch.tensor([100, 2])
-    assert patch_caps(4, counts, 1, 16, 16).tolist() == [[4, 4, 4, 4], [2, 2, 2, 2]]
-    assert patch_caps(4, counts, 1, 16, 6).tolist() == [[2, 2, 1, 1], [2, 2, 1, 1]]
-    assert patch_caps(5, counts, 2, 3, None).tolist() == [[3, 0, 3, 0, 3], [2, 0, 2, 0, 2]]  # offsets 0, 2, 4
-    assert patch_caps(5, counts, 2, None, 7).tolist() == [[3, 0, 2, 0, 2], [2, 0, 2, 0, 2]]
-    assert patch_caps(2, counts, 3, None, 16).tolist() == [[16, 0], [2, 0]]
-    assert patch_caps(2, counts, 1, None, None).tolist() == [[100, 100], [2, 2]]
+    def caps(length, stride, each, total):
+        config = Config(num_thought_tokens=length, visual_insert_stride=stride)
+        config = config.replace(num_selected_patches=each, max_total_patches=total)
+        return caps_of(config, torch.tensor([100, 2])).tolist()
+
+    assert caps(4, 1, 16, 16) == [[4, 4, 4, 4], [2, 2, 2, 2]]
+    assert caps(4, 1, 16, 6) == [[2, 2, 1, 1], [2, 2, 1, 1]]
+    assert caps(5, 2, 3, None) == [[3, 0, 3, 0, 3], [2, 0, 2, 0, 2]]  # offsets 0, 2, 4
+    assert caps(5, 2, None, 7) == [[3, 0, 2, 0, 2], [2, 0, 2, 0, 2]]
+    assert caps(2, 3, None, 16) == [[16, 0], [2, 0]]
+    assert caps(2, 1, None, None) == [[100, 100], [2, 2]]
 
 
 def test_kept_patches_come_first_then_the_most_attended():

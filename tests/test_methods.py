@@ -11,8 +11,7 @@ from dmlr.config import Config, ConfigError
 from dmlr.loop.optimize import example_generator, initial_latents
 from dmlr.loop.reference import Reference, eager
 from dmlr.methods import METHODS, Question
-from dmlr.methods.answers import NO_IMAGE
-from dmlr.methods.latent import prefill_latent, question_noise
+from dmlr.methods.latent import NO_IMAGE, prefill_latent, question_noise
 from dmlr.methods.self_consistency import equal_samples, loop_positions, vote, winner
 from dmlr.model.decode import decode
 from dmlr.model.encode import encode

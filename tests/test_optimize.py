@@ -9,7 +9,7 @@ from tiny import noise_image, tiny_vlm
 from dmlr.config import Config
 from dmlr.loop.injection import Patches
 from dmlr.loop.optimize import example_noise, initial_latents
-from dmlr.loop.score import score
+from dmlr.loop.score import scorer
 from dmlr.methods import METHODS, Question
 from dmlr.model.decode import decode
 from dmlr.model.encode import encode
@@ -39,16 +39,15 @@ def test_exact_gradient_equals_finite_differences(reward, position):
     prefix, latents = one(vlm, config)
     latents = latents.double()
     patches = Patches(torch.tensor([[[1, 2], [3, 0], [5, 0], [7, 8]]]), torch.tensor([[2, 1, 1, 2]]))
-    _, _, gradient = score(vlm, prefix, config, latents[:, None], patches, with_gradient=True)
+    score = scorer(vlm, prefix, config)
+    gradient = score(latents[:, None], patches, with_gradient=True).gradient
     generator = torch.Generator().manual_seed(0)
     uphill = gradient / gradient.norm()
     small = 4e-5 / gradient.norm().item()  # a change that float32 layers resolve, clear of kinks where the top k change
     for _ in range(5):
         random = torch.randn(latents.shape, generator=generator, dtype=torch.float64)
         direction = uphill + random / random.norm()
-        sides = [
-            score(vlm, prefix, config, (latents + e * direction)[:, None], patches)[0].item() for e in (small, -small)
-        ]
+        sides = [score((latents + e * direction)[:, None], patches).reward.item() for e in (small, -small)]
         assert (sides[0] - sides[1]) / (2 * small) == pytest.approx((gradient * direction).sum().item(), rel=2e-3)
 
 
@@ -57,11 +56,12 @@ def test_reinforce_points_along_the_exact_gradient(vlm, record_property):
     config = Config(sigma=0.0005)
     prefix, latents = one(vlm, config)
     none = Patches.none(1, 4, latents.device)
-    _, _, gradient = score(vlm, prefix, config, latents[:, None], none, with_gradient=True)
+    score = scorer(vlm, prefix, config)
+    gradient = score(latents[:, None], none, with_gradient=True).gradient
     noise = example_noise(0, "cosine", 30, 128, 4, latents.shape[2]) * config.sigma  # 1920 antithetic pairs
     total = torch.zeros_like(latents)
     for xi in noise:
-        reward, _, _ = score(vlm, prefix, config, latents[:, None] + xi, none, with_attention=False)
+        reward = score(latents[:, None] + xi, none, with_attention=False).reward
         total += (reward[..., None, None] * xi).sum(dim=1) / config.sigma**2
     estimate = total / noise.shape[:2].numel()
     cosine = torch.nn.functional.cosine_similarity(estimate.flatten(), gradient.flatten(), dim=0).item()

@@ -137,14 +137,17 @@ def test_best_reward_is_that_of_the_state_that_earned_it(vlm, accept_at, positio
     encoded = encode(vlm, config, 4)
     noise = torch.stack([question_noise(vlm, Question(i, "", []), config) for i in range(4)])
     trace = optimize(vlm, vlm.prefill(encoded), config, noise)
-    for row in range(4):
+    for row, best in enumerate(trace.best_step.tolist()):
         reference = Reference(eager(vlm), encoded[row], config)
-        with torch.no_grad():
-            again, _ = reference.reward(trace.scored.latents[row], trace.scored.patches.tolist()[row])
+        latents, patches = initial_latents(vlm, vlm.prefill(encoded), config)[row], [[]] * 4
+        if best:
+            scored = trace.steps[best - 1].tried
+            latents, patches = scored.latents[row], scored.patches.tolist()[row]
+        again, _ = reference.reward(latents, patches)
         assert float(again) == pytest.approx(trace.best_reward[row].item(), abs=1e-5)
         if accept_at == "updated":
-            torch.testing.assert_close(trace.scored.latents[row], trace.final.latents[row])
-            assert trace.scored.patches.tolist()[row] == trace.final.patches.tolist()[row]
+            torch.testing.assert_close(latents, trace.final.latents[row])
+            assert patches == trace.final.patches.tolist()[row]
             assert trace.best_reward[row] >= trace.start_reward[row]
 
 
@@ -261,7 +264,7 @@ def test_the_released_loop_by_hand():
     assert [step.evaluations for step in trace.steps] == [2, 2]
     assert (trace.best_reward.item(), trace.best_step.item()) == (0.5, 1)
     assert trace.final.latents.flatten().tolist() == [0.25, -0.25], "what is kept is the updated state"
-    assert trace.scored.latents.flatten().tolist() == [1, -1], "and not the one that earned the reward"
+    assert trace.steps[0].tried.latents.flatten().tolist() == [1, -1], "and not the one that earned the reward"
     assert trace.final.patches.tolist() == [[[3], [0]]]
 
 

@@ -27,10 +27,7 @@ class Patches:
 
     @classmethod
     def none(cls, batch: int, num_thought_tokens: int, device: torch.device) -> Patches:
-        shape = (batch, num_thought_tokens)
-        return cls(
-            torch.zeros(*shape, 0, dtype=torch.long, device=device), torch.zeros(shape, dtype=torch.long, device=device)
-        )
+        return cls.of([[[]] * num_thought_tokens] * batch, device)
 
     @classmethod
     def of(cls, kept: Sequence[Sequence[Sequence[int]]], device: torch.device) -> Patches:
@@ -46,7 +43,7 @@ class Patches:
     def where(self, condition: torch.Tensor, other: Patches) -> Patches:
         """Rows of self where `condition` [B] holds, of `other` elsewhere."""
         width = max(self.index.shape[2], other.index.shape[2])
-        mine, theirs = self._widened(width), other._widened(width)
+        mine, theirs = (F.pad(each.index, (0, width - each.index.shape[2])) for each in (self, other))
         rows = condition[:, None]
         return Patches(torch.where(rows[..., None], mine, theirs), torch.where(rows, self.count, other.count))
 
@@ -61,37 +58,22 @@ class Patches:
         rows = zip(self.index.tolist(), self.count.tolist(), strict=True)
         return [[idx[:n] for idx, n in zip(indices, counts, strict=True)] for indices, counts in rows]
 
-    def _widened(self, width: int) -> torch.Tensor:
-        return F.pad(self.index, (0, width - self.index.shape[2]))
-
-
-def patch_caps(
-    num_thought_tokens: int, num_patches: torch.Tensor, stride: int, per_token: int | None, total: int | None
-) -> torch.Tensor:
-    """Most patches that each think token may keep, [B, L].
-
-    num_patches: [B], image tokens per example. The think tokens 0, stride, 2 stride, ... inject. `total` is shared
-    evenly among them; what is left over goes to the first ones.
-    """
-    place = torch.arange(num_thought_tokens, device=num_patches.device)
-    caps = num_patches[:, None] * (place % stride == 0)
-    if per_token is not None:
-        caps = caps.clamp(max=per_token)
-    if total is not None:
-        share, rest = divmod(total, -(-num_thought_tokens // stride))
-        caps = torch.minimum(caps, share + (place // stride < rest).long())
-    return caps
-
 
 def caps_of(config: Config, num_patches: torch.Tensor) -> torch.Tensor:
-    """Most patches per think token [B, L] of examples with so many image tokens [B], as the configuration says."""
-    return patch_caps(
-        config.num_thought_tokens,
-        num_patches,
-        config.visual_insert_stride,
-        config.num_selected_patches,
-        config.max_total_patches,
-    )
+    """Most patches that each think token may keep, [B, L], of examples with so many image tokens [B].
+
+    The think tokens 0, stride, 2 stride, ... inject. `max_total_patches` is shared evenly among them; what is left over
+    goes to the first ones.
+    """
+    length, stride = config.num_thought_tokens, config.visual_insert_stride
+    place = torch.arange(length, device=num_patches.device)
+    caps = num_patches[:, None] * (place % stride == 0)
+    if config.num_selected_patches is not None:
+        caps = caps.clamp(max=config.num_selected_patches)
+    if config.max_total_patches is not None:
+        share, rest = divmod(config.max_total_patches, -(-length // stride))
+        caps = torch.minimum(caps, share + (place // stride < rest).long())
+    return caps
 
 
 class Retrieval:
@@ -135,15 +117,6 @@ def choose_patches(
     index = score.sort(dim=2, descending=True, stable=True).indices[:, :, :width]
     count = torch.maximum(torch.minimum(budget[:, None], caps), kept.count).clamp(max=width)
     return Patches(index, count)
-
-
-def in_image_order(patches: Patches) -> Patches:
-    """The same patches, row-major as they lie in the image instead of by attention."""
-    slot = torch.arange(patches.index.shape[2], device=patches.index.device)
-    valid = slot < patches.count[..., None]
-    last = torch.iinfo(torch.long).max  # empty slots stay behind the filled ones
-    index = patches.index.masked_fill(~valid, last).sort(dim=2).values
-    return Patches(index.masked_fill(~valid, 0), patches.count)
 
 
 def interleave(latents: torch.Tensor, images: torch.Tensor, patches: Patches) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,9 +18,6 @@ from dmlr.loop.score import Score, Scored, scorer
 from dmlr.model.cache import Prefix
 from dmlr.model.vlm import VLM
 
-# latents [B, L, D], perturbation [B, M, L, D], what its samples scored, sigma -> the next latents [B, L, D]
-Update = Callable[[torch.Tensor, torch.Tensor, Scored, float], torch.Tensor]
-
 
 @dataclass
 class State:
@@ -52,14 +49,13 @@ class Step:
 
 @dataclass
 class Trace:
-    """What the loop did. `final` is the state to decode; `scored` is the state that earned `best_reward`."""
+    """What the loop did. `final` is the state to decode; what `best_step` tried earned `best_reward`."""
 
     start_reward: torch.Tensor  # [B], think tokens as they are, without patches
     start_attention: torch.Tensor  # [B, L, N]
     best_reward: torch.Tensor  # [B]
     best_step: torch.Tensor  # [B], iteration that earned it, 1-based; 0 is the start
     final: State
-    scored: State
     steps: list[Step] = field(default_factory=list)
 
 
@@ -109,14 +105,14 @@ def optimize(
     score_ids: torch.Tensor | None = None,
     *,
     score: Score | None = None,
-    update: Update | None = None,
-    ranking: torch.Tensor | None = None,
     start: torch.Tensor | None = None,
+    ranking: torch.Tensor | None = None,
 ) -> Trace:
     """Algorithm 1 over a prefilled batch. The model and the prefix are left as they were.
 
     noise: [B, T, M, L, D] standard normal, M samples an iteration (see `example_noise`). score_ids: tokens that ask the
-    model to rate its latents, read only with `disable_conf_reward`.
+    model to rate its latents, read only with `disable_conf_reward`. score: another reward than the run's. start:
+    latents [B, L, D] to begin with (none: `initial_latents`).
 
     `accept_at = "updated"` is the paper's loop: V_best begins with the patches that the start attends to; perturb,
     update, then score the updated latents with the candidate patches: M + 1 rewards an iteration.
@@ -125,27 +121,27 @@ def optimize(
     that look for some), a second one with those patches gives the one reward that drives both update and acceptance:
     up to 2 M evaluations. The state then kept is the updated one; V_best begins empty, the threshold at zero.
 
+    ranking: [B, T, L, N], random numbers that rank the patches of an iteration in attention's place. With them the loop
+    is a search at random: it perturbs the start in every iteration, and the best candidate itself is tried and kept.
+
     Where nothing is accepted the start is decoded as it earned its reward: without patches (the paper does not say).
     An early stop (`reward_threshold`) is for what an iteration reached, not for the start.
-
-    What a control changes are plain functions: `score` (another reward), `update` (another step: `reinforce`,
-    `ascent`, or `stay`, a search at random whose best candidate itself is tried and kept), and `ranking`
-    [B, T, L, N], numbers that rank the patches of an iteration in attention's place. start: latents [B, L, D] to begin
-    with (none: `initial_latents`).
     """
     config = config.absolute(vlm.embedding_rms)
     score = score or scorer(vlm, prefix, config, score_ids)
-    update = update or (ascent if config.use_auto_grad else reinforce)(config.lr)
-    single = config.accept_at == "candidate" or update is stay  # one reward for exploration and acceptance
+    at_random = ranking is not None
+    single = config.accept_at == "candidate" or at_random  # one reward for exploration and acceptance
     retrieve = Retrieval(prefix.image_mask, config)
-    latents = last = initial_latents(vlm, prefix, config) if start is None else start  # T, [B, L, D]
-    noise, rows = noise.to(latents.device), torch.arange(len(latents), device=latents.device)
-    budget, kept = retrieve.first_budget, retrieve.nothing  # kept is V_best
+    start = initial_latents(vlm, prefix, config) if start is None else start
+    step = ascent(start, config.lr) if config.use_auto_grad else reinforce(config.lr)
+    noise, rows = noise.to(start.device), torch.arange(len(start), device=start.device)
 
-    began = score(latents[:, None], kept)
-    attention, best_reward, best_step = began.attention, began.reward[:, 0], torch.zeros_like(budget)
-    best = scored = State(latents, kept)
-    threshold = torch.zeros_like(best_reward) if config.accept_at == "candidate" else best_reward  # r_best
+    latents, kept, budget = start, retrieve.nothing, retrieve.first_budget  # T, V_best, m
+    began = score(start[:, None], kept)
+    attention, best, best_step = began.attention, State(start, kept), torch.zeros_like(budget)
+    best_reward = began.reward[:, 0]  # r_best
+    if config.accept_at == "candidate":
+        best_reward = torch.zeros_like(best_reward)
     active = torch.ones_like(budget, dtype=torch.bool)
     sigma, steps = 0.0 if config.use_auto_grad else config.sigma, []
 
@@ -157,42 +153,46 @@ def optimize(
         if since == 0 and t > 0 and not single:
             kept = retrieve(attention, kept, budget, t)
 
-        perturbation = noise[:, t] * sigma  # (5), [B, M, L, D]
-        candidates, patches, ranked = latents[:, None] + perturbation, kept, injects and single
+        xi = noise[:, t] * sigma  # (5), [B, M, L, D]
+        candidates = (start if at_random else latents)[:, None] + xi  # T'
+        patches, ranked = kept, single and injects
         if ranked:
-            attention = score(candidates, kept).attention if ranking is None else ranking[:, t]
+            attention = ranking[:, t] if at_random else score(candidates, kept).attention
             patches = retrieve(attention, kept, budget, t)
         explored = score(candidates, patches, with_attention=not ranked, with_gradient=config.use_auto_grad)
         attention = attention if ranked else explored.attention
-        updated = update(latents, perturbation, explored, sigma)  # (8), (9)
 
         if single:
             reward, which = explored.reward.max(dim=1)
             tried = State(candidates[rows, which], patches)
-        else:
-            tried = State(updated, retrieve(attention, kept, budget, t) if injects else kept)
+        updated = tried.latents if at_random else step(latents, xi, explored, sigma)  # (8), (9)
+        if not single:
+            tried = State(updated, retrieve(attention, kept, budget, t) if injects else kept)  # Z_cand
             reward = score(updated[:, None], tried.patches, with_attention=False).reward[:, 0]  # (10)
-        reached = tried if update is stay else State(updated, tried.patches)
 
-        accepted = (reward > threshold) & active
+        accepted = (reward > best_reward) & active
         mean, samples = explored.reward.mean(dim=1), explored.reward.shape[1]
-        count = samples * (1 + (ranked and ranking is None)) + (not single)
-        steps.append(Step(reward, mean, sigma, accepted, active, budget, tried, attention, count))
-        best, scored = reached.where(accepted, best), tried.where(accepted, scored)
-        best_reward, threshold = torch.where(accepted, reward, best_reward), torch.where(accepted, reward, threshold)
+        evaluations = samples * (1 + (ranked and not at_random)) + (not single)
+        steps.append(Step(reward, mean, sigma, accepted, active, budget, tried, attention, evaluations))
+        best, best_reward = State(updated, tried.patches).where(accepted, best), reward.where(accepted, best_reward)
         best_step = torch.where(accepted, t + 1, best_step)
         kept = tried.patches.where(accepted, kept)
         budget = torch.minimum(budget + config.patch_increment * accepted, retrieve.most)
         latents = torch.where(active[:, None, None], updated, latents)
-        last = torch.where(active[:, None, None], reached.latents, last)
         if config.reward_threshold > 0:
             active = active & ~(accepted & (reward >= config.reward_threshold))
             if not active.any():
                 break
         sigma *= config.sigma_decay
 
-    final = State(last, kept) if config.disable_best_reward else best
-    return Trace(began.reward[:, 0], began.attention, best_reward, best_step, final, scored, steps)
+    start_reward = began.reward[:, 0]
+    best_reward = torch.where(best_step > 0, best_reward, start_reward)
+    final = State(latents, kept) if config.disable_best_reward else best
+    return Trace(start_reward, began.attention, best_reward, best_step, final, steps)
+
+
+# latents [B, L, D], perturbation [B, M, L, D], what its samples scored, sigma -> the next latents [B, L, D]
+Update = Callable[[torch.Tensor, torch.Tensor, Scored, float], torch.Tensor]
 
 
 def reinforce(lr: float) -> Update:
@@ -209,22 +209,14 @@ def reinforce(lr: float) -> Update:
     return update
 
 
-def ascent(lr: float) -> Update:
+def ascent(start: torch.Tensor, lr: float) -> Update:
     """Adam up the exact gradient; element-wise, so rows stay independent."""
-    adam: list[torch.optim.Adam] = []
+    moving = start.clone()
+    adam = torch.optim.Adam([moving], lr=lr, maximize=True)
 
     def update(latents: torch.Tensor, perturbation: torch.Tensor, explored: Scored, sigma: float) -> torch.Tensor:
-        if not adam:
-            adam.append(torch.optim.Adam([latents.clone()], lr=lr, maximize=True))
-        (parameter,) = adam[0].param_groups[0]["params"]
-        parameter.data.copy_(latents)
-        parameter.grad = explored.gradient
-        adam[0].step()
-        return parameter.detach().clone()
+        moving.grad = explored.gradient
+        adam.step()
+        return moving.clone()
 
     return update
-
-
-def stay(latents: torch.Tensor, perturbation: torch.Tensor, explored: Scored, sigma: float) -> torch.Tensor:
-    """No step: every iteration tries another displacement of the same latents."""
-    return latents

@@ -30,48 +30,56 @@ class Scored(NamedTuple):
 
 # latents [B, M, L, D], patches, with_attention=True, with_gradient=False
 Score = Callable[..., Scored]
+# The same without a gradient: latents, patches, with_attention -> reward [B, M], attention [B, L, N] or None
+Reward = Callable[[torch.Tensor, Patches, bool], tuple[torch.Tensor, torch.Tensor | None]]
 
 
-def score(
-    vlm: VLM,
-    prefix: Prefix,
-    config: Config,
-    latents: torch.Tensor,
-    patches: Patches,
-    with_attention: bool = True,
-    with_gradient: bool = False,
-) -> Scored:
-    """One pass of M times [T, patches] over the cached [Q, Z]; where the reward is read follows `reward_position`.
+def differentiable(reward_of: Reward) -> Score:
+    """A reward with, where asked, its gradient in the latents of a single sample."""
 
-    latents: [B, M, L, D]. Every reward is computed in this way, whatever else is wanted of the pass, so that equal
-    states of equal shapes have equal rewards to the last bit, in half precision too.
+    def score(
+        latents: torch.Tensor, patches: Patches, with_attention: bool = True, with_gradient: bool = False
+    ) -> Scored:
+        with torch.set_grad_enabled(with_gradient):
+            latents = latents.detach().requires_grad_(with_gradient)
+            reward, attention = reward_of(latents, patches, with_attention)
+            gradient = torch.autograd.grad(reward.sum(), latents)[0][:, 0] if with_gradient else None
+        return Scored(reward.detach(), attention, gradient)
+
+    return score
+
+
+def confidence(
+    vlm: VLM, prefix: Prefix, config: Config, latents: torch.Tensor, patches: Patches, with_attention: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One pass of M times [T, patches] over the cached [Q, Z]: reward [B, M], and attention [B, L, N] where asked.
+
+    latents: [B, M, L, D]; where the reward is read follows `reward_position`. Every reward is computed in this way,
+    whatever else is wanted of the pass, so that equal states of equal shapes have equal rewards to the last bit, in
+    half precision too.
     """
     _, samples, length, _ = latents.shape
     tail = {"think_next": prefix.suffix_ids[:1], "answer": prefix.suffix_ids}.get(config.reward_position)
-    with torch.set_grad_enabled(with_gradient):
-        latents = latents.detach().requires_grad_(with_gradient)
-        embeds, filled = interleave(latents, prefix.images, patches)  # [B, M, S, D], [B, S]
-        if tail is not None:
-            embeds, filled = with_tokens(vlm, embeds, filled, tail)
-        if config.reward_position == "think":  # nothing that is read can see the patches of the last group
-            used = 1 + (length - 1) * (1 + patches.index.shape[2])
-            embeds, filled = embeds[:, :, :used], filled[:, :used]
-        starts = embeds.shape[2] * torch.arange(samples, device=embeds.device)[:, None]  # [M, 1], first slots
-        read = reward_slots(patches, config.reward_position, 0 if tail is None else len(tail))  # [B, R]
-        think = torch.arange(length, device=embeds.device) * (1 + patches.index.shape[2])  # [L]
-        logits, attention = vlm.extend(
-            prefix,
-            embeds.flatten(1, 2),
-            filled.repeat(1, samples),
-            read=(starts + read[:, None]).flatten(1),
-            probe_rows=(starts + think).flatten() if with_attention else None,
-            samples=samples,
-        )
-        reward = REWARDS[config.reward](logits.unflatten(1, (samples, -1)), config.top_k)  # [B, M]
-        gradient = torch.autograd.grad(reward.sum(), latents)[0][:, 0] if with_gradient else None
+    embeds, filled = interleave(latents, prefix.images, patches)  # [B, M, S, D], [B, S]
+    if tail is not None:
+        embeds, filled = with_tokens(vlm, embeds, filled, tail)
+    if config.reward_position == "think":  # nothing that is read can see the patches of the last group
+        used = 1 + (length - 1) * (1 + patches.index.shape[2])
+        embeds, filled = embeds[:, :, :used], filled[:, :used]
+    starts = embeds.shape[2] * torch.arange(samples, device=embeds.device)[:, None]  # [M, 1], first slots
+    read = reward_slots(patches, config.reward_position, 0 if tail is None else len(tail))  # [B, R]
+    think = torch.arange(length, device=embeds.device) * (1 + patches.index.shape[2])  # [L]
+    logits, attention = vlm.extend(
+        prefix,
+        embeds.flatten(1, 2),
+        filled.repeat(1, samples),
+        read=(starts + read[:, None]).flatten(1),
+        probe_rows=(starts + think).flatten() if with_attention else None,
+        samples=samples,
+    )
     if attention is not None:
         attention = attention.unflatten(1, (samples, length)).mean(dim=1)
-    return Scored(reward.detach(), attention, gradient)
+    return REWARDS[config.reward](logits.unflatten(1, (samples, -1)), config.top_k), attention
 
 
 def self_score(
@@ -96,33 +104,32 @@ def with_tokens(
 
 
 def scorer(vlm: VLM, prefix: Prefix, config: Config, score_ids: torch.Tensor | None = None) -> Score:
-    """`score` of this batch; with `cuda_graphs` on a GPU, as kernels recorded once (model/graphs.py).
+    """The run's reward of this batch: `confidence`, or with `disable_conf_reward` the model's own score, asked for by
+    `score_ids`. With `cuda_graphs` on a GPU confidence is computed by kernels recorded once (model/graphs.py)."""
 
-    With `disable_conf_reward` the reward is the model's own score, asked for by `score_ids`.
-    """
+    def plain(latents: torch.Tensor, patches: Patches, with_attention: bool):
+        patches = patches.trimmed()
+        reward, attention = confidence(vlm, prefix, config, latents, patches, with_attention)
+        if config.disable_conf_reward:
+            said = [self_score(vlm, prefix, sample, patches, score_ids) for sample in latents.unbind(1)]
+            reward = torch.stack(said, dim=1)
+        return reward, attention
+
     if not (config.cuda_graphs and vlm.on_one_gpu) or config.use_auto_grad or config.disable_conf_reward:
-
-        def plain(latents: torch.Tensor, patches: Patches, **flags: bool) -> Scored:
-            scored = score(vlm, prefix, config, latents, patches := patches.trimmed(), **flags)
-            if config.disable_conf_reward:
-                said = [self_score(vlm, prefix, sample, patches, score_ids) for sample in latents.unbind(1)]
-                scored = scored._replace(reward=torch.stack(said, dim=1))
-            return scored
-
-        return plain
-    count = prefix.images.shape[1]
-    widest = int(caps_of(config, torch.tensor([count])).max())
+        return differentiable(plain)
+    images = prefix.images.shape[1]
+    widest = int(caps_of(config, torch.tensor([images])).max())
     slots = config.evaluations * (config.num_thought_tokens * (1 + widest) + len(prefix.suffix_ids))
     recorded = vlm.recordings.over(prefix, slots, purpose=config)
 
     def of_tensors(latents, index, count, with_attention):
-        return score(vlm, recorded.buffer, config, latents, Patches(index, count), with_attention)
+        return confidence(vlm, recorded.buffer, config, latents, Patches(index, count), with_attention)
 
-    def replayed(latents, patches, with_attention=True, with_gradient=False):
+    def replayed(latents: torch.Tensor, patches: Patches, with_attention: bool):
         width = patches.index.shape[2]
         width = min(widest, 1 << (width - 1).bit_length()) - width if width else 0  # few widths, few recordings
         index = F.pad(patches.index, (0, width))
-        reward, attention, _ = recorded(of_tensors, latents, index, patches.count, with_attention=with_attention)
-        return Scored(reward, None if attention is None else attention[..., :count], None)
+        reward, attention = recorded(of_tensors, latents, index, patches.count, with_attention=with_attention)
+        return reward, None if attention is None else attention[..., :images]
 
-    return replayed
+    return differentiable(replayed)

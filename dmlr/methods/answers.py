@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from dmlr.config import Config, ConfigError
-from dmlr.model.vlm import VLM
+from dmlr.model.decode import Decoded
+from dmlr.model.vlm import VLM, Encoded
 
 S, T = TypeVar("S"), TypeVar("T")
 
@@ -50,6 +51,13 @@ class Answer:
     reasoning: Reasoning | None = None
     prompt_tokens: int = 0  # of the prompt that was answered, image and think tokens included
     details: dict[str, Any] = field(default_factory=dict)  # what else the method did, as plain values for the record
+
+    @classmethod
+    def of(cls, encoded: Encoded, decoded: Decoded, seconds: dict[str, float], **more: Any) -> Answer:
+        """What was decoded after a prompt; `more` stands in place of what these say."""
+        values = {"text": decoded.text, "prompt": encoded.prompt, "stop_reason": decoded.stop_reason}
+        values |= {"num_new_tokens": decoded.num_tokens, "prompt_tokens": encoded.num_tokens, "seconds": seconds}
+        return cls(**values | more)
 
 
 @dataclass
@@ -107,14 +115,6 @@ def free() -> None:
 def failed(error: Exception) -> Answer:
     """An answer that says why there is none."""
     return Answer("", "", "error", error=f"{type(error).__name__}: {error}".split("\n")[0])
-
-
-NO_IMAGE = {"note": "no image: no patches"}  # in the details, where a method would have used some
-
-
-def notes(question: Question) -> dict[str, str]:
-    """Details of a question that a method which injects patches had to answer without any."""
-    return {} if question.images else dict(NO_IMAGE)
 
 
 class Clock:

@@ -25,8 +25,8 @@ from torch.nn.utils.rnn import pad_sequence
 from dmlr.config import Config
 from dmlr.data.boxes import checked_boxes, distance, touched
 from dmlr.loop.injection import Patches, Retrieval, choose_patches, interleave
-from dmlr.loop.optimize import State, Trace, example_generator, initial_latents, optimize, stay
-from dmlr.loop.score import Score, Scored, scorer, with_tokens
+from dmlr.loop.optimize import State, Trace, example_generator, initial_latents, optimize
+from dmlr.loop.score import Score, differentiable, scorer, with_tokens
 from dmlr.methods import latent
 from dmlr.methods.answers import Answer, Clock, Question
 from dmlr.methods.prompting import decode, prompts_of
@@ -176,7 +176,7 @@ class Control:
         decoded = decode(vlm, prefix, config)
         clock.lap("decode")
         none = torch.zeros_like(state.patches.count[:, 0])
-        trace = Trace(start.reward[:, 0], start.attention, reward, none, state, state)
+        trace = Trace(start.reward[:, 0], start.attention, reward, none, state)
         seconds = clock.per_example(len(questions))
         answers = latent.latent_answers(decoded, result.encoded, trace, vlm.embedding_rms, seconds)
         sizes = (state.latents - result.start).pow(2).mean(dim=(1, 2)).sqrt().tolist()
@@ -202,7 +202,7 @@ def random(vlm: VLM, questions: Sequence[Question], config: Config) -> list[Answ
         streams = [example_generator(config.seed, q.idx, "random") for q in questions]
         noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
         ranking = random_ranking(questions, prefix, config, "patches", config.max_num_steps)
-        return optimize(vlm, prefix, config, noise, ids, update=stay, ranking=ranking)
+        return optimize(vlm, prefix, config, noise, ids, ranking=ranking)
 
     answers = latent.reasoned(vlm, questions, config.replace(use_auto_grad=False), loop)
     return latent.with_notes(answers, questions)
@@ -241,8 +241,7 @@ def loop_result(vlm: VLM, questions: Sequence[Question], config: Config, loop: l
     prefix, encoded = latent.prefill_latent(vlm, questions, config, prompts)
     start = initial_latents(vlm, prefix, config)
     kept = OrderedDict() if loop else _STATES.setdefault(vlm, OrderedDict())
-    digests = [[hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in q.images] for q in questions]
-    keys = [(config, q.idx, q.text, *digest) for q, digest in zip(questions, digests, strict=True)]
+    keys = [(config, q.idx, q.text, *(hashlib.blake2b(im.tobytes()).digest() for im in q.images)) for q in questions]
     if rows := [row for row, key in enumerate(keys) if key not in kept]:
         part = prefix if len(rows) == len(questions) else prefix.select(torch.tensor(rows, device=start.device))
         noise = torch.stack([latent.question_noise(vlm, questions[row], config) for row in rows])
@@ -266,23 +265,17 @@ def truth_score(vlm: VLM, prefix: Prefix, questions: Sequence[Question]) -> Scor
     given = pad_sequence([row >= 0 for row in tokens], batch_first=True).to(vlm.device)
     text = torch.cat([prefix.suffix_ids.expand(len(ids), -1), ids], dim=1)
 
-    def score(
-        latents: torch.Tensor, patches: Patches, with_attention: bool = True, with_gradient: bool = False
-    ) -> Scored:
-        with torch.set_grad_enabled(with_gradient):
-            latents = latents.detach().requires_grad_(with_gradient)
-            embeds, filled = with_tokens(vlm, *interleave(latents, prefix.images, patches), text)
-            filled[:, -ids.shape[1] :] = given
-            slots = torch.arange(embeds.shape[2], device=embeds.device)
-            read = slots[-ids.shape[1] - 1 : -1].expand_as(ids)  # the slot before each of the answer's tokens
-            think = slots[: -text.shape[1] : 1 + patches.index.shape[2]] if with_attention else None
-            logits, attention = vlm.extend(prefix, embeds[:, 0], filled, read=read, probe_rows=think)
-            chances = logits.log_softmax(dim=-1).gather(2, ids[..., None])[..., 0]  # [B, A]
-            reward = (chances * given).sum(dim=1) / given.sum(dim=1)
-            gradient = torch.autograd.grad(reward.sum(), latents)[0][:, 0] if with_gradient else None
-        return Scored(reward.detach()[:, None], attention, gradient)
+    def reward_of(latents: torch.Tensor, patches: Patches, with_attention: bool):
+        embeds, filled = with_tokens(vlm, *interleave(latents, prefix.images, patches), text)
+        filled[:, -ids.shape[1] :] = given
+        slots = torch.arange(embeds.shape[2], device=embeds.device)
+        read = slots[-ids.shape[1] - 1 : -1].expand_as(ids)  # the slot before each of the answer's tokens
+        think = slots[: -text.shape[1] : 1 + patches.index.shape[2]] if with_attention else None
+        logits, attention = vlm.extend(prefix, embeds[:, 0], filled, read=read, probe_rows=think)
+        chances = logits.log_softmax(dim=-1).gather(2, ids[..., None])[..., 0]  # [B, A]
+        return ((chances * given).sum(dim=1) / given.sum(dim=1))[:, None], attention
 
-    return score
+    return differentiable(reward_of)
 
 
 def random_ranking(

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 
 from dmlr.config import Config
-from dmlr.loop.injection import Patches, choose_patches, in_image_order, interleave
+from dmlr.loop.injection import Patches, choose_patches, interleave
 from dmlr.loop.score import with_tokens
-from dmlr.methods.answers import Answer, Clock, Question, notes
+from dmlr.methods.answers import Answer, Clock, Question
+from dmlr.methods.latent import with_notes
 from dmlr.methods.prompting import decode, prefill_task, prompts_of
 from dmlr.model.cache import Prefix
 from dmlr.model.vlm import VLM
@@ -41,14 +42,11 @@ def icot(vlm: VLM, questions: Sequence[Question], config: Config) -> list[Answer
     clock.lap("decode")
     seconds = clock.per_example(len(questions))
     answers = []
-    for question, e, d, insertions in zip(questions, encoded, decoded, feed.insertions, strict=True):
+    for e, d, insertions in zip(encoded, decoded, feed.insertions, strict=True):
         # finished rows may stay in the batch for a while; what was inserted then is not part of the answer
         inserted = [insertion for insertion in insertions if insertion["after_tokens"] < d.num_tokens]
-        details = {"insertions": inserted} | notes(question)
-        answers.append(
-            Answer(d.text, e.prompt, d.stop_reason, d.num_tokens, seconds, prompt_tokens=e.num_tokens, details=details)
-        )
-    return answers
+        answers.append(Answer.of(e, d, seconds, details={"insertions": inserted}))
+    return with_notes(answers, questions)
 
 
 class InsertAtNewlines:
@@ -85,10 +83,11 @@ class InsertAtNewlines:
         """attention: [B, 1, N] of the last token; due: [B], rows that get patches, the others stay as they are."""
         vlm, most, batch = self.vlm, self.config.icot_patches, len(rows)
         counts = prefix.image_mask.sum(dim=1)
-        none = Patches.none(batch, 1, counts.device)
-        budget = torch.full_like(counts, most)
-        chosen = in_image_order(choose_patches(attention, prefix.image_mask, none, budget, counts[:, None], most))
-        start, end = vlm.vision_marks
+        none, budget = Patches.none(batch, 1, counts.device), torch.full_like(counts, most)
+        patches = choose_patches(attention, prefix.image_mask, none, budget, counts[:, None], most).tolist()
+        patches = [[sorted(row)] for (row,) in patches]  # in image order
+        chosen = Patches.of(patches, counts.device)
+        start, end = (torch.tensor(ids, dtype=torch.long, device=vlm.device) for ids in vlm.family.marks)
         mark = vlm.embed(start) if len(start) else vlm.embed(end.new_zeros(1))  # [1, D]
         embeds, filled = interleave(mark.expand(batch, 1, 1, -1), prefix.images, chosen)
         filled[:, 0] &= len(start) > 0
@@ -96,7 +95,6 @@ class InsertAtNewlines:
         before = prefix.logits
         vlm.append(prefix, embeds[:, 0], filled & due[:, None])
         prefix.logits = torch.where(due[:, None], prefix.logits, before)
-        patches = chosen.tolist()
         for at in due.nonzero()[:, 0].tolist():
             row = rows[at]
             self.insertions[row].append({"after_tokens": self.said[row], "patches": patches[at][0]})

@@ -5,6 +5,7 @@ DMLR and LTPO are one loop (optimize.py) under two configurations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from dmlr.config import Config
 from dmlr.loop.injection import interleave
 from dmlr.loop.optimize import Trace, example_noise, optimize
 from dmlr.loop.score import with_tokens
-from dmlr.methods.answers import Answer, Clock, Question, Reasoning, notes
+from dmlr.methods.answers import Answer, Clock, Question, Reasoning
 from dmlr.methods.prompting import decode, prompts_of
 from dmlr.model.cache import Prefix
 from dmlr.model.decode import Decoded
@@ -22,6 +23,7 @@ from dmlr.model.encode import encode
 from dmlr.model.vlm import VLM, Encoded
 from dmlr.prompts import Prompts
 
+NO_IMAGE = {"note": "no image: no patches"}  # in the details, where a method would have used some
 # model, prefix, configuration, noise [B, T, M, L, D], tokens that ask for a self score -> what to decode, and why
 Loop = Callable[[VLM, Prefix, Config, torch.Tensor, torch.Tensor], Trace]
 
@@ -43,17 +45,16 @@ def ltpo(vlm: VLM, questions: Sequence[Question], config: Config) -> list[Answer
 
 def ltpo_config(config: Config) -> Config:
     """The configuration under which the loop is LTPO."""
-    return config.replace(
-        num_thought_tokens=config.ltpo_thought_tokens,
-        max_num_steps=config.ltpo_steps,
-        lr=config.ltpo_lr,
-        lr_relative=None,
-        sigma=config.ltpo_sigma,
-        sigma_relative=None,
-        sigma_decay=config.ltpo_sigma_decay,
-        initial_patch_count=0,
-        patch_increment=0,
-    )
+    return without_patches(config, "ltpo")
+
+
+def without_patches(config: Config, method: str, **more: Any) -> Config:
+    """The configuration of a method with a budget of its own (`ltpo_...`, `ulr_...`) that has latents alone."""
+    names = {"num_thought_tokens": "thought_tokens", "max_num_steps": "steps"}
+    names |= {name: name for name in ("lr", "sigma", "sigma_decay")}
+    own = {name: getattr(config, f"{method}_{theirs}") for name, theirs in names.items()}
+    nothing = {"lr_relative": None, "sigma_relative": None, "initial_patch_count": 0, "patch_increment": 0}
+    return config.replace(**own | nothing | more)
 
 
 def reasoned(vlm: VLM, questions: Sequence[Question], config: Config, loop: Loop) -> list[Answer]:
@@ -73,7 +74,7 @@ def reasoned(vlm: VLM, questions: Sequence[Question], config: Config, loop: Loop
 def with_notes(answers: list[Answer], questions: Sequence[Question]) -> list[Answer]:
     """For methods that inject patches: says in the record of a text-only question that there were none."""
     for answer, question in zip(answers, questions, strict=True):
-        answer.details |= notes(question)
+        answer.details |= {} if question.images else NO_IMAGE
     return answers
 
 
@@ -94,10 +95,8 @@ def prefill_latent(
 
 def question_noise(vlm: VLM, question: Question, config: Config) -> torch.Tensor:
     """[T, M, L, D], the same whatever batch the question is in."""
-    dim = vlm.text_config.hidden_size
-    return example_noise(
-        config.seed, question.idx, config.max_num_steps, config.num_samples, config.num_thought_tokens, dim
-    )
+    sizes = (config.max_num_steps, config.num_samples, config.num_thought_tokens, vlm.text_config.hidden_size)
+    return example_noise(config.seed, question.idx, *sizes)
 
 
 def score_ids(vlm: VLM, prefix: Prefix, prompts: Prompts) -> torch.Tensor:
@@ -117,70 +116,42 @@ def latent_answers(
     decoded: list[Decoded], encoded: list[Encoded], trace: Trace, rms: float, seconds: dict[str, float]
 ) -> list[Answer]:
     """Answers with each example's view of the trace. A reward that is not a number costs that example only."""
-    host = _to_host(trace)
     answers = []
-    for row, (d, e) in enumerate(zip(decoded, encoded, strict=True)):
-        reasoning = _reasoning(host, row, e, rms)
-        bad = next(
-            (s["step"] for s in reasoning.steps if not torch.tensor(s["reward"] + s["explored_reward"]).isfinite()),
-            None,
-        )
-        if bad is None and not torch.tensor(reasoning.start_reward).isfinite():
-            bad = 0
-        if bad is not None:
-            error = f"the reward is not a finite number at iteration {bad}"
-            answers.append(Answer("", e.prompt, "error", 0, seconds, error, reasoning))
-        else:
-            answers.append(
-                Answer(d.text, e.prompt, d.stop_reason, d.num_tokens, seconds, None, reasoning, e.num_tokens)
-            )
+    for d, e, reasoning in zip(decoded, encoded, reasonings(trace, encoded, rms), strict=True):
+        rewards = [reasoning.start_reward, *(step["reward"] + step["explored_reward"] for step in reasoning.steps)]
+        wrong = {}
+        if bad := [t for t, reward in enumerate(rewards) if not math.isfinite(reward)]:
+            error = f"the reward is not a finite number at iteration {bad[0]}"
+            wrong = {"text": "", "stop_reason": "error", "num_new_tokens": 0, "error": error}
+        answers.append(Answer.of(e, d, seconds, reasoning=reasoning, **wrong))
     return answers
 
 
-def _to_host(trace: Trace) -> dict[str, Any]:
-    """All rows of the trace, moved once."""
-    steps = trace.steps
-    return {
-        "start_reward": trace.start_reward.tolist(),
-        "best_reward": trace.best_reward.tolist(),
-        "best_step": trace.best_step.tolist(),
-        "latents": trace.final.latents.cpu(),
-        "patches": trace.final.patches.tolist(),
-        "tried": [s.tried.patches.tolist() for s in steps],
-        "attention": torch.stack([trace.start_attention, *(s.attention for s in steps)]).cpu(),  # [1 + T, B, L, N]
-        "sigma": [s.sigma for s in steps],
-        "evaluations": [s.evaluations for s in steps],
-        **{name: [getattr(s, name).tolist() for s in steps] for name in _STEP_COLUMNS},
-    }
-
-
-_STEP_COLUMNS = ("reward", "explored", "accepted", "active", "budget")
-
-
-def _reasoning(host: dict[str, Any], row: int, encoded: Encoded, rms: float) -> Reasoning:
-    ran = [t for t in range(len(host["sigma"])) if host["active"][t][row]]
-    steps = [
-        {
-            "step": t + 1,
-            "reward": host["reward"][t][row],
-            "explored_reward": host["explored"][t][row],
-            "sigma": host["sigma"][t],
-            "is_new_best": host["accepted"][t][row],
-            "patch_count": sum(len(p) for p in host["tried"][t][row]),
-            "patch_budget": host["budget"][t][row],
-        }
-        for t in ran
+def reasonings(trace: Trace, encoded: list[Encoded], rms: float) -> list[Reasoning]:
+    """Each example's view of the trace, up to the iteration in which it stopped; all of it leaves the device once."""
+    attention = [trace.start_attention, *(step.attention for step in trace.steps)]
+    attention = torch.stack(attention).cpu()  # [1 + T, B, L, N]
+    steps, history = [[] for _ in encoded], [[] for _ in encoded]
+    for t, step in enumerate(trace.steps, start=1):
+        columns = (step.active, step.reward, step.explored, step.accepted, step.budget)
+        rows = zip(*(column.tolist() for column in columns), step.tried.patches.tolist(), strict=True)
+        for row, (active, reward, explored, accepted, budget, patches) in enumerate(rows):
+            if active:
+                record = {"step": t, "reward": reward, "explored_reward": explored, "sigma": step.sigma}
+                record |= {"is_new_best": accepted, "patch_count": sum(map(len, patches)), "patch_budget": budget}
+                steps[row].append(record)
+                history[row].append(patches)
+    columns = (trace.start_reward.tolist(), trace.best_reward.tolist(), trace.best_step.tolist())
+    finals = zip(*columns, trace.final.latents.cpu(), trace.final.patches.tolist(), strict=True)
+    return [
+        Reasoning(
+            steps[row],
+            *final,
+            patch_history=history[row],
+            attention=attention[: 1 + len(steps[row]), row, :, : len(e.image_columns)],
+            patch_grid=e.patch_grid,
+            embedding_rms=rms,
+            evaluations=1 + sum(step.evaluations for step in trace.steps[: len(steps[row])]),
+        )
+        for row, (e, final) in enumerate(zip(encoded, finals, strict=True))
     ]
-    return Reasoning(
-        steps=steps,
-        start_reward=host["start_reward"][row],
-        best_reward=host["best_reward"][row],
-        best_step=host["best_step"][row],
-        latents=host["latents"][row],
-        patches=host["patches"][row],
-        patch_history=[host["tried"][t][row] for t in ran],
-        attention=host["attention"][[0, *(t + 1 for t in ran)], row, :, : len(encoded.image_columns)],
-        patch_grid=encoded.patch_grid,
-        embedding_rms=rms,
-        evaluations=1 + sum(host["evaluations"][t] for t in ran),
-    )

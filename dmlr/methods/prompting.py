@@ -25,10 +25,7 @@ def vanilla(vlm: VLM, questions: Sequence[Question], config: Config) -> list[Ans
     decoded = decode(vlm, prefix, config)
     clock.lap("decode")
     seconds = clock.per_example(len(questions))
-    return [
-        Answer(d.text, e.prompt, d.stop_reason, d.num_tokens, seconds, prompt_tokens=e.num_tokens)
-        for d, e in zip(decoded, encoded, strict=True)
-    ]
+    return [Answer.of(e, d, seconds) for e, d in zip(encoded, decoded, strict=True)]
 
 
 def multimodal_cot(vlm: VLM, questions: Sequence[Question], config: Config) -> list[Answer]:
@@ -83,18 +80,11 @@ def _two_calls(vlm, questions, config, name, first, first_budget, second, second
     asked, said = call(first, first_budget)
     encoded, decoded = call([second(q, s.text) for q, s in zip(questions, said, strict=True)], second_budget)
     seconds = clock.per_example(len(questions))
-    return [
-        Answer(
-            text=d.text,
-            prompt=e.prompt,
-            stop_reason=d.stop_reason,
-            num_new_tokens=s.num_tokens + d.num_tokens,
-            seconds=seconds,
-            prompt_tokens=e.num_tokens,
-            details={name: s.text, f"{name}_prompt": a.prompt, f"{name}_stop_reason": s.stop_reason},
-        )
-        for a, s, e, d in zip(asked, said, encoded, decoded, strict=True)
-    ]
+    answers = []
+    for a, s, e, d in zip(asked, said, encoded, decoded, strict=True):
+        details = {name: s.text, f"{name}_prompt": a.prompt, f"{name}_stop_reason": s.stop_reason}
+        answers.append(Answer.of(e, d, seconds, num_new_tokens=s.num_tokens + d.num_tokens, details=details))
+    return answers
 
 
 # the pieces that methods share

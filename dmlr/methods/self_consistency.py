@@ -62,9 +62,7 @@ def self_consistency(vlm: VLM, questions: Sequence[Question], config: Config) ->
         d = samples[winner(votes)]
         tokens = sum(each.num_tokens for each in samples)
         details = {"votes": votes, "samples": len(samples)}
-        answers.append(
-            Answer(d.text, e.prompt, d.stop_reason, tokens, seconds, prompt_tokens=e.num_tokens, details=details)
-        )
+        answers.append(Answer.of(e, d, seconds, num_new_tokens=tokens, details=details))
     return answers
 
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from dmlr.config import Config
 from dmlr.loop.injection import Patches, interleave
 from dmlr.loop.optimize import Trace, initial_latents, optimize
-from dmlr.loop.score import Score, Scored, scorer
+from dmlr.loop.score import Score, differentiable, scorer
 from dmlr.methods.answers import Answer, Question
-from dmlr.methods.latent import reasoned
+from dmlr.methods.latent import reasoned, without_patches
 from dmlr.model.cache import Prefix
 from dmlr.model.vlm import VLM
 
@@ -39,22 +39,15 @@ def ulr(vlm: VLM, questions: Sequence[Question], config: Config) -> list[Answer]
 
 def ulr_config(config: Config) -> Config:
     """The configuration under which stage II is DMLR's loop; it counts the iterations of both stages."""
-    return config.replace(
-        num_thought_tokens=config.ulr_thought_tokens,
-        max_num_steps=config.ulr_steps,
-        lr=config.ulr_lr,
-        lr_relative=None,
-        sigma=config.ulr_sigma,
-        sigma_relative=None,
-        sigma_decay=config.ulr_sigma_decay,
+    return without_patches(
+        config,
+        "ulr",
         num_samples=1,
         reward="ulr",
         reward_position="think",
         accept_at="candidate",
         use_auto_grad=False,
         disable_conf_reward=False,
-        initial_patch_count=0,
-        patch_increment=0,
         visual_injection_start_step=config.ulr_steps,  # never: nothing is asked about patches
     )
 
@@ -87,20 +80,14 @@ def alignment_score(vlm: VLM, prefix: Prefix, config: Config) -> Score:
     positive, negative = contrasted(attention, prefix.image_mask, config.num_thought_tokens)
     images = prefix.image_states.float()
 
-    def score(
-        latents: torch.Tensor, patches: Patches, with_attention: bool = True, with_gradient: bool = False
-    ) -> Scored:
-        with torch.set_grad_enabled(with_gradient):
-            latents = latents.detach().requires_grad_(with_gradient)
-            embeds, filled = interleave(latents, prefix.images, patches)
-            read = torch.arange(embeds.shape[2], device=embeds.device).expand_as(filled)  # no patches: [B, L]
-            probed = read[0] if with_attention else None
-            states, attention = vlm.states(prefix, embeds[:, 0], filled, read, probed)
-            reward = -alignment_loss(states.float(), images, positive, negative, config.ulr_temperature)
-            gradient = torch.autograd.grad(reward.sum(), latents)[0][:, 0] if with_gradient else None
-        return Scored(reward.detach()[:, None], attention, gradient)
+    def reward_of(latents: torch.Tensor, patches: Patches, with_attention: bool):
+        embeds, filled = interleave(latents, prefix.images, patches)
+        read = torch.arange(embeds.shape[2], device=embeds.device).expand_as(filled)  # no patches: [B, L]
+        states, attention = vlm.states(prefix, embeds[:, 0], filled, read, read[0] if with_attention else None)
+        loss = alignment_loss(states.float(), images, positive, negative, config.ulr_temperature)
+        return -loss[:, None], attention
 
-    return score
+    return differentiable(reward_of)
 
 
 def alignment_loss(

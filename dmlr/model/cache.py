@@ -10,6 +10,7 @@ Knows transformers' interface for caches. Knows nothing about the model that mad
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -90,27 +91,15 @@ class KVCache(Cache):
 
     def branch(self) -> KVCache:
         """A cache that continues from here. It shares the storage: be done with it before the original goes on."""
-        twin = KVCache()
-        twin.layers = [copy.copy(layer) for layer in self.layers]
-        return twin
+        return self._with(lambda x: x)
 
     def select(self, rows: torch.Tensor) -> KVCache:
         """A cache of these rows [B'] of the batch only."""
-        twin = self.branch()
-        for layer in twin.layers:
-            there = rows.to(layer.keys.device)  # layers may lie on several devices
-            layer.keys, layer.values = layer.keys[there], layer.values[there]
-        return twin
+        return self._with(lambda x: x[rows.to(x.device)])  # layers may lie on several devices
 
     def buffer(self, columns: int, slots: int) -> KVCache:
         """A cache for as many rows: `columns` committed, of zeros, and space for `slots` more."""
-        twin = self.branch()
-        for layer in twin.layers:
-            layer.keys, layer.values = (
-                x.new_zeros(*x.shape[:2], columns + slots, x.shape[3]) for x in (layer.keys, layer.values)
-            )
-            layer.length = columns
-        return twin
+        return self._with(lambda x: x.new_zeros(*x.shape[:2], columns + slots, x.shape[3]), columns)
 
     def copy_to(self, buffer: KVCache) -> None:
         """Writes its committed columns into the last of the buffer's, which stays where it is in memory."""
@@ -123,12 +112,19 @@ class KVCache(Cache):
 
     def take(self, columns: torch.Tensor) -> KVCache:
         """A cache of these columns [B, T] of each row, in this order."""
-        twin = self.branch()
+
+        def taken(x: torch.Tensor) -> torch.Tensor:
+            return x.gather(2, columns.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+        return self._with(taken, columns.shape[1])
+
+    def _with(self, change: Callable[[torch.Tensor], torch.Tensor], length: int | None = None) -> KVCache:
+        """A cache of what `change` makes of every layer's keys and values."""
+        twin = KVCache()
+        twin.layers = [copy.copy(layer) for layer in self.layers]
         for layer in twin.layers:
-            heads, width = layer.keys.shape[1], layer.keys.shape[3]
-            index = columns.to(layer.keys.device)[:, None, :, None].expand(-1, heads, -1, width)
-            layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
-            layer.length = columns.shape[1]
+            layer.keys, layer.values = change(layer.keys), change(layer.values)
+            layer.length = layer.length if length is None else length
         return twin
 
 

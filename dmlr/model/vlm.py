@@ -12,11 +12,12 @@ import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 
 from dmlr.config import Config
 from dmlr.model import memory
@@ -144,11 +145,6 @@ class VLM:
         """Characters, at most, that one token stands for."""
         return max(map(len, self.tokenizer.get_vocab()))
 
-    @cached_property
-    def vision_marks(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens before and after an image, [0 or 1] each."""
-        return tuple(torch.tensor(ids, dtype=torch.long, device=self.device) for ids in self.family.marks)
-
     def fitting_batch(self, work: Work) -> int:
         """Examples that ask for so much and go through together: by the GPU's free memory; 16 on a CPU.
 
@@ -181,19 +177,17 @@ class VLM:
         """Vision tower and prompt, once per example; rows are padded on the left."""
         length = max(len(e.input_ids) for e in batch)
         pads = [length - len(e.input_ids) for e in batch]
-        pad = self.tokenizer.pad_token_id or 0
-        ids = torch.stack([F.pad(e.input_ids, (n, 0), value=pad) for e, n in zip(batch, pads, strict=True)])
+        left = partial(pad_sequence, batch_first=True, padding_side="left")
+        ids = left([e.input_ids for e in batch], padding_value=self.tokenizer.pad_token_id or 0).to(self.device)
+        positions = left([e.positions.T for e in batch]).permute(2, 0, 1).to(self.device)  # [axes, B, P]
+        mask = (torch.arange(length) >= torch.tensor(pads)[:, None]).to(self.device)  # [B, P]
         prompts = [
             torch.cat([e.input_ids[:1].expand(n), e.input_ids, e.suffix_ids]) for e, n in zip(batch, pads, strict=True)
         ]
-        positions = torch.stack([F.pad(e.positions, (n, 0)) for e, n in zip(batch, pads, strict=True)], dim=1)
-        mask = (torch.arange(length) >= torch.tensor(pads)[:, None]).to(self.device)  # [B, P]
-
-        count = max(len(e.image_columns) for e in batch)
         columns = [e.image_columns + n for e, n in zip(batch, pads, strict=True)]
-        image_mask = (torch.arange(count) < torch.tensor([[len(c)] for c in columns])).to(self.device)  # [B, N]
-        columns = torch.stack([F.pad(c, (0, count - len(c))) for c in columns]).to(self.device)
-        embeds = self._with_features(self.embed(ids), ids.to(self.device) == self.image_token_id, batch)
+        image_mask = pad_sequence([row >= 0 for row in columns], batch_first=True).to(self.device)  # [B, N]
+        columns = pad_sequence(columns, batch_first=True).to(self.device)
+        embeds = self._with_features(self.embed(ids), ids == self.image_token_id, batch)
         images = embeds.gather(1, columns[..., None].expand(-1, -1, embeds.shape[2])) * image_mask[..., None]
         if not self.deep_levels:
             images = images[..., : self.text_config.hidden_size]
@@ -204,7 +198,7 @@ class VLM:
             causal = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
             causal = (causal & mask[:, None]) | torch.eye(length, dtype=torch.bool, device=self.device)
             causal = causal[:, None]
-        hidden = self._run(embeds, positions.to(self.device), causal, cache)
+        hidden = self._run(embeds, positions, causal, cache)
         cache.commit(length)
         suffix = batch[0].suffix_ids
         assert all(torch.equal(e.suffix_ids, suffix) for e in batch), "one chat template, one suffix"
