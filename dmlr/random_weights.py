@@ -6,7 +6,7 @@ Knows nothing about what is measured.
 from __future__ import annotations
 
 import torch
-from transformers import AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLConfig
 
 from dmlr.config import locate
 from dmlr.model.attention import ATTENTION
@@ -14,12 +14,13 @@ from dmlr.model.vlm import VLM, Encoded
 
 # Qwen2.5-VL shapes: two for a CPU, and the published 3B and 7B.
 _SIZES = ("hidden", "layers", "heads", "kv_heads", "intermediate", "vocab", "vision")
-SHAPES: dict[str, dict[str, int]] = {
-    "A": dict(zip(_SIZES, (512, 8, 8, 2, 1408, 32_000, 256), strict=True)),
-    "B": dict(zip(_SIZES, (1024, 12, 16, 4, 2816, 32_000, 256), strict=True)),
-    "3B": dict(zip(_SIZES, (2048, 36, 16, 2, 11_008, 151_936, 1280), strict=True)),
-    "7B": dict(zip(_SIZES, (3584, 28, 28, 4, 18_944, 152_064, 1280), strict=True)),
+_NUMBERS = {
+    "A": (512, 8, 8, 2, 1408, 32_000, 256),
+    "B": (1024, 12, 16, 4, 2816, 32_000, 256),
+    "3B": (2048, 36, 16, 2, 11_008, 151_936, 1280),
+    "7B": (3584, 28, 28, 4, 18_944, 152_064, 1280),
 }
+SHAPES = {name: dict(zip(_SIZES, numbers, strict=True)) for name, numbers in _NUMBERS.items()}
 
 
 def random_vlm(shape: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> VLM:
@@ -62,12 +63,7 @@ def random_vlm(shape: str, dtype: torch.dtype = torch.float32, device: str = "cp
     config._attn_implementation = {"text_config": ATTENTION, "vision_config": "sdpa"}
     torch.manual_seed(0)
     with torch.device(device):
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            model = Qwen2_5_VLForConditionalGeneration(config)
-        finally:
-            torch.set_default_dtype(default)
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     model.generation_config.eos_token_id = []  # random weights must not end a measurement early
     return VLM(model, processor)
 

@@ -9,6 +9,7 @@ Knows nothing about batches, caches or speed.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -31,14 +32,13 @@ class ReferenceStep:
 
 @dataclass
 class ReferenceTrace:
-    """`scored_latents` with `best_patches` earned `best_reward`; `best_latents` are decoded with them."""
+    """`best_latents` are decoded with `best_patches`."""
 
     start_reward: float
     best_reward: float
     best_step: int
     best_latents: torch.Tensor
     best_patches: list[list[int]]
-    scored_latents: torch.Tensor
     steps: list[ReferenceStep] = field(default_factory=list)
 
 
@@ -110,12 +110,8 @@ class Reference:
         ranks = encoded.image_columns.argsort().argsort()  # which feature, in the order of the prompt, is image token i
         return [level[ranks] for level in flat]
 
-    @torch.no_grad()
     def reward(self, latents: torch.Tensor, patches: list[list[int]]) -> tuple[torch.Tensor, list[list[float]]]:
         """R and the attention of each think token over the image, (6) and (7)."""
-        return self._reward(latents, patches)
-
-    def _reward(self, latents: torch.Tensor, patches: list[list[int]]) -> tuple[torch.Tensor, list[list[float]]]:
         suffix = self.encoded.suffix_ids.tolist()
         text = suffix if self.config.reward_position == "answer" else suffix[:1]
         logits, attention, starts, ends = self.forward(latents, patches, text)
@@ -150,13 +146,14 @@ class Reference:
             chosen.append((kept[i] + ranked)[: max(limit, len(kept[i]))])
         return chosen
 
+    @torch.no_grad()
     def run(self, latents: torch.Tensor, noise: torch.Tensor) -> ReferenceTrace:
         """Algorithm 1. latents: [L, D] to start from; noise: [T, M, L, D] standard normal, M samples an iteration."""
         config, length = self.config, len(latents)
         budget = 10**9 if config.initial_patch_count is None else config.initial_patch_count
         kept: list[list[int]] = [[] for _ in range(length)]
         start, attention = self.reward(latents, kept)
-        trace = ReferenceTrace(float(start), float(start), 0, latents, kept, latents)
+        trace = ReferenceTrace(float(start), float(start), 0, latents, kept)
         released = config.accept_at == "candidate"
         threshold, sigma = 0.0 if released else float(start), config.sigma
         moments = (torch.zeros_like(latents), torch.zeros_like(latents))
@@ -183,16 +180,14 @@ class Reference:
                 updated = latents + config.lr * ahead / len(rewards) / sigma**2
             if released:
                 tried, reward = patches, max(rewards)
-                scored = latents + draws[rewards.index(reward)]
             else:
-                tried, scored = self.retrieve(attention, kept, budget) if injects else kept, updated
+                tried = self.retrieve(attention, kept, budget) if injects else kept
                 reward = float(self.reward(updated, tried)[0])
             accepted = reward > threshold
             trace.steps.append(ReferenceStep(reward, sum(rewards) / len(rewards), updated, tried, accepted))
             if accepted:
                 threshold = trace.best_reward = reward
                 trace.best_step, trace.best_latents, trace.best_patches = t + 1, updated, tried
-                trace.scored_latents = scored
                 kept = tried
                 budget += config.patch_increment
             latents = updated
@@ -207,7 +202,7 @@ class Reference:
         """Reward, attention and the exact gradient of the reward in the latents, through the whole model."""
         with torch.enable_grad():
             latents = latents.detach().requires_grad_(True)
-            reward, attention = self._reward(latents, patches)
+            reward, attention = self.reward(latents, patches)
             return reward.detach(), attention, torch.autograd.grad(reward, latents)[0]
 
     @torch.no_grad()
@@ -232,8 +227,6 @@ def adam_step(latents, gradient, moments, step: int, lr: float, betas=(0.9, 0.99
 
 def eager(vlm: VLM) -> VLM:
     """A second view of the same weights whose language model uses transformers' own eager attention with all maps."""
-    import copy
-
     twin = copy.copy(vlm)
     twin.model = through_torch(copy.deepcopy(vlm.model))
     # `encode` and `family` may stay those of the original: the reference does not run them

@@ -98,4 +98,4 @@ class InsertAtNewlines:
         for at in due.nonzero()[:, 0].tolist():
             row = rows[at]
             self.insertions[row].append({"after_tokens": self.said[row], "patches": patches[at][0]})
-        return prefix.compact()
+        return prefix

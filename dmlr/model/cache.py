@@ -110,14 +110,6 @@ class KVCache(Cache):
             theirs.keys[:, :, begin:end] = mine.keys[:, :, : mine.length]
             theirs.values[:, :, begin:end] = mine.values[:, :, : mine.length]
 
-    def take(self, columns: torch.Tensor) -> KVCache:
-        """A cache of these columns [B, T] of each row, in this order."""
-
-        def taken(x: torch.Tensor) -> torch.Tensor:
-            return x.gather(2, columns.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-
-        return self._with(taken, columns.shape[1])
-
     def _with(self, change: Callable[[torch.Tensor], torch.Tensor], length: int | None = None) -> KVCache:
         """A cache of what `change` makes of every layer's keys and values."""
         twin = KVCache()
@@ -178,23 +170,6 @@ class Prefix:
         buffer.images.copy_(F.pad(self.images, (0, 0, 0, count)))
         buffer.image_mask.copy_(F.pad(self.image_mask, (0, count)))
         buffer.image_columns.copy_(F.pad(self.image_columns + columns, (0, count)))
-
-    def compact(self) -> Prefix:
-        """The same in as few columns as the longest row needs: empty ones leave, real ones close up to the right.
-
-        Keys carry their positions with them, so attention over them is what it was.
-        """
-        width = int(self.mask.sum(dim=1).max())
-        order = self.mask.long().argsort(dim=1, stable=True)  # [B, committed], real columns last, in their order
-        columns, dropped = order[:, -width:], order.shape[1] - width
-        ranks = torch.arange(order.shape[1], device=order.device).expand_as(order)
-        moved = torch.empty_like(order).scatter_(1, order, ranks) - dropped  # where each column is now
-        return replace(
-            self,
-            cache=self.cache.take(columns),
-            mask=self.mask.gather(1, columns),
-            image_columns=moved.gather(1, self.image_columns).clamp(min=0),
-        )
 
 
 class AttentionProbe:
