@@ -6,16 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from recomputed import equals_full_recomputation, noise_of
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
 
 from data.shapes.make import chance_level
 from dmlr.config import Config, locate
 from dmlr.data.examples import load_dataset, open_image
-from dmlr.loop.optimize import initial_latents, optimize
-from dmlr.loop.reference import Reference, eager
+from dmlr.loop.optimize import optimize
 from dmlr.methods import METHODS, Question
-from dmlr.methods.latent import append_latents, prefill_latent, question_noise
-from dmlr.model.decode import decode
+from dmlr.methods.latent import prefill_latent
 from dmlr.model.encode import encode
 from dmlr.model.vlm import VLM
 from dmlr.prompts import Prompts
@@ -66,29 +65,9 @@ def test_vanilla_equals_generate_token_by_token(vlm, config):
 
 
 @pytest.mark.parametrize("accept_at", ["updated", "candidate"])
-@pytest.mark.parametrize("position", ["think", "think_next", "group_end"])
-def test_loop_equals_full_recomputation(vlm, config, accept_at, position):
-    config = config.replace(accept_at=accept_at, reward_position=position, max_num_steps=4, max_new_tokens=24)
-    asked = questions(1)
-    prefix, encoded = prefill_latent(vlm, asked, config, Prompts())
-    noise = torch.stack([question_noise(vlm, q, config) for q in asked])
-    start = initial_latents(vlm, prefix, config)
-    trace = optimize(vlm, prefix, config, noise, torch.zeros(0, dtype=torch.long))
-    append_latents(vlm, prefix, trace.final.latents, trace.final.patches)
-    answers = decode(vlm, prefix, config.max_new_tokens)
-    oracle = eager(vlm)
-    for row in range(len(asked)):
-        reference = Reference(oracle, encoded[row], config)
-        expected = reference.run(start[row], noise[row])
-        for step, want in zip(trace.steps, expected.steps, strict=True):
-            assert step.reward[row].item() == pytest.approx(want.reward, abs=1e-4)
-            assert step.explored[row].item() == pytest.approx(want.explored, abs=1e-4)
-            assert step.tried.patches.tolist()[row] == want.patches
-        torch.testing.assert_close(trace.final.latents[row], expected.best_latents, atol=1e-4, rtol=0)
-        assert trace.final.patches.tolist()[row] == expected.best_patches
-        assert trace.best_reward[row].item() == pytest.approx(expected.best_reward, abs=1e-4)
-        ids = reference.decode(expected.best_latents, expected.best_patches, config.max_new_tokens)
-        assert answers[row].text == vlm.tokenizer.decode(ids, skip_special_tokens=True)
+def test_loop_equals_full_recomputation(vlm, config, accept_at):
+    config = config.replace(accept_at=accept_at, reward_position="think_next", max_num_steps=4, max_new_tokens=24)
+    equals_full_recomputation(vlm, config, prefill_latent(vlm, questions(1), config, Prompts())[1])
 
 
 @pytest.mark.slow
@@ -115,7 +94,7 @@ def test_a_state_that_does_not_change_is_never_accepted(config, dtype):
     config = config.replace(dtype=dtype, lr=0, initial_patch_count=0, patch_increment=0, max_num_steps=4)
     vlm, asked = VLM.load(config), questions(8)
     prefix, _ = prefill_latent(vlm, asked, config, Prompts())
-    noise = torch.stack([question_noise(vlm, q, config) for q in asked])
+    noise = noise_of(vlm, config, [question.idx for question in asked])
     trace = optimize(vlm, prefix, config, noise)
     assert len(asked) == 24 and not any(step.accepted.any() for step in trace.steps)
     assert all(torch.equal(step.reward, trace.start_reward) for step in trace.steps)

@@ -1,7 +1,4 @@
-"""Every family on tiny random models of its real classes: the proofs behind the README's table.
-
-`python tests/families_table.py` runs this file and writes the table from what passed.
-"""
+"""Every family on tiny random models of its real classes: the proofs behind the table in notebooks/README."""
 
 from itertools import product
 
@@ -9,16 +6,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from recomputed import equals_full_recomputation
 from tiny import noise_image
 from tiny_families import TINY
 from transformers import AutoModelForImageTextToText, Gemma3Config, LlamaConfig
 
 from dmlr.config import Config
-from dmlr.loop.optimize import initial_latents, optimize
-from dmlr.loop.reference import Reference, eager
 from dmlr.methods import METHODS
 from dmlr.methods.answers import Question
-from dmlr.methods.latent import NO_IMAGE, append_latents, question_noise
+from dmlr.methods.latent import NO_IMAGE
 from dmlr.model.decode import decode
 from dmlr.model.encode import encode
 from dmlr.model.families import FAMILIES, ModelError, check_known
@@ -91,39 +87,19 @@ def test_loaded_from_a_folder_says_the_same(vlm, tmp_path):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_loop_equals_full_recomputation(vlm, name):
     """Rewards, patches and answers of a batch with one, two and no images, against pixels and whole sequences."""
-    config = Config(**{**LOOP, **VARIANTS[name]})
-    equals_full_recomputation(vlm, config)
+    config = Config(**LOOP | VARIANTS[name])
+    trace = equals_full_recomputation(vlm, config, asked(vlm, config.num_thought_tokens))
+    assert any(step.tried.patches.count.any() for step in trace.steps), "no patches, nothing proved"
 
 
 def test_deep_features_of_patches_equal_full_recomputation():
     """DeepStack: patches that bring their deep features change the rewards, and still equal full recomputation."""
-    config = Config(**{**LOOP, **VARIANTS["paper"]})
-    deep = equals_full_recomputation(TINY["qwen3_vl"](deep_patches=True), config)
-    assert deep != equals_full_recomputation(TINY["qwen3_vl"](), config)
-
-
-def equals_full_recomputation(vlm, config) -> list[float]:
-    encoded = asked(vlm, config.num_thought_tokens)
-    noise = torch.stack([question_noise(vlm, Question(i, "", []), config) for i in range(len(encoded))])
-    prefix = vlm.prefill(encoded)
-    start = initial_latents(vlm, prefix, config)
-    trace = optimize(vlm, prefix, config, noise, torch.zeros(0, dtype=torch.long))
-    append_latents(vlm, prefix, trace.final.latents, trace.final.patches)
-    answers = decode(vlm, prefix, config.max_new_tokens)
-    oracle, tried = eager(vlm), 0
-    for row in range(len(encoded)):
-        reference = Reference(oracle, encoded[row], config)
-        expected = reference.run(start[row], noise[row])
-        for step, want in zip(trace.steps, expected.steps, strict=True):
-            assert step.reward[row].item() == pytest.approx(want.reward, abs=1e-4)
-            assert step.explored[row].item() == pytest.approx(want.explored, abs=1e-4)
-            assert step.tried.patches.tolist()[row] == want.patches
-            tried += sum(map(len, want.patches))
-        assert trace.final.patches.tolist()[row] == expected.best_patches
-        ids = reference.decode(expected.best_latents, expected.best_patches, config.max_new_tokens)
-        assert answers[row].ids == ids
-    assert tried, "no patches, nothing proved"
-    return [step.reward.tolist() for step in trace.steps]
+    config, rewards = Config(**LOOP | VARIANTS["paper"]), []
+    for deep in (True, False):
+        vlm = TINY["qwen3_vl"](deep_patches=deep)
+        trace = equals_full_recomputation(vlm, config, asked(vlm, config.num_thought_tokens))
+        rewards.append([step.reward.tolist() for step in trace.steps])
+    assert rewards[0] != rewards[1]
 
 
 @pytest.fixture(scope="module", params=TINY)

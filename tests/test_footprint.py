@@ -5,14 +5,14 @@ import dataclasses
 import pytest
 import torch
 from live_memory import LiveTensors
+from recomputed import noise_of
 from tiny import noise_image, tiny_vlm
 from tiny_families import TINY
 
 from dmlr.config import Config
 from dmlr.loop.optimize import optimize
 from dmlr.machine import peak_bytes
-from dmlr.methods.answers import Question
-from dmlr.methods.latent import append_latents, question_noise
+from dmlr.methods.latent import append_latents
 from dmlr.methods.ulr import two_stages, ulr_config
 from dmlr.methods.workload import workload
 from dmlr.model.decode import decode
@@ -22,7 +22,6 @@ from dmlr.model.vlm import VLM
 from dmlr.planning import Model
 from dmlr.random_weights import random_prompt, random_vlm
 
-NO_IDS = torch.zeros(0, dtype=torch.long)
 # Parameters of the published checkpoints: total_size of model.safetensors.index.json, over two bytes.
 PUBLISHED = {
     "Qwen/Qwen2.5-VL-3B-Instruct": 3_754_622_976,
@@ -77,11 +76,11 @@ def test_every_family_has_the_parameters_and_the_cache_that_its_settings_say(fam
 
 def example(vlm, config, prompt, batch, loop=optimize):
     """One batch from prefill to the last token."""
-    noise = torch.stack([question_noise(vlm, Question(i, "", []), config) for i in range(batch)])
+    noise = noise_of(vlm, config, range(batch))
 
     def work():
         prefix = vlm.prefill([prompt] * batch)
-        trace = loop(vlm, prefix, config, noise, NO_IDS)
+        trace = loop(vlm, prefix, config, noise, None)
         append_latents(vlm, prefix, trace.final.latents, trace.final.patches)
         decode(vlm, prefix, config.max_new_tokens)
 

@@ -11,6 +11,7 @@ import weakref
 
 import pytest
 import torch
+from recomputed import noise_of
 from safetensors.torch import load_file, save_file
 from tiny import noise_image, tiny_vlm
 from transformers import AutoModelForImageTextToText, LlamaConfig
@@ -18,7 +19,6 @@ from transformers import AutoModelForImageTextToText, LlamaConfig
 from dmlr.config import Config, ConfigError
 from dmlr.loop.optimize import optimize
 from dmlr.methods.answers import Question
-from dmlr.methods.latent import question_noise
 from dmlr.model.attention import ATTENTION
 from dmlr.model.decode import decode
 from dmlr.model.encode import encode
@@ -41,9 +41,8 @@ def everything(vlm):
     """Prefill, loop and decoding of a batch in which rows finish at different times."""
     config = Config(**LOOP)
     encoded = [encode(vlm, "", "?" * (3 * i + 1), [noise_image(i)], 2) for i in range(3)]
-    noise = torch.stack([question_noise(vlm, Question(i, "", []), config) for i in range(3)])
-    trace = optimize(vlm, vlm.prefill(encoded), config, noise, torch.zeros(0, dtype=torch.long))
-    prefix = vlm.prefill(encoded).select(torch.tensor([0, 2])).compact()
+    trace = optimize(vlm, vlm.prefill(encoded), config, noise_of(vlm, config, range(3)))
+    prefix = vlm.prefill(encoded).select(torch.tensor([0, 2]))
     return trace.best_reward, trace.final.patches.tolist(), decode(vlm, prefix, 8)
 
 

@@ -438,21 +438,3 @@ def test_the_winner_is_the_earliest_of_the_most_frequent():
     assert winner(["a", "b", "b", "a"]) == 0
     assert winner([None, None, "c"]) == 2
     assert winner([None, None]) == 0
-
-
-def test_the_prefix_closes_up(vlm):
-    """Without its empty columns it decodes the same tokens, and its attention over the image is the same."""
-    prefix = vlm.prefill([encode(vlm, PROMPTS.system, q.text, q.images) for q in QUESTIONS])
-    embeds = torch.randn(4, 7, prefix.images.shape[2], generator=torch.Generator().manual_seed(0))
-    filled = torch.tensor([[1, 0, 0, 1, 0, 0, 0], [0] * 7, [1] * 7, [0, 0, 1, 1, 1, 0, 0]], dtype=torch.bool)
-    vlm.append(prefix, embeds, filled)
-    tight = prefix.compact()
-    lengths = prefix.mask.sum(dim=1)
-    assert tight.mask.shape[1] == int(lengths.max()) < prefix.mask.shape[1]
-    assert torch.equal(tight.mask.sum(dim=1), lengths) and tight.cache.length == tight.mask.shape[1]
-    probe, read = torch.tensor([0]), torch.zeros(4, 1, dtype=torch.long)
-    one = torch.ones(4, 1, dtype=torch.bool)
-    loose, closed = (vlm.extend(p, embeds[:, :1], one, read, probe_rows=probe) for p in (prefix, tight))
-    torch.testing.assert_close(loose[0], closed[0], atol=1e-4, rtol=0)
-    torch.testing.assert_close(loose[1], closed[1], atol=1e-6, rtol=0)
-    assert [d.ids for d in decode(vlm, tight, 6)] == [d.ids for d in decode(vlm, prefix, 6)]

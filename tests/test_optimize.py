@@ -16,7 +16,6 @@ from dmlr.model.encode import encode
 from dmlr.prompts import Prompts
 
 PROMPTS = Prompts()
-NO_IDS = torch.zeros(0, dtype=torch.long)
 
 
 @pytest.fixture(scope="module")

@@ -51,8 +51,8 @@ def test_every_method_runs_where_the_model_is(method):
     same(tiny_vlm, method, Config(**BASE | BRIEF))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_of_the_loop_runs_where_the_model_is(name):
+@pytest.mark.parametrize("name", ["released", "every patch", "visual start", "exact gradient", "early stop"])
+def test_a_variant_of_the_loop_runs_where_the_model_is(name):
     same(tiny_vlm, "dmlr", Config(**BASE | VARIANTS[name]))
 
 
