@@ -97,7 +97,7 @@ def released_loop(vlm: VLM, config: Config, encoded: Encoded) -> Callable[[int],
             reference.forward_count = 0
             reference.run(latents, noise)
 
-        return torch.no_grad()(work)
+        return work
 
     return run
 

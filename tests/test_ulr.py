@@ -26,7 +26,6 @@ VARIANTS = {
     "published": {"max_new_tokens": 3},
     "steps that move": SMALL | {"ulr_lr": 0.02, "ulr_sigma": 0.05},
     "stage II alone": SMALL | {"ulr_alignment_steps": 0, "ulr_lr": 0.02, "ulr_sigma": 0.05},
-    "stage I alone": SMALL | {"ulr_alignment_steps": 20, "ulr_lr": 0.02},
     "more think tokens than image tokens": SMALL | {"ulr_thought_tokens": 6, "ulr_lr": 0.02, "ulr_sigma": 0.05},
 }
 

@@ -32,8 +32,13 @@ def family_of(model, processor, min_pixels: int | None = None, max_pixels: int |
 def check_known(config: PretrainedConfig) -> None:
     """ModelError that says what an architecture lacks, or that nobody has tested it. Reads settings, no weights."""
     kind, text = config.model_type, config.get_text_config()
-    missing = [what for what, there in _needs(config).items() if not there]
     if kind not in FAMILIES:
+        lacks = {
+            "vision tower (vision_config)": getattr(config, "vision_config", None) is None,
+            "image token (image_token_id)": getattr(config, "image_token_id", None) is None,
+            "language model that is causal everywhere": getattr(text, "use_bidirectional_attention", False),
+        }
+        missing = [what for what, lacking in lacks.items() if lacking]
         because = f"it has no {', no '.join(missing)}" if missing else "nobody has tested it"
         raise ModelError(
             f"the architecture {kind!r} is not supported: {because}; supported are {', '.join(FAMILIES)} "
@@ -43,14 +48,3 @@ def check_known(config: PretrainedConfig) -> None:
         raise ModelError(
             f"{kind}: sliding-window layers are not supported: the prefix must stay visible to every think token"
         )
-
-
-def _needs(config: PretrainedConfig) -> dict[str, bool]:
-    """What the method needs of a model, and whether its settings have it."""
-    return {
-        "vision tower (vision_config)": getattr(config, "vision_config", None) is not None,
-        "image token (image_token_id)": getattr(config, "image_token_id", None) is not None,
-        "language model that is causal everywhere": not getattr(
-            config.get_text_config(), "use_bidirectional_attention", False
-        ),
-    }
