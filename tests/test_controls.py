@@ -9,8 +9,10 @@ from tiny import tiny_vlm
 
 from dmlr.config import Config
 from dmlr.data.boxes import touched
+from dmlr.data.examples import Example
 from dmlr.methods import METHODS, controls
 from dmlr.methods.controls import CONTROLS, loop_result
+from dmlr.run.batches import partners
 
 CONFIG = Config(num_thought_tokens=4, max_num_steps=4, lr=0.02, sigma=0.05, max_new_tokens=6, initial_patch_count=1)
 
@@ -96,6 +98,13 @@ def test_swapped_is_the_partners_result_behind_our_prompt(vlm, asked):
         assert answer.prompt == own.prompt and answer.reasoning.start_reward == pytest.approx(
             own.reasoning.start_reward, abs=1e-5
         )
+
+
+def test_a_partner_is_another_question():
+    examples = [Example(row=row, idx=row, question="How many?", solution="4" * (row != 2)) for row in range(7)]
+    found = partners(examples)
+    assert found.keys() == {0, 1, 3, 4, 5, 6} == {example.row for example in found.values()}
+    assert all(row != example.row for row, example in found.items())
 
 
 def test_controls_of_a_run_share_one_loop(vlm, asked, monkeypatch):

@@ -26,7 +26,6 @@ QUESTIONS = [
         3, "Is there a star?\nA. yes\nB. no", [noise_image(3, 56, 56)]
     ),  # four image tokens, fewer than ICoT inserts
 ]
-ASK_FOR_MORE = {"swapped", "true-patches", "oracle-latents"}  # than a question: test_controls.py
 BASE = {
     "num_thought_tokens": 3,
     "max_num_steps": 4,
