@@ -40,7 +40,6 @@ BATCHES = {"cpu": (1, 8), "cuda": (1, 8, 32)}
 NEW_TOKENS = {"cpu": (64,), "cuda": (256, 2048)}  # of whole examples; with the first, "example" alone
 # Prefixes of figures' names, and the parameters that they were measured with.
 GPU_WAYS: dict[str, dict[str, bool]] = {"": {}, "replayed_": {"cuda_graphs": True}}
-NO_IDS = torch.zeros(0, dtype=torch.long)
 
 
 def seconds(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
@@ -70,7 +69,7 @@ def loop(vlm: VLM, config: Config, encoded: Encoded, batch: int) -> Callable[[in
 
     def run(iterations: int) -> Callable[[], Any]:
         short = config.replace(max_num_steps=iterations)
-        return lambda: optimize(vlm, prefix, short, noise, NO_IDS)
+        return lambda: optimize(vlm, prefix, short, noise)
 
     return run
 
@@ -144,7 +143,7 @@ def example(vlm: VLM, config: Config, encoded: Encoded, batch: int) -> Callable[
 
     def work() -> None:
         prefix = vlm.prefill([encoded] * batch)
-        trace = optimize(vlm, prefix, config, noise, NO_IDS)
+        trace = optimize(vlm, prefix, config, noise)
         append_latents(vlm, prefix, trace.final.latents, trace.final.patches)
         decode(vlm, prefix, config.max_new_tokens, recorded=config.cuda_graphs and vlm.on_one_gpu)
 
@@ -217,9 +216,7 @@ def ours(vlm: VLM, config: Config, batches: Sequence[int], more: bool = True) ->
             figures[name + ending] = seconds(example(vlm, longer, prompt[256], batch), vlm.device, 1) / batch
     if more:
         short, noise = config.replace(max_num_steps=2), noise_of(vlm, config, 1)
-        figures["peak_bytes"] = least_peak(
-            vlm, lambda: optimize(vlm, vlm.prefill([prompt[1024]]), short, noise, NO_IDS)
-        )
+        figures["peak_bytes"] = least_peak(vlm, lambda: optimize(vlm, vlm.prefill([prompt[1024]]), short, noise))
         figures[f"peak_bytes_batch_{largest}"] = least_peak(vlm, example(vlm, config, prompt[256], largest))
         figures["iteration_16_patches"] = of(many_patches(config))
         figures |= {f"iteration_{tokens}_image_tokens": of(config, 1, tokens) for tokens in (64, 1024)}
