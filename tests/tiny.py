@@ -18,16 +18,8 @@ from transformers import (
 from dmlr.model.attention import ATTENTION
 from dmlr.model.vlm import VLM
 
-SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+           "<|image_pad|>", "<|video_pad|>"]  # fmt: skip
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -63,10 +55,15 @@ def lively(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def tiny_processor() -> Qwen2_5_VLProcessor:
-    """One token per byte, then Qwen's special tokens."""
+def qwen_tokenizer() -> PreTrainedTokenizerFast:
+    """With Qwen's special tokens."""
     tokenizer = byte_tokenizer(SPECIAL, "<|im_end|>", "<|endoftext|>", TEMPLATE)
     tokenizer.image_token, tokenizer.video_token = "<|image_pad|>", "<|video_pad|>"
+    return tokenizer
+
+
+def tiny_processor() -> Qwen2_5_VLProcessor:
+    tokenizer = qwen_tokenizer()
     size = {"shortest_edge": 4 * 28 * 28, "longest_edge": 16 * 28 * 28}
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=size),

@@ -5,53 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from tiny import byte_tokenizer, lively, tiny_vlm
-from transformers import (
-    GotOcr2ImageProcessor,
-    InternVLConfig,
-    InternVLForConditionalGeneration,
-    InternVLProcessor,
-    InternVLVideoProcessor,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    LlavaOnevisionImageProcessor,
-    LlavaOnevisionProcessor,
-    LlavaOnevisionVideoProcessor,
-    LlavaProcessor,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    Qwen2VLImageProcessor,
-    Qwen2VLProcessor,
-    Qwen2VLVideoProcessor,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLProcessor,
-    Qwen3VLVideoProcessor,
-    SiglipImageProcessor,
-    SmolVLMConfig,
-    SmolVLMForConditionalGeneration,
-    SmolVLMImageProcessor,
-    SmolVLMProcessor,
-    SmolVLMVideoProcessor,
-)
+import transformers as hf
+from tiny import TEMPLATE, byte_tokenizer, lively, qwen_tokenizer, tiny_vlm
 
 from dmlr.model.attention import ATTENTION
 from dmlr.model.vlm import VLM
 
 HIDDEN = 48
-QWEN = [
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-    "<|image_pad|>", "<|video_pad|>",
-]  # fmt: skip
 # Each as the family's published checkpoints have it, without tools, videos and defaults for a missing system turn.
-QWEN_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 LLAVA_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
     "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
@@ -115,46 +76,40 @@ def qwen_ids(tokenizer) -> dict[str, int]:
     return {key: tokenizer.convert_tokens_to_ids(token) for key, token in names.items()}
 
 
-def qwen_tokenizer():
-    tokenizer = byte_tokenizer(QWEN, eos="<|im_end|>", pad="<|endoftext|>", template=QWEN_TEMPLATE)
-    tokenizer.image_token, tokenizer.video_token = "<|image_pad|>", "<|video_pad|>"
-    return tokenizer
-
-
 def qwen2_vl(**options) -> VLM:
     tokenizer, size = qwen_tokenizer(), {"shortest_edge": 4 * 28 * 28, "longest_edge": 16 * 28 * 28}
-    processor = Qwen2VLProcessor(
-        Qwen2VLImageProcessor(size=size), tokenizer, Qwen2VLVideoProcessor(), chat_template=QWEN_TEMPLATE
+    processor = hf.Qwen2VLProcessor(
+        hf.Qwen2VLImageProcessor(size=size), tokenizer, hf.Qwen2VLVideoProcessor(), chat_template=TEMPLATE
     )
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": HIDDEN, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14}
     text = text_config(tokenizer, "<|im_end|>", rope_parameters=rope)
-    config = Qwen2VLConfig(text_config=text, vision_config=vision, **qwen_ids(tokenizer))
-    return finished(Qwen2VLForConditionalGeneration, config, processor, "<|im_end|>", **options)
+    config = hf.Qwen2VLConfig(text_config=text, vision_config=vision, **qwen_ids(tokenizer))
+    return finished(hf.Qwen2VLForConditionalGeneration, config, processor, "<|im_end|>", **options)
 
 
 def qwen3_vl(**options) -> VLM:
     tokenizer, size = qwen_tokenizer(), {"shortest_edge": 4 * 32 * 32, "longest_edge": 16 * 32 * 32}
-    images = Qwen2VLImageProcessor(size=size, patch_size=16, merge_size=2)
-    processor = Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(), chat_template=QWEN_TEMPLATE)
+    images = hf.Qwen2VLImageProcessor(size=size, patch_size=16, merge_size=2)
+    processor = hf.Qwen3VLProcessor(images, tokenizer, hf.Qwen3VLVideoProcessor(), chat_template=TEMPLATE)
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2], "mrope_interleaved": True}
     vision = {
         "depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": HIDDEN,
         "patch_size": 16, "spatial_merge_size": 2, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
     }  # fmt: skip
     text = text_config(tokenizer, "<|im_end|>", rope_parameters=rope, head_dim=12)
-    config = Qwen3VLConfig(text_config=text, vision_config=vision, **qwen_ids(tokenizer))
-    return finished(Qwen3VLForConditionalGeneration, config, processor, "<|im_end|>", **options)
+    config = hf.Qwen3VLConfig(text_config=text, vision_config=vision, **qwen_ids(tokenizer))
+    return finished(hf.Qwen3VLForConditionalGeneration, config, processor, "<|im_end|>", **options)
 
 
 def llava(**options) -> VLM:
     tokenizer = byte_tokenizer(["<s>", "</s>", "<pad>", "<image>"], eos="</s>", pad="<pad>", template=LLAVA_TEMPLATE)
     tokenizer.image_token = "<image>"
-    images = SiglipImageProcessor(size={"height": 56, "width": 56})
-    processor = LlavaProcessor(
+    images = hf.SiglipImageProcessor(size={"height": 56, "width": 56})
+    processor = hf.LlavaProcessor(
         images, tokenizer, patch_size=14, vision_feature_select_strategy="full", chat_template=LLAVA_TEMPLATE
     )
-    config = LlavaConfig(
+    config = hf.LlavaConfig(
         text_config={"model_type": "llama", **text_config(tokenizer, "</s>")},
         vision_config={"model_type": "siglip_vision_model", **siglip(56, 14)},
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
@@ -162,7 +117,7 @@ def llava(**options) -> VLM:
         vision_feature_select_strategy="full",
         vision_feature_layer=-1,
     )
-    return finished(LlavaForConditionalGeneration, config, processor, "</s>", **options)
+    return finished(hf.LlavaForConditionalGeneration, config, processor, "</s>", **options)
 
 
 def llava_onevision(**options) -> VLM:
@@ -171,15 +126,15 @@ def llava_onevision(**options) -> VLM:
     tokenizer.image_token, tokenizer.video_token = "<image>", "<video>"
     pinpoints = [[56, 56], [56, 112], [112, 56], [112, 112]]
     size = {"height": 56, "width": 56}
-    processor = LlavaOnevisionProcessor(
-        LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=pinpoints),
+    processor = hf.LlavaOnevisionProcessor(
+        hf.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=pinpoints),
         tokenizer,
-        LlavaOnevisionVideoProcessor(),
+        hf.LlavaOnevisionVideoProcessor(),
         num_image_tokens=16,
         vision_feature_select_strategy="full",
         chat_template=ONEVISION_TEMPLATE,
     )
-    config = LlavaOnevisionConfig(
+    config = hf.LlavaOnevisionConfig(
         text_config={"model_type": "qwen2", **text_config(tokenizer, "<|im_end|>")},
         vision_config={"model_type": "siglip_vision_model", **siglip(56, 14, vision_use_head=False)},
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
@@ -187,7 +142,7 @@ def llava_onevision(**options) -> VLM:
         image_grid_pinpoints=pinpoints,
         vision_feature_layer=-1,
     )
-    return finished(LlavaOnevisionForConditionalGeneration, config, processor, "<|im_end|>", **options)
+    return finished(hf.LlavaOnevisionForConditionalGeneration, config, processor, "<|im_end|>", **options)
 
 
 def internvl(**options) -> VLM:
@@ -195,21 +150,21 @@ def internvl(**options) -> VLM:
     named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
              "video_token": "<video>"}  # fmt: skip
     tokenizer = byte_tokenizer(special, "<|im_end|>", "<|endoftext|>", INTERN_TEMPLATE, extra_special_tokens=named)
-    processor = InternVLProcessor(
-        GotOcr2ImageProcessor(size={"height": 56, "width": 56}, crop_to_patches=True, max_patches=6),
+    processor = hf.InternVLProcessor(
+        hf.GotOcr2ImageProcessor(size={"height": 56, "width": 56}, crop_to_patches=True, max_patches=6),
         tokenizer,
-        InternVLVideoProcessor(),
+        hf.InternVLVideoProcessor(),
         image_seq_length=4,
         chat_template=INTERN_TEMPLATE,
     )
     vision = siglip([56, 56], [14, 14], use_absolute_position_embeddings=True, use_mean_pooling=True)
-    config = InternVLConfig(
+    config = hf.InternVLConfig(
         text_config={"model_type": "qwen2", **text_config(tokenizer, "<|im_end|>")},
         vision_config=vision,
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
         image_seq_length=4,
     )
-    return finished(InternVLForConditionalGeneration, config, processor, "<|im_end|>", **options)
+    return finished(hf.InternVLForConditionalGeneration, config, processor, "<|im_end|>", **options)
 
 
 def smolvlm(**options) -> VLM:
@@ -217,17 +172,19 @@ def smolvlm(**options) -> VLM:
     special = ["<|endoftext|>", "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>",
                "<global-img>", "<video>", *tiles]  # fmt: skip
     tokenizer = byte_tokenizer(special, eos="<end_of_utterance>", pad="<|endoftext|>", template=SMOL_TEMPLATE)
-    images = SmolVLMImageProcessor(size={"longest_edge": 112}, max_image_size={"longest_edge": 56})
-    videos = SmolVLMVideoProcessor(size={"longest_edge": 56}, max_image_size={"longest_edge": 56}, fps=1, num_frames=1)
-    processor = SmolVLMProcessor(images, tokenizer, videos, image_seq_len=4, chat_template=SMOL_TEMPLATE)
-    config = SmolVLMConfig(
+    images = hf.SmolVLMImageProcessor(size={"longest_edge": 112}, max_image_size={"longest_edge": 56})
+    videos = hf.SmolVLMVideoProcessor(
+        size={"longest_edge": 56}, max_image_size={"longest_edge": 56}, fps=1, num_frames=1
+    )
+    processor = hf.SmolVLMProcessor(images, tokenizer, videos, image_seq_len=4, chat_template=SMOL_TEMPLATE)
+    config = hf.SmolVLMConfig(
         text_config={"model_type": "llama", **text_config(tokenizer, "<end_of_utterance>")},
         vision_config=siglip(56, 14),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=2,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return finished(SmolVLMForConditionalGeneration, config, processor, "<end_of_utterance>", **options)
+    return finished(hf.SmolVLMForConditionalGeneration, config, processor, "<end_of_utterance>", **options)
 
 
 TINY: dict[str, Callable[..., VLM]] = {
