@@ -12,18 +12,15 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
-from dmlr.config import Config, check_names, locate, root
+from dmlr.config import Config, check_names, locate
 from dmlr.json_files import write_json
 from dmlr.loop.optimize import optimize
 from dmlr.loop.reference import Reference, eager
@@ -296,15 +293,6 @@ def ratios(figures: dict[str, Any]) -> dict[str, float]:
     return result | {"times_floor": fastest / figures["floor"]}
 
 
-def startup() -> dict[str, float]:
-    """Seconds of `import dmlr`, and of a process that loads the embedded model and answers one question."""
-    question, image = "How many circles are there?", next((root() / "data" / "shapes" / "images").glob("*.png"))
-    ask = f"dmlr.load('data/models/shapes-vl', preset='demo').ask({question!r}, {str(image)!r})"
-    works = {"import": "import dmlr", "one_question": f"import dmlr; {ask}"}
-    runs = {name: partial(subprocess.run, [sys.executable, "-c", code], check=True) for name, code in works.items()}
-    return {name: seconds(run, torch.device("cpu")) for name, run in runs.items()}
-
-
 def main(shapes: Sequence[str] = (), quick: bool = False) -> int:
     """Measures the shapes (default: A and B on a CPU, 3B and 7B on a GPU) and writes reports/efficiency/.
 
@@ -316,12 +304,11 @@ def main(shapes: Sequence[str] = (), quick: bool = False) -> int:
     rows, measured_on = [], environment()  # before the first shape is written, which makes the tree another revision
     path = Path(locate("reports")) / "efficiency" / f"{device}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    seconds_to_start = {} if quick else startup()
     for shape in shapes:
         figures = measure(shape, device, more=not quick)
         rows.append({**figures, "ratios": ratios(figures)})
         print(json.dumps(rows[-1], indent=1), flush=True)
         if not quick:
-            write_json(path, {"environment": measured_on, "startup": seconds_to_start, "shapes": rows})
+            write_json(path, {"environment": measured_on, "shapes": rows})
     print("quick: not written" if quick else f"written: {path}")
     return 0

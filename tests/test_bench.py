@@ -122,7 +122,6 @@ def brief(monkeypatch):
     monkeypatch.setattr(bench, "TEXT", 40)
     monkeypatch.setattr(bench, "BATCHES", {"cpu": (1, 2), "cuda": (1, 2)})
     monkeypatch.setattr(bench, "NEW_TOKENS", {"cpu": (4,), "cuda": (4, 6)})
-    monkeypatch.setattr(bench, "startup", lambda: {"import": 0.1})
 
 
 @pytest.fixture

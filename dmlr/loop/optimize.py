@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -133,7 +134,7 @@ def optimize(
     single = config.accept_at == "candidate" or at_random  # one reward for exploration and acceptance
     retrieve = Retrieval(prefix.image_mask, config)
     start = initial_latents(vlm, prefix, config) if start is None else start
-    step = ascent(start, config.lr) if config.use_auto_grad else reinforce(config.lr)
+    step = ascent(start, config.lr) if config.use_auto_grad else partial(reinforce, lr=config.lr)
     noise, rows = noise.to(start.device), torch.arange(len(start), device=start.device)
 
     latents, kept, budget = start, retrieve.nothing, retrieve.first_budget  # T, V_best, m
@@ -191,32 +192,24 @@ def optimize(
     return Trace(start_reward, began.attention, best_reward, best_step, final, steps)
 
 
-# latents [B, L, D], perturbation [B, M, L, D], what its samples scored, sigma -> the next latents [B, L, D]
-Update = Callable[[torch.Tensor, torch.Tensor, Scored, float], torch.Tensor]
-
-
-def reinforce(lr: float) -> Update:
-    """(8), (9): one step along the samples' mean estimate of the gradient.
+def reinforce(latents: torch.Tensor, xi: torch.Tensor, explored: Scored, sigma: float, lr: float) -> torch.Tensor:
+    """(8), (9): one step along the samples' mean estimate of the gradient; xi: [B, M, L, D].
 
     With several samples the reward's mean over them is subtracted (antithetic pairs keep the estimate unbiased).
     """
-
-    def update(latents: torch.Tensor, perturbation: torch.Tensor, explored: Scored, sigma: float) -> torch.Tensor:
-        reward = explored.reward  # [B, M]
-        advantage = reward - reward.mean(dim=1, keepdim=True) if reward.shape[1] > 1 else reward
-        return latents + lr * (advantage[..., None, None] * perturbation).mean(dim=1) / sigma**2
-
-    return update
+    reward = explored.reward  # [B, M]
+    advantage = reward - reward.mean(dim=1, keepdim=True) if reward.shape[1] > 1 else reward
+    return latents + lr * (advantage[..., None, None] * xi).mean(dim=1) / sigma**2
 
 
-def ascent(start: torch.Tensor, lr: float) -> Update:
-    """Adam up the exact gradient; element-wise, so rows stay independent."""
+def ascent(start: torch.Tensor, lr: float) -> Callable[..., torch.Tensor]:
+    """Steps of Adam up the exact gradient, called as `reinforce`; element-wise, so rows stay independent."""
     moving = start.clone()
     adam = torch.optim.Adam([moving], lr=lr, maximize=True)
 
-    def update(latents: torch.Tensor, perturbation: torch.Tensor, explored: Scored, sigma: float) -> torch.Tensor:
+    def step(latents: torch.Tensor, xi: torch.Tensor, explored: Scored, sigma: float) -> torch.Tensor:
         moving.grad = explored.gradient
         adam.step()
         return moving.clone()
 
-    return update
+    return step
