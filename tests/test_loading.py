@@ -149,7 +149,10 @@ def test_a_model_that_is_dropped_is_gone(folder):
     assert gone() is None
 
 
-def test_offline_says_so():
+def test_a_model_that_is_not_here_says_so(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="cannot load folder"):
+        VLM.load(Config(model_name_or_path=str(tmp_path)))
     with pytest.raises(ModelError, match="'Qwen/Qwen2.5-VL-3B-Instruct': no such folder here, .* cannot be reached"):
         VLM.load(Config(model_name_or_path="Qwen/Qwen2.5-VL-3B-Instruct"))
     with pytest.raises(ModelError, match="no name of the form owner/model"):

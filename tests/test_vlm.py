@@ -5,11 +5,9 @@ import torch
 from tiny import noise_image, tiny_vlm
 from transformers import AutoModelForImageTextToText
 
-from dmlr.config import Config
 from dmlr.loop.injection import Patches, interleave
 from dmlr.model.decode import LOOK_EVERY, decode
 from dmlr.model.encode import PromptError, encode
-from dmlr.model.families import ModelError
 from dmlr.model.vlm import VLM
 from dmlr.prompts import Prompts
 
@@ -140,14 +138,6 @@ def test_decoding_stops_at_the_end_of_the_context(vlm):
     short = tiny_vlm(context=len(encoded.input_ids) + 3)
     (answer,) = decode(short, short.prefill([encoded]), 50)
     assert (answer.stop_reason, answer.num_tokens) == ("length", 3)
-
-
-def test_missing_model_says_so(tmp_path):
-    with pytest.raises(ModelError, match="nobody/nothing"):
-        VLM.load(Config(model_name_or_path="nobody/nothing"))
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match="folder"):
-        VLM.load(Config(model_name_or_path=str(tmp_path)))
 
 
 def test_finished_rows_leave_and_the_others_go_on(vlm, monkeypatch):
