@@ -29,7 +29,7 @@ from dmlr.loop.optimize import State, Trace, example_generator, initial_latents,
 from dmlr.loop.score import Score, differentiable, scorer, with_tokens
 from dmlr.methods import latent
 from dmlr.methods.answers import Answer, Clock, Question
-from dmlr.methods.prompting import decode, prompts_of
+from dmlr.methods.prompting import prompts_of
 from dmlr.model.cache import Prefix
 from dmlr.model.vlm import VLM, Encoded
 
@@ -172,13 +172,9 @@ class Control:
         score = scorer(vlm, prefix, config, latent.score_ids(vlm, prefix, prompts_of(config)))
         start = score(result.start[:, None], result.retrieval.nothing)
         reward = score(state.latents[:, None], state.patches, with_attention=False).reward[:, 0]
-        latent.append_latents(vlm, prefix, state.latents, state.patches)
-        decoded = decode(vlm, prefix, config)
-        clock.lap("decode")
         none = torch.zeros_like(state.patches.count[:, 0])
         trace = Trace(start.reward[:, 0], start.attention, reward, none, state)
-        seconds = clock.per_example(len(questions))
-        answers = latent.latent_answers(decoded, result.encoded, trace, vlm.embedding_rms, seconds)
+        answers = latent.decoded_after(vlm, prefix, config, result.encoded, trace, clock)
         sizes = (state.latents - result.start).pow(2).mean(dim=(1, 2)).sqrt().tolist()
         for answer, question, source, size in zip(answers, questions, result.sources, sizes, strict=True):
             answer.details |= {"control": self.name, "loop_of": source.idx, "displacement": float(f"{size:.4g}")}

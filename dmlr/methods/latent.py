@@ -65,10 +65,17 @@ def reasoned(vlm: VLM, questions: Sequence[Question], config: Config, loop: Loop
     noise = torch.stack([question_noise(vlm, q, config) for q in questions])
     trace = loop(vlm, prefix, config, noise, score_ids(vlm, prefix, prompts))
     clock.lap("optimise")
+    return decoded_after(vlm, prefix, config, encoded, trace, clock)
+
+
+def decoded_after(
+    vlm: VLM, prefix: Prefix, config: Config, encoded: list[Encoded], trace: Trace, clock: Clock
+) -> list[Answer]:
+    """Puts what the loop chose behind the prompt, and decodes."""
     append_latents(vlm, prefix, trace.final.latents, trace.final.patches)
     decoded = decode(vlm, prefix, config)
     clock.lap("decode")
-    return latent_answers(decoded, encoded, trace, vlm.embedding_rms, clock.per_example(len(questions)))
+    return latent_answers(decoded, encoded, trace, vlm.embedding_rms, clock.per_example(len(encoded)))
 
 
 def with_notes(answers: list[Answer], questions: Sequence[Question]) -> list[Answer]:
