@@ -115,11 +115,10 @@ def load_prompts(path: str | Path | None) -> Prompts:
         if len(values["solver"]) != 3:
             raise ValueError(f"{path}: solver needs three templates (or one text for all), found {len(solver)}")
     for name, value in values.items():
-        default = getattr(Prompts, name)
-        pairs = zip(value, default, strict=True) if name == "solver" else [(value, default)]
-        for template, known in pairs:
-            if not isinstance(template, str):
-                raise ValueError(f"{path}: {name} must be text, found {value!r}")
+        templates, defaults = (x if name == "solver" else (x,) for x in (value, getattr(Prompts, name)))
+        if not all(isinstance(template, str) for template in templates):
+            raise ValueError(f"{path}: {name} must be text, found {value!r}")
+        for template, known in zip(templates, defaults, strict=True):
             for placeholder in _PLACEHOLDER.findall(known):
                 if placeholder != "count" and template.count(f"{{{placeholder}}}") != 1:
                     must = f"{path}: a {name} template must contain {{{placeholder}}} exactly once"

@@ -76,14 +76,14 @@ def encode(vlm, config, count):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_loop_equals_full_recomputation(vlm, name):
     config = Config(**{**BASE, **VARIANTS[name]})
-    equals_full_recomputation(vlm, config, encode(vlm, config, 4))
+    equals_full_recomputation(vlm, config, encode(vlm, config, 3))
 
 
 def test_variants_are_not_vacuous(vlm):
     """The matrix above must contain acceptances, rejections, growth and an early stop, or it proves little."""
     seen = set()
-    for variant in VARIANTS.values():
-        config = Config(**{**BASE, **variant})
+    for name in ("paper", "every patch", "early stop"):
+        config = Config(**{**BASE, **VARIANTS[name]})
         trace = optimize(vlm, vlm.prefill(encode(vlm, config, 4)), config, noise_of(vlm, config, range(4)))
         seen |= {f"accepted {bool(a)}" for step in trace.steps for a in step.accepted}
         seen |= {f"patches {sum(map(len, row))}" for row in trace.final.patches.tolist()}
