@@ -72,26 +72,10 @@ class Prompts:
         hint = self.latents.replace("{count}", str(num_thought_tokens))
         return self.task(question, solver_prompt_idx) + hint
 
-    def ask_rationale(self, question: str) -> str:
-        """Multimodal-CoT, first call."""
-        return _filled(self.rationale, question=question)
-
-    def answer_from_rationale(self, question: str, rationale: str) -> str:
-        """Multimodal-CoT, second call: the answer alone is asked for."""
-        return _filled(self.rationale_answer, task=self.task(question, 2), rationale=rationale)
-
-    def ask_scene_graph(self, question: str) -> str:
-        """CCoT, first call."""
-        return _filled(self.scene_graph, question=question)
-
-    def answer_from_scene_graph(self, question: str, scene_graph: str, solver_prompt_idx: int = 0) -> str:
-        """CCoT, second call."""
-        return _filled(self.scene_graph_answer, task=self.task(question, solver_prompt_idx), scene_graph=scene_graph)
-
-
-def _filled(template: str, **values: str) -> str:
-    """Placeholders replaced in one pass: braces in what a model or a dataset says stay as they are."""
-    return _PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
+    def filled(self, name: str, **values: str) -> str:
+        """The template of that name, its placeholders replaced in one pass: braces in what a model or a dataset says
+        stay as they are."""
+        return _PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), getattr(self, name))
 
 
 def load_prompts(path: str | Path | None) -> Prompts:

@@ -144,12 +144,11 @@ def test_two_calls(vlm, method, said, lengths, system, solver):
 
 def test_what_the_first_call_said_is_never_a_template(tmp_path):
     """Braces in a question or a model's text are text."""
-    assert "{question} {task}" in PROMPTS.answer_from_rationale("How many?", "{question} {task}")
-    assert "What is {rationale}?" in PROMPTS.answer_from_rationale("What is {rationale}?", "four")
-    assert '{"a": {scene_graph}}' in PROMPTS.answer_from_scene_graph('{"a": {scene_graph}}', "graph")
+    assert "{question} {task}" in PROMPTS.filled("rationale_answer", task="How many?", rationale="{question} {task}")
+    assert "What is {rationale}?" in PROMPTS.filled("rationale_answer", task="What is {rationale}?", rationale="four")
     path = tmp_path / "prompts.yaml"
     path.write_text("scene_graph_answer: '{task}, by {scene_graph}'\n")
-    assert load_prompts(path).answer_from_scene_graph("Why?", "[]").endswith("Why?, by []")
+    assert load_prompts(path).filled("scene_graph_answer", task="Why?", scene_graph="[]") == "Why?, by []"
     path.write_text("rationale_answer: 'no {task}'\n")
     with pytest.raises(ValueError, match="rationale_answer template must contain {rationale} exactly once"):
         load_prompts(path)

@@ -36,15 +36,8 @@ def multimodal_cot(vlm: VLM, questions: Sequence[Question], config: Config) -> l
     stage; here, as in the paper's Table 1, a frozen model is prompted twice. With which words is not published; since
     64 tokens leave no room to reason again, the second call asks for the answer alone.
     """
-    prompts = prompts_of(config)
-    first = [(prompts.helper, prompts.ask_rationale(q.text)) for q in questions]
-
-    def second(question: Question, rationale: str) -> tuple[str, str]:
-        return prompts.helper, prompts.answer_from_rationale(question.text, rationale)
-
-    return _two_calls(
-        vlm, questions, config, "rationale", first, config.rationale_tokens, second, config.rationale_answer_tokens
-    )
+    budgets = config.rationale_tokens, config.rationale_answer_tokens
+    return _two_calls(vlm, questions, config, "rationale", budgets, system="helper", solver=2)
 
 
 def ccot(vlm: VLM, questions: Sequence[Question], config: Config) -> list[Answer]:
@@ -54,31 +47,40 @@ def ccot(vlm: VLM, questions: Sequence[Question], config: Config) -> list[Answer
     Budgets: `scene_graph_tokens`, then `max_new_tokens` as for vanilla, with vanilla's system and task wording. The
     scene graph is passed on as it was said, valid JSON or not, also when its budget cut it off.
     """
-    prompts = prompts_of(config)
-    first = [(prompts.helper, prompts.ask_scene_graph(q.text)) for q in questions]
-
-    def second(question: Question, graph: str) -> tuple[str, str]:
-        return prompts.system, prompts.answer_from_scene_graph(question.text, graph, config.solver_prompt_idx)
-
-    return _two_calls(
-        vlm, questions, config, "scene_graph", first, config.scene_graph_tokens, second, config.max_new_tokens
-    )
+    budgets = config.scene_graph_tokens, config.max_new_tokens
+    return _two_calls(vlm, questions, config, "scene_graph", budgets, system="system", solver=config.solver_prompt_idx)
 
 
-def _two_calls(vlm, questions, config, name, first, first_budget, second, second_budget) -> list[Answer]:
-    """Answers to `second(question, what was said to first)`; both are (system, task). Details keep the first call."""
-    clock = Clock(vlm.device)
+def _two_calls(
+    vlm: VLM,
+    questions: Sequence[Question],
+    config: Config,
+    name: str,
+    budgets: tuple[int, int],
+    system: str,
+    solver: int,
+) -> list[Answer]:
+    """Asks by the template `name`, then by the one called `name`_answer, which holds what was said and the task.
 
-    def call(asked: list[tuple[str, str]], budget: int) -> tuple[list[Encoded], list[Decoded]]:
-        encoded = [encode(vlm, *texts, q.images) for texts, q in zip(asked, questions, strict=True)]
+    budgets: most tokens of each call; system: the second one's system turn. Details keep the first call.
+    """
+    prompts, clock = prompts_of(config), Clock(vlm.device)
+
+    def call(system: str, tasks: list[str], budget: int) -> tuple[list[Encoded], list[Decoded]]:
+        encoded = [encode(vlm, system, task, q.images) for task, q in zip(tasks, questions, strict=True)]
         prefix = vlm.prefill(encoded)
         clock.lap("prefill")
         decoded = decode(vlm, prefix, config, budget)
         clock.lap("decode")
         return encoded, decoded
 
-    asked, said = call(first, first_budget)
-    encoded, decoded = call([second(q, s.text) for q, s in zip(questions, said, strict=True)], second_budget)
+    tasks = [prompts.filled(name, question=q.text) for q in questions]
+    asked, said = call(prompts.helper, tasks, budgets[0])
+    tasks = [
+        prompts.filled(f"{name}_answer", task=prompts.task(q.text, solver), **{name: first.text})
+        for q, first in zip(questions, said, strict=True)
+    ]
+    encoded, decoded = call(getattr(prompts, system), tasks, budgets[1])
     seconds = clock.per_example(len(questions))
     answers = []
     for a, s, e, d in zip(asked, said, encoded, decoded, strict=True):

@@ -41,7 +41,8 @@ def self_consistency(vlm: VLM, questions: Sequence[Question], config: Config) ->
 
     def sample(jobs: list[tuple[int, int]]) -> list[Decoded]:
         """One decoded answer for each (row, number)."""
-        uniform = torch.stack([sample_numbers(config, questions[row].idx, number) for row, number in jobs])
+        streams = [example_generator(config.seed, questions[row].idx, f"sample {number}") for row, number in jobs]
+        uniform = torch.stack([torch.rand(config.max_new_tokens, generator=stream) for stream in streams])
         part = prefix.select(torch.tensor([row for row, _ in jobs], device=vlm.device))
         return decode(vlm, part, config, pick=sampling(uniform, config.consistency_temperature))
 
@@ -93,12 +94,6 @@ def loop_positions(config: Config, num_patches: int) -> int:
             grown = config.initial_patch_count + config.patch_increment * t
         total += (length + int(caps.clamp(max=grown).sum())) * (passes if t < steps else 1)
     return total
-
-
-def sample_numbers(config: Config, idx: int | str, number: int) -> torch.Tensor:
-    """[max_new_tokens] uniform in [0, 1): one for each token of a question's sample."""
-    generator = example_generator(config.seed, idx, f"sample {number}")
-    return torch.rand(config.max_new_tokens, generator=generator)
 
 
 def sampling(uniform: torch.Tensor, temperature: float) -> Pick:
