@@ -8,7 +8,7 @@ from recomputed import assert_close, equals_full_recomputation, noise_of
 from tiny import noise_image, tiny_vlm
 
 from dmlr.config import Config
-from dmlr.loop.optimize import initial_latents, optimize
+from dmlr.loop.optimize import optimize
 from dmlr.loop.reference import Reference, eager
 from dmlr.loop.score import Scored
 from dmlr.model.encode import encode as encode_one
@@ -91,37 +91,16 @@ def test_variants_are_not_vacuous(vlm):
     assert {"accepted True", "accepted False", "patches 0", "patches 16", "stopped early"} <= seen
 
 
-@pytest.mark.parametrize("accept_at", ["updated", "candidate"])
-@pytest.mark.parametrize("position", ["think", "think_next", "group_end"])
-def test_best_reward_is_that_of_the_state_that_earned_it(vlm, accept_at, position):
-    config = Config(**BASE, accept_at=accept_at, reward_position=position)
-    encoded = encode(vlm, config, 4)
-    trace = optimize(vlm, vlm.prefill(encoded), config, noise_of(vlm, config, range(4)))
-    for row, best in enumerate(trace.best_step.tolist()):
-        reference = Reference(eager(vlm), encoded[row], config)
-        latents, patches = initial_latents(vlm, vlm.prefill(encoded), config)[row], [[]] * 4
-        if best:
-            scored = trace.steps[best - 1].tried
-            latents, patches = scored.latents[row], scored.patches.tolist()[row]
-        again, _ = reference.reward(latents, patches)
-        assert float(again) == pytest.approx(trace.best_reward[row].item(), abs=1e-5)
-        if accept_at == "updated":
-            torch.testing.assert_close(latents, trace.final.latents[row])
-            assert patches == trace.final.patches.tolist()[row]
-            assert trace.best_reward[row] >= trace.start_reward[row]
-
-
-@pytest.mark.parametrize("position", ["think", "group_end"])
 @pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.1), (torch.float16, 0.01)])
 @pytest.mark.parametrize(
     ("device", "hidden"),
     [("cpu", 48), *(pytest.param("cuda", hidden, marks=GPU) for hidden in (48, 256, 512))],  # heads of 12, 64, 128
 )
-def test_half_precision_loop_is_the_same_within_rounding(device, hidden, dtype, share, position):
+def test_half_precision_loop_is_the_same_within_rounding(device, hidden, dtype, share):
     """Every state that the loop tried in half precision has, recomputed in full in float32 with the same weights, the
     reward that the loop saw, and the start looks where it looked, up to a share of what these differ among themselves.
     """
-    config = Config(**{**BASE, "reward_position": position})
+    config = Config(**BASE, reward_position="group_end")
     half, exact = tiny_vlm(hidden=hidden), tiny_vlm(hidden=hidden)
     half.model.to(device, dtype)
     exact.model.load_state_dict({name: x.float().cpu() for name, x in half.model.state_dict().items()})
