@@ -18,7 +18,6 @@ from dmlr.loop.score import with_tokens
 from dmlr.methods.answers import Answer, Clock, Question, Reasoning
 from dmlr.methods.prompting import decode, prompts_of
 from dmlr.model.cache import Prefix
-from dmlr.model.decode import Decoded
 from dmlr.model.encode import encode
 from dmlr.model.vlm import VLM, Encoded
 from dmlr.prompts import Prompts
@@ -71,11 +70,20 @@ def reasoned(vlm: VLM, questions: Sequence[Question], config: Config, loop: Loop
 def decoded_after(
     vlm: VLM, prefix: Prefix, config: Config, encoded: list[Encoded], trace: Trace, clock: Clock
 ) -> list[Answer]:
-    """Puts what the loop chose behind the prompt, and decodes."""
+    """Answers decoded from what the loop chose, put behind the prompt. A reward that is not a number costs that example
+    only."""
     append_latents(vlm, prefix, trace.final.latents, trace.final.patches)
     decoded = decode(vlm, prefix, config)
     clock.lap("decode")
-    return latent_answers(decoded, encoded, trace, vlm.embedding_rms, clock.per_example(len(encoded)))
+    answers, seconds = [], clock.per_example(len(encoded))
+    for e, d, reasoning in zip(encoded, decoded, reasonings(trace, encoded, vlm.embedding_rms), strict=True):
+        rewards = [reasoning.start_reward, *(step["reward"] + step["explored_reward"] for step in reasoning.steps)]
+        wrong = {}
+        if bad := [t for t, reward in enumerate(rewards) if not math.isfinite(reward)]:
+            error = f"the reward is not a finite number at iteration {bad[0]}"
+            wrong = {"text": "", "stop_reason": "error", "num_new_tokens": 0, "error": error}
+        answers.append(Answer.of(e, d, seconds, reasoning=reasoning, **wrong))
+    return answers
 
 
 def with_notes(answers: list[Answer], questions: Sequence[Question]) -> list[Answer]:
@@ -117,21 +125,6 @@ def append_latents(vlm: VLM, prefix: Prefix, latents: torch.Tensor, patches) -> 
     embeds, filled = interleave(latents[:, None], prefix.images, patches)
     embeds, filled = with_tokens(vlm, embeds, filled, prefix.suffix_ids)
     vlm.append(prefix, embeds[:, 0], filled)
-
-
-def latent_answers(
-    decoded: list[Decoded], encoded: list[Encoded], trace: Trace, rms: float, seconds: dict[str, float]
-) -> list[Answer]:
-    """Answers with each example's view of the trace. A reward that is not a number costs that example only."""
-    answers = []
-    for d, e, reasoning in zip(decoded, encoded, reasonings(trace, encoded, rms), strict=True):
-        rewards = [reasoning.start_reward, *(step["reward"] + step["explored_reward"] for step in reasoning.steps)]
-        wrong = {}
-        if bad := [t for t, reward in enumerate(rewards) if not math.isfinite(reward)]:
-            error = f"the reward is not a finite number at iteration {bad[0]}"
-            wrong = {"text": "", "stop_reason": "error", "num_new_tokens": 0, "error": error}
-        answers.append(Answer.of(e, d, seconds, reasoning=reasoning, **wrong))
-    return answers
 
 
 def reasonings(trace: Trace, encoded: list[Encoded], rms: float) -> list[Reasoning]:
