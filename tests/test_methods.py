@@ -287,8 +287,7 @@ def test_unoptimised(vlm, how):
 VARIANTS = [
     {},
     {"num_samples": 2, "accept_at": "candidate", "patch_increment": 1},
-    {"visual_injection_start_step": 2, "visual_injection_interval": 2},
-    {"disable_best_reward": True},
+    {"visual_injection_start_step": 2, "visual_injection_interval": 2, "disable_best_reward": True},
     {"reward_threshold": 0.1, "max_num_steps": 6},
 ]
 

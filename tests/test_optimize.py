@@ -23,7 +23,7 @@ def vlm():
     return tiny_vlm()
 
 
-def one(vlm, config, dtype=torch.float32):
+def one(vlm, config):
     encoded = encode(vlm, PROMPTS.system, PROMPTS.latent_task("How many?", 4), [noise_image(3)], 4)
     prefix = vlm.prefill([encoded])
     return prefix, initial_latents(vlm, prefix, config)

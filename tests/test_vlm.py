@@ -5,7 +5,6 @@ import torch
 from tiny import noise_image, tiny_vlm
 from transformers import AutoModelForImageTextToText
 
-from dmlr.loop.injection import Patches, interleave
 from dmlr.model.decode import LOOK_EVERY, decode
 from dmlr.model.encode import PromptError, encode
 from dmlr.model.vlm import VLM
@@ -61,36 +60,6 @@ def test_image_size_follows_min_and_max_pixels(vlm):
         encoded = encode(resized, "", "How many?", [image])
         assert len(encoded.image_columns) == count
         assert encoded.patch_grid[0] * encoded.patch_grid[1] == count
-
-
-def test_injected_vectors_are_the_pixels_under_the_patch(vlm):
-    """Changing the pixels under a chosen patch changes what is injected; permuting patches permutes it."""
-    image, changed = noise_image(0), noise_image(0)
-    changed.paste((255, 0, 0), (0, 0, 28, 28))  # merged token 0
-    before, after = (vlm.prefill([encode(vlm, "", "?", [im], 2)]) for im in (image, changed))
-    latents = torch.zeros(1, 1, 2, before.images.shape[2])
-    chosen = Patches(torch.tensor([[[0, 5], [7, 3]]]), torch.tensor([[2, 2]]))
-    first, _ = interleave(latents, before.images, chosen)
-    second, _ = interleave(latents, after.images, chosen)
-    assert not torch.allclose(first[0, 0, 1], second[0, 0, 1])
-    torch.testing.assert_close(first[0, 0, 1], before.images[0, 0])  # slots: tau_1, 0, 5, tau_2, 7, 3
-    torch.testing.assert_close(first[0, 0, 5], before.images[0, 3])
-    swapped, _ = interleave(latents, before.images, Patches(torch.tensor([[[5, 0], [3, 7]]]), torch.tensor([[2, 2]])))
-    torch.testing.assert_close(swapped[0, 0, [0, 2, 1, 3, 5, 4]], first[0, 0])
-
-
-def test_empty_slots_change_nothing(vlm):
-    """A row's logits and attention are the same with and without empty slots behind its patches."""
-    prefix = vlm.prefill([encode(vlm, "", "?", [noise_image(1)], 2)])
-    latents = torch.randn(1, 1, 2, prefix.images.shape[2], generator=torch.Generator().manual_seed(0))
-    tight = Patches(torch.tensor([[[4], [9]]]), torch.tensor([[1, 1]]))
-    loose = Patches(torch.tensor([[[4, 1, 2], [9, 5, 6]]]), torch.tensor([[1, 1]]))
-    results = []
-    for patches, read, rows in [(tight, [[0, 2]], torch.tensor([0, 2])), (loose, [[0, 4]], torch.tensor([0, 4]))]:
-        embeds, filled = interleave(latents, prefix.images, patches)
-        results.append(vlm.extend(prefix, embeds[:, 0], filled, torch.tensor(read), probe_rows=rows))
-    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-6, rtol=0)
 
 
 def test_extend_leaves_the_prefix_as_it_was(vlm):
