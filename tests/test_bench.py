@@ -27,7 +27,7 @@ def tiny(monkeypatch):
 
 
 def test_both_sides_do_the_same_work(tiny):
-    config = Config.make("paper", max_num_steps=3)
+    config = Config.make("paper", max_num_steps=3, max_new_tokens=3)
     prompt = random_prompt(tiny, 8, 100, 4)
     assert len(prompt.input_ids) == 100 and len(prompt.image_columns) == 64
     trace = equals_full_recomputation(tiny, config, [prompt])
