@@ -82,7 +82,7 @@ def test_loop_equals_full_recomputation(vlm, name):
 def test_variants_are_not_vacuous(vlm):
     """The matrix above must contain acceptances, rejections, growth and an early stop, or it proves little."""
     seen = set()
-    for name in ("paper", "every patch", "early stop"):
+    for name in ("paper", "every patch", "early stop", "no patches"):
         config = Config(**{**BASE, **VARIANTS[name]})
         trace = optimize(vlm, vlm.prefill(encode(vlm, config, 4)), config, noise_of(vlm, config, range(4)))
         seen |= {f"accepted {bool(a)}" for step in trace.steps for a in step.accepted}
