@@ -137,6 +137,7 @@ def like_a_gpu(monkeypatch, brief):
     monkeypatch.setattr(cuda_graphs, "record", record)
 
 
+@pytest.mark.slow
 def test_a_gpu_is_measured_in_every_way_and_against_both_dtypes(tiny, like_a_gpu):
     figures = bench.measure("tiny", "cuda")
     assert figures["dtype"] == "bfloat16"
