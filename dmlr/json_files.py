@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -39,15 +38,9 @@ def as_json(content: Any) -> bytes:
 
 
 def as_plain(value: Any) -> Any:
-    """JSON-able copy: dataclasses, models, tuples, sets, paths and arrays converted, NaN and infinities null."""
-    if hasattr(value, "model_dump"):  # pydantic, which is not imported here
-        value = value.model_dump()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
+    """JSON-able copy: mappings, lists, tuples and arrays converted, NaN and infinities null, all else as text."""
     if isinstance(value, Mapping):
         return {str(key): as_plain(item) for key, item in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted((as_plain(item) for item in value), key=str)
     if isinstance(value, list | tuple):
         return [as_plain(item) for item in value]
     if isinstance(value, bool | int | str) or value is None:

@@ -24,8 +24,8 @@ def questions(count):
 
 @pytest.fixture
 def cramped(monkeypatch):
-    """A pretended GPU where four examples fit, and what was asked of it: sizes of batches, images processed."""
-    sizes, images, prefill, limit = [], [], VLM.prefill, 4
+    """A pretended GPU where two examples fit, and what was asked of it: sizes of batches, images processed."""
+    sizes, images, prefill, limit = [], [], VLM.prefill, 2
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     vlm = tiny_vlm()
 
@@ -53,20 +53,20 @@ def free_memory(monkeypatch, amount):
 
 def test_batches_are_cut_by_the_length_of_their_prompts(cramped, monkeypatch):
     vlm, sizes, images = cramped
-    config, asked = Config(**BASE, max_pixels=None), questions(10)
+    config, asked = Config(**BASE | {"max_new_tokens": 2}, max_pixels=None), questions(5)
     each = memory.peak(vlm.shape, 4, work_of(vlm, "vanilla", asked, config), 1)
-    free_memory(monkeypatch, 4.5 * each / memory.USABLE["cuda"])
-    assert [answer.error for answer in answer_batch(vlm, "vanilla", asked, config)] == [None] * 10
-    assert sizes == [4, 4, 2] and len(images) == 10
+    free_memory(monkeypatch, 2.5 * each / memory.USABLE["cuda"])
+    assert [answer.error for answer in answer_batch(vlm, "vanilla", asked, config)] == [None] * 5
+    assert sizes == [2, 2, 1] and len(images) == 5
 
 
 def test_what_ran_out_of_memory_is_not_tried_again(cramped, monkeypatch):
     vlm, sizes, images = cramped
     free_memory(monkeypatch, 10**12)
-    config, asked = Config(**BASE, max_pixels=None), questions(16)
+    config, asked = Config(**BASE | {"max_new_tokens": 2}, max_pixels=None), questions(8)
     for _ in range(2):
         assert {answer.error for answer in answer_batch(vlm, "vanilla", asked, config)} == {None}
-    assert sizes == [16, 8, 4, 4, 8, 4, 4, 4, 4, 4, 4] and len(images) == 16, "an image is processed once"
+    assert sizes == [8, 4, 2, 2, 4, 2, 2, 2, 2, 2, 2] and len(images) == 8, "an image is processed once"
 
 
 def test_an_error_keeps_nothing_of_what_failed():

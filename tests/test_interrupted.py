@@ -17,7 +17,7 @@ from saved_run import METHODS, outcome, save_dataset, save_model, settings
 ROWS = 32
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone_with_ray")]
 
-KILLS = {1: 16, 2: 2}  # by number of workers: these take seconds to start, a process alone a fraction of one
+KILLS = {1: 10, 2: 2}  # by number of workers: these take seconds to start, a process alone a fraction of one
 
 
 class Runs:
@@ -107,12 +107,3 @@ def test_a_disk_that_fills_up_is_one_message_and_resume_ends_as_if_it_had_not(ru
     runs.start(here)
     assert runs.wait() == [0, ""]
     assert outcome(tmp_path) == uninterrupted
-
-
-def test_a_read_only_folder_is_one_message(runs, given, tmp_path):
-    tmp_path.chmod(0o500)
-    folder = tmp_path if os.geteuid() else Path("/sys")  # root may write anywhere but there
-    runs.start(given | {"output_dir": str(folder / "run")})
-    status, said = runs.wait()
-    assert status == 1
-    assert re.match(r"ResultsError: \S+: cannot be written: (Permission|Operation not|Read-only)", said)

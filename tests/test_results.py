@@ -21,7 +21,6 @@ from dmlr.run.records import (
     held,
     read_log,
     read_results,
-    write_results,
     write_reward_csv,
 )
 
@@ -38,9 +37,6 @@ def record(row, verdict="correct", **more):
         "stop_reason": "eos_token",
         **more,
     }
-
-
-# -------------------------------------------------------------------------------------------- log
 
 
 def test_resume_keeps_what_is_finished_and_tries_errors_again(tmp_path):
@@ -119,15 +115,6 @@ def test_resume_under_another_configuration_names_the_difference(tmp_path):
             assert log.finished() == {0} and log.facts == {"method": "dmlr"}
 
 
-def test_a_log_goes_on_with_its_own_batch_size_unless_another_is_named(tmp_path):
-    with RunLog(tmp_path, Config(), batch_size=7) as log:
-        log.append(record(0))
-    for given, size in ((None, 7), (3, 3)):
-        with RunLog(tmp_path, Config(batch_size=given), resume=True, batch_size=99) as log:
-            assert log.batch_size == size
-    assert json.loads((tmp_path / "run.json").read_text())["batch_size"] == 3
-
-
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_a_full_disk_is_a_clear_error(tmp_path):
     (tmp_path / LOG).symlink_to("/dev/full")
@@ -149,23 +136,6 @@ def test_a_folder_that_cannot_be_used_is_a_clear_error(tmp_path):
             pass
 
 
-# ---------------------------------------------------------------------------------------- results
-
-
-def test_results_have_the_shape_that_users_know(tmp_path):
-    with RunLog(tmp_path) as log:
-        for row in (1, 0, 2):
-            log.append(record(row, question="q", best_reward=0.5))
-    content = write_results(
-        tmp_path, read_log(tmp_path), model="m", dataset="d", config={"end_data_idx": 2}, method="dmlr"
-    )
-    assert list(content)[:5] == ["model", "dataset", "accuracy", "correct", "total"]
-    assert {"config", "args", "entries", "method"} <= set(content)
-    assert [entry["data_idx"] for entry in content["entries"]] == [0, 1]  # the range asked for
-    assert read_results(tmp_path) == read_results(tmp_path / RESULTS) == content
-    assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == []  # no temporary file stays
-
-
 def test_reading_what_is_not_there_or_not_results(tmp_path):
     with pytest.raises(ResultsError, match="No such file"):
         read_results(tmp_path)
@@ -175,14 +145,6 @@ def test_reading_what_is_not_there_or_not_results(tmp_path):
             read_results(tmp_path)
     with pytest.raises(ResultsError, match="No such file"):
         read_log(tmp_path / "none")
-
-
-def test_runs_are_found_at_any_depth(tmp_path):
-    for name in ("b/dmlr", "a/x/vanilla"):
-        (tmp_path / name).mkdir(parents=True)
-        write_results(tmp_path / name, [record(0)], model="m", dataset="d", config={})
-    assert [p.relative_to(tmp_path).as_posix() for p in find_runs(tmp_path)] == ["a/x/vanilla", "b/dmlr"]
-    assert find_runs(tmp_path / "none") == []
 
 
 def test_reward_csv(tmp_path):

@@ -16,14 +16,7 @@ from dmlr.model.families import ModelError
 from dmlr.run import evaluate, workers
 from dmlr.run.batches import prepare
 from dmlr.run.records import read_results
-from dmlr.run.workers import (
-    WorkerError,
-    Workers,
-    for_workers,
-    placement,
-    threads_per_worker,
-    with_image_files,
-)
+from dmlr.run.workers import WorkerError, for_workers, placement, started, threads_per_worker, with_image_files
 
 ROWS = 14
 
@@ -78,7 +71,7 @@ def test_two_machines_answer_as_one_process(model, dataset, alone, cluster, tmp_
 
 def test_workers_are_spread_over_the_machines_and_a_missing_model_is_one_message(model, dataset, cluster, tmp_path):
     given = settings(model, dataset, tmp_path, num_workers=2, ray_address=cluster)
-    with Workers(Config(**given)) as executor:
+    with started(Config(**given)) as executor:
         import ray
 
         where = lambda _: ray.get_runtime_context().get_node_id()  # noqa: E731
@@ -143,38 +136,29 @@ def test_a_loaded_model_cannot_go_to_workers(model, dataset, tmp_path):
 @pytest.mark.parametrize(
     ("given", "cluster", "expected"),
     [
-        ({"num_workers": 2}, {"CPU": 8}, ("cpu", {"num_cpus": 1})),
-        ({"num_workers": 2}, {"CPU": 8, "GPU": 2}, ("cuda", {"num_cpus": 0, "num_gpus": 1})),
-        ({"num_workers": 2, "device": "cpu"}, {"CPU": 8, "GPU": 2}, ("cpu", {"num_cpus": 1})),
-        (
-            {"num_workers": 6, "worker_device_round_robin": True},
-            {"CPU": 8, "GPU": 2},
-            ("cuda", {"num_cpus": 0, "num_gpus": 0.3333}),
-        ),
+        ({}, {"CPU": 8}, ("cpu", {"num_cpus": 1})),
+        ({"device": "cpu"}, {"CPU": 8, "GPU": 2}, ("cpu", {"num_cpus": 1})),
+        ({}, {"CPU": 8, "GPU": 6}, ("cuda", {"num_cpus": 0, "num_gpus": 1})),
+        ({"worker_device_round_robin": True}, {"GPU": 2}, ("cuda", {"num_cpus": 0, "num_gpus": 0.3333})),
     ],
 )
 def test_each_worker_has_a_gpu_or_shares_one_evenly(given, cluster, expected):
-    assert placement(Config(**given), cluster) == expected
+    assert placement(Config(num_workers=6, **given), cluster) == expected
 
 
 @pytest.mark.parametrize(
     ("given", "cluster", "error", "message"),
     [
-        ({"num_workers": 3}, {"CPU": 2}, WorkerError, "but the cluster has 2 CPUs"),
-        ({"num_workers": 3}, {"CPU": 8, "GPU": 2}, WorkerError, "has 2 GPUs; with worker_device_round_robin"),
-        (
-            {"num_workers": 3, "worker_device_round_robin": True},
-            {"CPU": 8, "GPU": 2},
-            WorkerError,
-            "a multiple of them can share",
-        ),
-        ({"num_workers": 2, "device": "cuda"}, {"CPU": 8}, WorkerError, "the cluster has 0 GPUs"),
-        ({"num_workers": 2, "device": "cuda:1"}, {"CPU": 8, "GPU": 2}, ConfigError, "names one GPU for all workers"),
+        ({}, {"CPU": 2}, WorkerError, "but the cluster has 2 CPUs"),
+        ({}, {"GPU": 2}, WorkerError, "has 2 GPUs; with worker_device_round_robin"),
+        ({"worker_device_round_robin": True}, {"GPU": 2}, WorkerError, "a multiple of them can share"),
+        ({"device": "cuda"}, {"CPU": 8}, WorkerError, "the cluster has 0 GPUs"),
+        ({"device": "cuda:1"}, {"CPU": 8, "GPU": 2}, ConfigError, "names one GPU for all workers"),
     ],
 )
 def test_what_workers_cannot_have_is_said(given, cluster, error, message):
     with pytest.raises(error, match=message):
-        placement(Config(**given), cluster)
+        placement(Config(num_workers=3, **given), cluster)
 
 
 def test_threads_are_shared_by_the_workers_of_a_machine():
@@ -198,8 +182,7 @@ def test_paths_reach_workers_in_another_working_folder(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     config = Config(num_workers=2, ray_address="a:1", model_name_or_path="mine")
     moved = for_workers(config, "cpu")
-    assert moved.model_name_or_path == str(tmp_path / "mine")
-    same = config.as_dict() | {"model_name_or_path": moved.model_name_or_path, "device": "cpu"}
-    assert moved.as_dict() == same | {"num_workers": 1, "ray_address": ""}
+    mine = {"model_name_or_path": str(tmp_path / "mine"), "device": "cpu", "num_workers": 1, "ray_address": ""}
+    assert moved == config.replace(**mine)
     for kept in ("data/models/shapes-vl", "Qwen/some-model"):  # in the project, on the hub
         assert for_workers(config.replace(model_name_or_path=kept), "cpu").model_name_or_path == kept

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -56,19 +56,16 @@ class ModelFacts:
     device: str  # its type: cpu, cuda
     fitting_batch: int  # examples
     environment: dict[str, str]
-    scales: dict[str, Any] = field(default_factory=dict)  # what sigma and lr mean for it (`Config.scales`)
-
-    @classmethod
-    def of(cls, vlm: VLM, config: Config) -> ModelFacts:
-        fitting = vlm.fitting_batch(workload(config, vlm.context_length))
-        return cls(str(vlm.dtype), vlm.device.type, fitting, environment(), config.scales(vlm.embedding_rms))
+    scales: dict[str, Any]  # what sigma and lr mean for it (`Config.scales`)
 
 
 class InProcess:
     """The model of this process as an executor, like `workers.Workers`."""
 
     def __init__(self, vlm: VLM, config: Config) -> None:
-        self.vlm, self.config, self.facts = vlm, config, ModelFacts.of(vlm, config)
+        fitting, scales = vlm.fitting_batch(workload(config, vlm.context_length)), config.scales(vlm.embedding_rms)
+        self.vlm, self.config = vlm, config
+        self.facts = ModelFacts(str(vlm.dtype), vlm.device.type, fitting, environment(), scales)
 
     def answers(
         self, method: str, batches: Iterable[list[Example]], partners: Mapping[int, Example]
@@ -128,13 +125,12 @@ def partners(examples: Sequence[Example]) -> dict[int, Example]:
 
 def prepare(examples: list[Example], partners: Mapping[int, Example] | None = None) -> Batch:
     """Images opened. Examples without ground truth are skipped, unreadable images are errors."""
-    partners = partners or {}
 
     def question(example: Example) -> Question | Answer:
         if not example.solution:
             return Answer("", "", "skipped_no_ground_truth")
         try:
-            return question_of(example, partners.get(example.row))
+            return question_of(example, (partners or {}).get(example.row))
         except ImageError as error:
             return failed(error)
 

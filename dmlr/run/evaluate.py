@@ -11,7 +11,7 @@ import hashlib
 import math
 import re
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -55,9 +55,15 @@ class Job:
     examples: list[Example]
     problems: list[Problem]
 
+    def __str__(self) -> str:
+        return f"{name(self.dataset)}, {self.method}"
+
 
 class NoAnswers(RuntimeError):
-    """Every record of a run is an error; they are written all the same. The message has the first reason."""
+    """A method has nothing but errors on a dataset, as a fault in its code makes it; the message has the first of them.
+
+    The whole run went on all the same, and its records are written.
+    """
 
 
 def run(config: Config, vlm: VLM | None = None) -> dict[tuple[str, str], dict[str, Any]]:
@@ -67,7 +73,7 @@ def run(config: Config, vlm: VLM | None = None) -> dict[tuple[str, str], dict[st
     model is loaded first, here or in the workers, and not at all with `verify_only`; `vlm` is one that is loaded
     already, for a run in this process. Raises what makes the whole run pointless (a bad dataset file, a model that
     does not load, workers that cannot start, a folder that another process holds or that cannot be written, an LLM
-    judge without a key), and NoAnswers at the end of a run in which nothing succeeded.
+    judge without a key), and NoAnswers at the end of a run in which a job has only errors.
     """
     jobs = plan(config)
     llm = llm_settings(config)
@@ -80,7 +86,14 @@ def run(config: Config, vlm: VLM | None = None) -> dict[tuple[str, str], dict[st
             work = partial(run_job, config=config, executor=stack.enter_context(executor_of(config, vlm)), llm=llm)
         progress = stack.enter_context(tqdm(total=total, unit="ex", disable=config.verbose == 0, smoothing=0.1))
         results = {(name(job.dataset), job.method): work(job, progress=progress) for job in jobs}
-    report_failures(results, output_folder(config))
+    failures = [
+        f"{dataset}, {method}: {result['errors']} errors and no answer; the first: "
+        + next(entry["error"] for entry in result["entries"] if entry["stop_reason"] == "error")
+        for (dataset, method), result in results.items()
+        if result["errors"] and not result["total"] + result["judge_failed"]
+    ]
+    if failures:
+        raise NoAnswers(f"every record is an error ({'; '.join(failures)}); they are in {output_folder(config)}")
     return results
 
 
@@ -90,23 +103,9 @@ def executor_of(config: Config, vlm: VLM | None) -> contextlib.AbstractContextMa
         return contextlib.nullcontext(InProcess(vlm or VLM.load(config), config))
     if vlm is not None:
         raise ConfigError("workers load the model themselves: give no model, or num_workers = 1 and no ray_address")
-    from dmlr.run.workers import Workers  # Ray is an extra
+    from dmlr.run.workers import started  # Ray is an extra
 
-    return Workers(config)
-
-
-def report_failures(results: dict[tuple[str, str], dict[str, Any]], folder: Path) -> None:
-    """Says on stderr which jobs have no answer at all, only errors; raises NoAnswers when none of the run has any."""
-    failures = [
-        f"{dataset}, {method}: {result['errors']} errors and no answer; the first: "
-        + next(entry["error"] for entry in result["entries"] if entry["stop_reason"] == "error")
-        for (dataset, method), result in results.items()
-        if result["errors"] and not result["total"] + result["judge_failed"]
-    ]
-    if failures and len(failures) == len(results):
-        raise NoAnswers(f"every record is an error ({'; '.join(failures)}); they are in {folder}")
-    for failure in failures:
-        print(failure, file=sys.stderr, flush=True)
+    return started(config)
 
 
 def plan(config: Config) -> list[Job]:
@@ -118,25 +117,23 @@ def plan(config: Config) -> list[Job]:
     datasets = [d.strip() for d in config.dataset.split(",") if d.strip()]
     if not methods or not datasets:
         raise ConfigError(f"nothing to run: methods = {config.methods!r}, dataset = {config.dataset!r}")
-    jobs = []
+    end = sys.maxsize if config.end_data_idx is None else config.end_data_idx
+    jobs, chosen = [], range(config.start_data_idx, end)
     for dataset in datasets:
         examples, problems = load_dataset(dataset)
-        inside = [e for e in examples if _in_range(e.row, config)]
-        unusable = [p for p in problems if p.fatal and (p.row is None or _in_range(p.row, config))]
+        inside = [e for e in examples if e.row in chosen]
+        unusable = [p for p in problems if p.fatal and p.row in chosen]
         if not inside and not unusable:
             rows = len({e.row for e in examples} | {p.row for p in problems if p.fatal})
-            end = "" if config.end_data_idx is None else config.end_data_idx
+            asked = f"{config.start_data_idx}:{'' if config.end_data_idx is None else end}"
             raise ConfigError(
-                f"{dataset}: no row is in the range start_data_idx:end_data_idx = {config.start_data_idx}:{end}; "
+                f"{dataset}: no row is in the range start_data_idx:end_data_idx = {asked}; "
                 f"it has {rows} rows, 0 to {rows - 1}"
             )
         for method in methods:
             jobs.append(Job(dataset, method, output_folder(config) / name(dataset) / method, inside, unusable))
-    folders = [job.folder for job in jobs]
-    if doubled := next((folder for folder in folders if folders.count(folder) > 1), None):
-        raise ConfigError(
-            f"{doubled.parent.name}, {doubled.name} is there twice in one run, and its folder is {doubled}"
-        )
+    if doubled := next((job for job, count in Counter(map(str, jobs)).items() if count > 1), None):
+        raise ConfigError(f"{doubled} is there twice in one run, and has one folder")
     return jobs
 
 
@@ -163,15 +160,16 @@ def run_job(
     job: Job, config: Config, executor: InProcess | Workers, progress: tqdm, llm: JudgeSettings | None = None
 ) -> dict[str, Any]:
     """Gets answers to what is not finished yet, judges them, and derives results.json; also when interrupted."""
-    progress.set_description(f"{name(job.dataset)} {job.method}")
+    progress.set_description(str(job))
     facts = {"method": job.method, "dtype": executor.facts.dtype, "device": executor.facts.device}
-    size = max(1, executor.facts.fitting_batch)
+    size = executor.facts.fitting_batch
     if config.num_workers > 1:  # of few examples, each worker still gets some
-        size = min(size, math.ceil(len(job.examples) / config.num_workers) or 1)
+        size = max(1, min(size, math.ceil(len(job.examples) / config.num_workers)))
     with RunLog(job.folder, config, resume=config.resume, facts=facts | checksums(job, config), batch_size=size) as log:
         if log.aside and config.verbose:
-            progress.write(f"{name(job.dataset)} {job.method}: what an earlier run left is kept as {log.aside.name}")
-        save = partial(save_results, job, log, config, executor.facts.environment, scales=executor.facts.scales)
+            progress.write(f"{job}: what an earlier run left is kept as {log.aside.name}")
+        about = {"environment": executor.facts.environment, "scales": executor.facts.scales}
+        save = partial(save_results, job, log, config, **about)
         llm_cost = None
         with contextlib.suppress(ResultsError):  # there are none, unless this run goes on with another
             llm_cost = read_results(job.folder).get("llm_judge")
@@ -190,8 +188,8 @@ def record_answers(job: Job, config: Config, log: RunLog, executor: InProcess | 
     finished, begun = log.finished(), {record["row"] for record in log.records()}
     progress.update(sum(example.row in finished for example in job.examples))
     for problem in job.problems:
-        never = Example(-1 if problem.row is None else problem.row, problem.idx, "", "")  # it did not become one
-        if never.row not in begun:
+        if problem.row not in begun:
+            never = Example(problem.row, problem.idx, "", "")  # it did not become one
             log.append(record_of(never, Answer("", "", "error", error=f"{problem.kind}: {problem.message}")))
     recent: deque[dict[str, Any]] = deque(maxlen=64)
     batches = cut(job.examples, log.batch_size, finished, begun)
@@ -214,12 +212,12 @@ def verify(job: Job, config: Config, progress: tqdm, llm: JudgeSettings | None =
     ResultsError. Whether an LLM is asked is this configuration's choice; what it said before comes from its cache, and
     only what failed, or is new, costs a request.
     """
-    progress.set_description(f"{name(job.dataset)} {job.method}: judging again")
+    progress.set_description(f"{job}: judging again")
     saved, before = read_run(job.folder)["config"], read_results(job.folder)
     examples = {e.row: e for e in job.examples}
     with RunLog(job.folder, saved, resume=True) as log:
-        pairs = [(old, examples[old["row"]]) for old in log.records() if old["row"] in examples]
-        pairs = [(old, example) for old, example in pairs if old["stop_reason"] != "error"]
+        answered = [old for old in log.records() if old["row"] in examples and old["stop_reason"] != "error"]
+        pairs = [(old, examples[old["row"]]) for old in answered]
         for old, example in pairs:
             if (old["data_idx"], old["question"]) != (example.idx, example.question):
                 raise ResultsError(
@@ -231,8 +229,8 @@ def verify(job: Job, config: Config, progress: tqdm, llm: JudgeSettings | None =
             progress.update()
         llm_cost = ask_llm(log, job.examples, llm, every=config.llm_verify_all)
         memory = before.get("efficiency", {}).get("peak_memory_bytes")
-        more = {"llm_judge": llm_cost, "scales": before.get("scales")}
-        return save_results(job, log, Config.make(None, **saved), before["environment"], memory, **more)
+        about = {"environment": before["environment"], "scales": before.get("scales"), "llm_judge": llm_cost}
+        return save_results(job, log, Config.make(None, **saved), memory, **about)
 
 
 def pace(recent: Iterable[dict[str, Any]], memory: int) -> dict[str, str]:
@@ -305,22 +303,8 @@ def save_extras(job: Job, example: Example, answer: Answer, config: Config) -> N
             print(f"not drawn: {error}", file=sys.stderr, flush=True)
 
 
-def save_results(
-    job: Job, log: RunLog, config: Config, machine: dict[str, str], peak_memory: int | None, **more: Any
-) -> dict[str, Any]:
-    """results.json from the log; `machine` (its environment) and `peak_memory` (bytes) are those of the answers."""
-    return write_results(
-        job.folder,
-        log.records(),
-        model=config.model_name_or_path,
-        dataset=job.dataset,
-        config=config.as_dict(),
-        method=job.method,
-        environment=machine,
-        efficiency=efficiency(log.records()) | {"peak_memory_bytes": peak_memory},
-        **more,
-    )
-
-
-def _in_range(row: int, config: Config) -> bool:
-    return row >= config.start_data_idx and (config.end_data_idx is None or row < config.end_data_idx)
+def save_results(job: Job, log: RunLog, config: Config, peak_memory: int | None, **more: Any) -> dict[str, Any]:
+    """results.json from the log; `peak_memory` (bytes) and the `environment` in `more` are those of the answers."""
+    speed = efficiency(log.records()) | {"peak_memory_bytes": peak_memory}
+    about = {"model": config.model_name_or_path, "dataset": job.dataset, "method": job.method, "efficiency": speed}
+    return write_results(job.folder, log.records(), config=config.as_dict(), **about, **more)

@@ -93,7 +93,7 @@ class RunLog:
         batch_size: int | None = None,
     ) -> None:
         self.folder, self.aside = Path(folder), None
-        self.config, self.facts = as_plain(config or {}), as_plain(facts or {})
+        self.config, self.facts = as_plain(dict(config or {})), as_plain(facts or {})
         self.batch_size = self.config.get("batch_size") or batch_size
         self._records: dict[int, dict] = {}
         with _writing(self.folder):
@@ -249,7 +249,7 @@ def write_results(
     Only rows in [start_data_idx, end_data_idx) of `config` enter. `more` are further top-level keys (method, seconds,
     git revision, ...). Raises ResultsError when it cannot be written.
     """
-    config = as_plain(config)
+    config = as_plain(dict(config))
     start, end = config.get("start_data_idx") or 0, config.get("end_data_idx")
     entries = [dict(r) for r in records if start <= r["row"] < (math.inf if end is None else end)]
     content = {"model": model, "dataset": dataset, **tally(entries)}

@@ -8,6 +8,7 @@ The machines need this package in the same version and the model under the same 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -15,7 +16,6 @@ import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from dmlr.data.images import ImageError, ImageFile, read_image_file
 from dmlr.machine import peak_memory
 from dmlr.methods import Answer
 from dmlr.model.vlm import VLM
-from dmlr.run.batches import ModelFacts, answer_batch, failed, prepare
+from dmlr.run.batches import InProcess, ModelFacts, failed
 
 PATIENCE = 60  # seconds without a worker after which the driver says what it waits for
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -40,59 +40,55 @@ class ModelWorker:
     """What runs on Ray: a model that answers batches. Ray starts one that dies again, and it loads its model anew."""
 
     def __init__(self, config: Config, threads: int) -> None:
-        self.config, self.threads, self.vlm = config, threads, None  # no work: the driver would not see why it failed
+        self.config, self.threads, self.model = config, threads, None  # no work: the driver would not see why it failed
 
     def load(self) -> ModelFacts:
         """ModelError as `VLM.load`."""
-        if self.vlm is None:
+        if self.model is None:
             torch.set_num_threads(self.threads)
-            self.vlm = VLM.load(self.config)
-        return ModelFacts.of(self.vlm, self.config)
+            self.model = InProcess(VLM.load(self.config), self.config)
+        return self.model.facts
 
     def answer(self, method: str, examples: list[Example], partners: Mapping[int, Example]) -> tuple[list[Answer], int]:
         """Answers in the order of the examples, and the most bytes of memory so far."""
         self.load()
-        batch = prepare(examples, partners)
-        answers = batch.answered(answer_batch(self.vlm, method, batch.questions, self.config))
-        return [answer for _, answer in answers], peak_memory()
+        (pairs,) = self.model.answers(method, [examples], partners)
+        return [answer for _, answer in pairs], peak_memory()
+
+
+@contextlib.contextmanager
+def started(config: Config) -> Iterator[Workers]:
+    """`config.num_workers` models on Ray, which is started, or joined at `config.ray_address`; all have their model.
+
+    Raises WorkerError, ConfigError for a device that workers cannot share, and ModelError when the model cannot be
+    loaded.
+    """
+    ray, disconnect = connect(config)
+    workers: list[Any] = []
+    try:
+        device, needs = placement(config, ray.cluster_resources())
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        threads = threads_per_worker(torch.get_num_threads(), nodes, config.num_workers)
+        options = {"scheduling_strategy": "SPREAD", "max_restarts": -1, "max_task_retries": 1}
+        actor = ray.remote(ModelWorker).options(**options, **needs)
+        workers += [actor.remote(for_workers(config, device), threads) for _ in range(config.num_workers)]
+        loading = [worker.load.remote() for worker in workers]
+        while waiting := ray.wait(loading, num_returns=len(loading), timeout=PATIENCE)[1]:
+            text = f"waiting for {len(waiting)} of {len(loading)} workers: a model that loads, or a busy cluster"
+            print(text, file=sys.stderr, flush=True)
+        facts = [result(ray, ref) for ref in loading]
+        yield Workers(ray, workers, replace(facts[0], fitting_batch=min(one.fitting_batch for one in facts)))
+    finally:
+        for worker in workers:
+            ray.kill(worker)
+        disconnect()
 
 
 class Workers:
-    """`config.num_workers` models on Ray as an executor (see `batches.InProcess`). Use as a context manager.
+    """Actors on Ray as an executor, like `batches.InProcess`."""
 
-    Entering starts Ray (or joins the cluster at `config.ray_address`) and waits until all have their model. Raises
-    WorkerError, ConfigError for a device that workers cannot share, and ModelError when the model cannot be loaded.
-    """
-
-    def __init__(self, config: Config) -> None:
-        self.config, self.peak_memory = config, 0
-        self.workers: list[Any] = []
-
-    def __enter__(self) -> Workers:
-        self._ray, self._disconnect = connect(self.config)
-        try:
-            device, needs = placement(self.config, self._ray.cluster_resources())
-            nodes = sum(node["Alive"] for node in self._ray.nodes())
-            threads = threads_per_worker(torch.get_num_threads(), nodes, self.config.num_workers)
-            options = {"scheduling_strategy": "SPREAD", "max_restarts": -1, "max_task_retries": 1}
-            actor = self._ray.remote(ModelWorker).options(**options, **needs)
-            config = for_workers(self.config, device)
-            self.workers = [actor.remote(config, threads) for _ in range(self.config.num_workers)]
-            loading = [worker.load.remote() for worker in self.workers]
-            while waiting := self._ray.wait(loading, num_returns=len(loading), timeout=PATIENCE)[1]:
-                text = f"waiting for {len(waiting)} of {len(loading)} workers: a model that loads, or a busy cluster"
-                print(text, file=sys.stderr, flush=True)
-            facts = [self._result(ref) for ref in loading]
-            self.facts = replace(facts[0], fitting_batch=min(one.fitting_batch for one in facts))
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for worker in self.workers:
-            self._ray.kill(worker)
-        self._disconnect()
+    def __init__(self, ray: Any, workers: list[Any], facts: ModelFacts) -> None:
+        self.ray, self.workers, self.facts, self.peak_memory = ray, workers, facts, 0
 
     def answers(
         self, method: str, batches: Iterable[list[Example]], partners: Mapping[int, Example]
@@ -107,25 +103,26 @@ class Workers:
                 busy[worker.answer.remote(method, list(map(with_image_files, examples)), theirs)] = worker, examples
             if not busy:
                 return
-            (ref,), _ = self._ray.wait(list(busy), num_returns=1)
+            (ref,), _ = self.ray.wait(list(busy), num_returns=1)
             worker, examples = busy.pop(ref)
             idle.append(worker)
             try:
-                answers, memory = self._result(ref)
+                answers, memory = result(self.ray, ref)
             except WorkerError as lost:
                 answers, memory = [failed(lost) for _ in examples], 0
             self.peak_memory = max(self.peak_memory, memory)
             yield list(zip(examples, answers, strict=True))
 
-    def _result(self, ref: Any) -> Any:
-        """What a worker returns, or raises; WorkerError when it died, and died again in the second attempt."""
-        try:
-            return self._ray.get(ref)
-        except self._ray.exceptions.RayTaskError as error:  # what the worker itself raised
-            raise error.cause from None
-        except self._ray.exceptions.RayError as error:
-            why = f"a worker died, and another in its place; is there memory for the model? {_one_line(error)}"
-            raise WorkerError(why) from None
+
+def result(ray: Any, ref: Any) -> Any:
+    """What a worker returns, or raises; WorkerError when it died, and died again in the second attempt."""
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as error:  # what the worker itself raised
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        why = f"a worker died, and another in its place; is there memory for the model? {_one_line(error)}"
+        raise WorkerError(why) from None
 
 
 def with_image_files(example: Example) -> Example:
@@ -135,10 +132,9 @@ def with_image_files(example: Example) -> Example:
     """
 
     def content(source: str) -> str | ImageFile:
-        try:
+        with contextlib.suppress(ImageError):
             return read_image_file(source)
-        except ImageError:
-            return source
+        return source
 
     return replace(example, images=tuple(map(content, example.images)))
 
@@ -207,13 +203,9 @@ def for_workers(config: Config, device: str) -> Config:
 
     What lies in the project stays relative to it, since another machine may have the project elsewhere.
     """
-    paths = {name: getattr(config, name) for name in ("model_name_or_path", "prompts_file")}
-    project = Path(__file__).resolve().parents[1]
-    moved = {
-        name: str(Path(path).resolve())
-        for name, path in paths.items()
-        if path and Path(path).exists() and not (project / path).exists()
-    }
+    from dmlr.parameters import from_here  # papermill's second, which no worker need pay
+
+    moved = from_here({name: getattr(config, name) for name in ("model_name_or_path", "prompts_file")})
     return config.replace(device=device, num_workers=1, ray_address="", **moved)
 
 
