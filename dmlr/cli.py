@@ -121,7 +121,7 @@ def table1(args: argparse.Namespace) -> int:
     from dmlr import table1
 
     cells = table1.cells(args.model, args.benchmarks, args.file, dict(args.parameter), args.output, args.seeds)
-    failures = (table1.dry_run if args.dry_run else table1.run_all)(cells)
+    failures = table1.run_all(cells, args.dry_run)
     if failures:
         print(f"\n{len(failures)} failed, for the reasons above: {', '.join(failures)}", file=sys.stderr)
     return 1 if failures else 0

@@ -19,10 +19,10 @@ from dmlr.data.check import check_dataset
 from dmlr.data.examples import DatasetError
 from dmlr.judge.llm_settings import JudgeError, JudgeSettings
 from dmlr.machine import environment
-from dmlr.methods.workload import PROMPT, workload
+from dmlr.methods.workload import PROMPT
 from dmlr.model.families import ModelError
 from dmlr.model.loading import load_checkpoint
-from dmlr.model.memory import USABLE, fitting_batch
+from dmlr.model.memory import USABLE
 from dmlr.planning import PAPER_MODELS, Model, columns, size
 
 EMBEDDED_MODEL = "data/models/shapes-vl"
@@ -42,6 +42,10 @@ def examine(models: Iterable[str] = (), memory: int | None = None) -> tuple[str,
     free = memory or max((free for free, _ in gpus), default=ram.available)
     keys = [name for name in ("HF_TOKEN", "HUGGING_FACE_TOKEN", "OPENAI_API_KEY") if os.environ.get(name)]
     extras = [f"{name} is {'' if importlib.util.find_spec(name) else 'not '}there" for name in EXTRAS]
+    try:
+        judge = f"{JudgeSettings.from_environment().model} can be asked"
+    except JudgeError as error:
+        judge = str(error).partition(",")[0]
     table, unknown = fits([EMBEDDED_MODEL, *models, *PAPER_MODELS], free, "cuda" if gpus or memory else "cpu")
     broken = list(embedded())
     lines = [
@@ -50,19 +54,11 @@ def examine(models: Iterable[str] = (), memory: int | None = None) -> tuple[str,
         ("memory", f"{size(ram.available)} of {size(ram.total)} free; disk: {size(shutil.disk_usage('.').free)} free"),
         ("hub", "offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "asked for what is not in its cache"),
         ("keys", f"{', '.join(keys) or 'none'} set"),
-        ("LLM judge", judge()),
+        ("LLM judge", judge),
         ("embedded", "; ".join(broken) or f"{len(EMBEDDED_DATA)} suites and the model are whole"),
     ]
     report = ["\n".join(f"{name:<11}{text}" for name, text in lines), table]
     return "\n\n".join(report + [f"broken: {problem}" for problem in broken + unknown]), broken + unknown
-
-
-def judge() -> str:
-    """Whether an LLM could judge, or why not."""
-    try:
-        return f"{JudgeSettings.from_environment().model} can be asked"
-    except JudgeError as error:
-        return str(error).partition(",")[0]
 
 
 def embedded() -> Iterator[str]:
@@ -88,14 +84,12 @@ def fits(models: Iterable[str], free: int, kind: str) -> tuple[str, list[str]]:
             rows.append([name, "unknown"])
             unknown.append(str(error))
             continue
-        work, cells = workload(Config.make("paper"), model.context), []
+        cells = [f"{model.parameters.total / 1e9:.3g} G", size(1000 * model.shape.cache(2))]
         for itemsize, bits in PRECISIONS.values():
-            weights = model.parameters.bytes(itemsize, bits)
-            batch = fitting_batch(model.shape, itemsize, work, free - weights, kind)
-            held = f"{size(weights)}, {f'batch {batch}' if batch else 'too large'}"
+            batch = model.batch(Config.make("paper"), itemsize, free, kind, bits)
+            held = f"{size(model.parameters.bytes(itemsize, bits))}, {f'batch {batch}' if batch else 'too large'}"
             cells.append("GPUs only" if bits and kind != "cuda" else held)  # bitsandbytes computes on GPUs
-        parameters, cache = f"{model.parameters.total / 1e9:.3g} G", size(1000 * model.shape.cache(2))
-        rows.append([name, parameters, cache, *cells, model.source])
+        rows.append([name, *cells, model.source])
     return (
         f"What fits in {size(free)} of {'GPU memory' if kind == 'cuda' else 'RAM'}: weights, and the batch that goes "
         f"through together with the\npaper's parameters, prompts of {PROMPT} positions and answers of 2048 tokens, in "

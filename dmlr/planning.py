@@ -10,7 +10,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -24,8 +24,6 @@ from transformers import AutoConfig, PretrainedConfig, Qwen2_5_VLConfig, Qwen3VL
 
 from dmlr import bench
 from dmlr.config import Config, locate, root
-from dmlr.data.examples import Example, ImageError, open_image
-from dmlr.json_files import as_plain
 from dmlr.machine import environment
 from dmlr.methods.latent import ltpo_config
 from dmlr.methods.ulr import ulr_config
@@ -37,7 +35,7 @@ from dmlr.run import evaluate, records
 from dmlr.run.verdicts import llm_settings
 from dmlr.show.provenance import in_words
 
-LOOKED_AT = 60  # most results.json files that are read, the newest first; most images that are measured
+LOOKED_AT = 60  # results.json files of a method that are read, at most
 PAPER_TABLE = "the paper's table"
 
 
@@ -72,51 +70,42 @@ class NotHere(ModelError):
 
 @dataclass(frozen=True)
 class Model:
-    """A model as its settings describe it. `context`: positions that it was made for; `side`: pixels of an image token,
-    of models that take any size (Qwen's); `source`: folder, hub's cache or the paper's table."""
+    """A model as its settings describe it. `context`: positions that it was made for; `source`: folder, hub's cache or
+    the paper's table."""
 
     source: str
     shape: Shape
     parameters: Parameters
     context: int | None
-    side: int | None
 
     @classmethod
     def of(cls, name: str, revision: str = "") -> Model:
         """By folder or hub id; nothing is fetched. NotHere for one that is not on this machine and none of the paper's,
         ModelError for settings that cannot be read and for an architecture that cannot be run."""
-        path, source = locate(name), "hub's cache"
+        path = locate(name)
+        source = "folder" if Path(path).is_dir() else "hub's cache"
         try:
             settings = AutoConfig.from_pretrained(str(path), local_files_only=True, revision=revision or "main")
         except (OSError, ValueError, KeyError) as error:
-            if Path(path).is_dir():
+            if source == "folder":
                 reason = str(error).strip().split("\n")[0] or type(error).__name__
                 raise ModelError(f"{name}: no settings that transformers can read: {reason}") from None
             if name not in PAPER_MODELS:
                 raise NotHere(f"{name}: no such folder, and not in the hub's cache on this machine") from None
             settings, source = PAPER_MODELS[name](), PAPER_TABLE
         check_known(settings)
-        context, vision = getattr(settings.get_text_config(), "max_position_embeddings", None), settings.vision_config
-        any_size = hasattr(vision, "spatial_merge_size") and isinstance(getattr(vision, "patch_size", None), int)
-        side = vision.patch_size * vision.spatial_merge_size if any_size else None
-        source = "folder" if Path(path).is_dir() else source
-        return cls(source, Shape.of(settings), Parameters.of(settings), context, side)
+        context = getattr(settings.get_text_config(), "max_position_embeddings", None)
+        return cls(source, Shape.of(settings), Parameters.of(settings), context)
 
-    def image_tokens(self, config: Config, examples: Iterable[Example]) -> int | None:
-        """Of the largest of these examples' images; None where the model has its own size."""
-        if self.side is None:
-            return None
-        most = config.min_pixels or 1
-        for example in examples:
-            with suppress(ImageError):  # an error record of the run
-                size = open_image(example.image).size if example.image else (0, 0)
-                most = max(most, math.prod(math.ceil(length / self.side) for length in size))
-        return min(most, config.max_pixels or most)
+    def batch(self, config: Config, itemsize: int, free: int, device: str, bits: int | None = None) -> int:
+        """Examples of such a run that go through together in what the weights leave of `free` bytes; 0: not one."""
+        left = free - self.parameters.bytes(itemsize, bits)
+        return fitting_batch(self.shape, itemsize, workload(config, self.context), left, device)
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run asks of its device, in bytes; `each`: over the weights, of one example of a batch.
+    """What a run asks of its device: `weights` and `each` (over them, of one example of a batch) in bytes.
 
     `model` is None where its settings are not on this machine, `batch` where nobody can say, `free` 0 where the device
     is not here.
@@ -125,15 +114,14 @@ class Needs:
     device: str  # its type
     itemsize: int  # bytes per number
     free: int
+    batch: int | None
     model: Model | None = None
     weights: int = 0
     each: int = 0
-    batch: int | None = None
-    images: int | None = None  # image tokens of an example, where they are known
 
     @classmethod
-    def of(cls, config: Config, examples: Sequence[Example]) -> Needs:
-        """Of a run over such examples. ModelError for an architecture that cannot be run."""
+    def of(cls, config: Config, examples: int) -> Needs:
+        """Of a run over so many examples. ModelError for an architecture that cannot be run."""
         here = "cuda" if torch.cuda.is_available() else "cpu"
         device = here if config.device == "auto" else config.device.partition(":")[0]
         itemsize = {"auto": 4 if device == "cpu" else 2, "float32": 4}.get(config.dtype, 2)
@@ -143,66 +131,44 @@ class Needs:
         try:
             model = Model.of(config.model_name_or_path, config.revision)
         except NotHere:
-            return cls(device, itemsize, free, batch=config.batch_size)
-        weights, batch = model.parameters.bytes(itemsize, config.load_in_bits), MOST["cpu"]
+            return cls(device, itemsize, free, config.batch_size)
+        batch = MOST["cpu"]
         if device == "cuda":
-            fitting = fitting_batch(model.shape, itemsize, workload(config, model.context), free - weights)
-            batch = max(1, fitting) if free else None
-        batch = config.batch_size or (batch and min(batch, max(1, math.ceil(len(examples) / config.num_workers))))
-        images = model.image_tokens(config, examples[:LOOKED_AT])
-        each = peak(model.shape, itemsize, workload(config, model.context, images), 1)
-        return cls(device, itemsize, free, model, weights, each, batch, images)
+            batch = max(1, model.batch(config, itemsize, free, device, config.load_in_bits)) if free else None
+        batch = config.batch_size or (batch and min(batch, max(1, math.ceil(examples / config.num_workers))))
+        weights = model.parameters.bytes(itemsize, config.load_in_bits)
+        each = peak(model.shape, itemsize, workload(config, model.context), 1)
+        return cls(device, itemsize, free, batch, model, weights, each)
 
 
-class Pace(NamedTuple):
-    """Seconds of an example with one worker, and where the number is from."""
-
-    seconds: float
-    source: str
-
-
-def earlier_results(model: str, folders: Iterable[Path]) -> list[dict[str, Any]]:
-    """results.json of runs of this model on such a device, the newest first."""
-    paths, kept = {path for folder in folders for path in folder.rglob(records.RESULTS)}, []
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)[:LOOKED_AT]:
-        with suppress(records.ResultsError):
-            result = records.read_results(path)
-            made_on = (result.get("environment") or {}).get("device")
-            if made_on == environment()["device"] and locate(str(result.get("model"))) == locate(model):
-                kept.append(result)
-    return kept
+def earlier_pace(config: Config, method: str) -> tuple[float, str] | None:
+    """Seconds of an example with one worker in this run's own folder, else in the newest run of this model and method
+    on such a device, and the folder."""
+    folders = [evaluate.output_folder(config), root() / "reports" / "runs"]
+    for folder in folders:
+        paths = [path / records.RESULTS for path in records.find_runs(folder) if path.name == method]
+        for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)[:LOOKED_AT]:
+            with suppress(records.ResultsError):
+                result = records.read_results(path)
+                made_on = (result.get("environment") or {}).get("device"), locate(str(result.get("model")))
+                speed = (result.get("efficiency") or {}).get("examples_per_second")
+                if speed and made_on == (environment()["device"], locate(config.model_name_or_path)):
+                    return 1 / speed, f"the run in {shown(path.parent)}"
+    return None
 
 
-def earlier_pace(config: Config, dataset: str, method: str, results: Iterable[dict[str, Any]]) -> Pace | None:
-    """From earlier results: of this method, and the most like this run in its dataset and parameters."""
-    # What may differ on resume has no part in an answer, but the batch has a part in its time.
-    free, known = records.FREE_PARAMETERS - {"batch_size"} | {"model_name_or_path", "dataset"}, []
-    ours = as_plain(config.as_dict()) | {"file": Path(dataset).name}
-    for result in results:
-        speed = (result.get("efficiency") or {}).get("examples_per_second")
-        if result.get("method") == method and speed:
-            theirs = records.with_defaults(result.get("config")) | {"file": Path(str(result.get("dataset"))).name}
-            other = records.differences(theirs, ours, free)
-            source = f"an earlier run, {', '.join(other)}" if other else "an earlier run"
-            known.append((len(other), Pace(1 / speed, source)))
-    return min(known, key=lambda one: one[0])[1] if known else None
-
-
-def settings_pace(config: Config, needs: Needs, method: str) -> Pace | None:
-    """From settings and what this device does per second; None for a device that is not here, an unknown model, or a
-    method whose work depends on its answers."""
-    unknown = not (needs.model and needs.free and needs.batch) or config.ray_address
-    if unknown or method in ("self-consistency", "random"):
+def settings_pace(config: Config, needs: Needs, method: str) -> tuple[float, str] | None:
+    """The same from settings and what this device does per second; None for a device that is not here, an unknown model
+    and self-consistency, whose work depends on its answers."""
+    if not (needs.model and needs.free and needs.batch) or config.ray_address or method == "self-consistency":
         return None
     as_loop = {"ltpo": ltpo_config, "ulr": ulr_config}.get(method)
     alone = as_loop(config).replace(methods="dmlr") if as_loop else config.replace(methods=method)
-    work, model = workload(alone, needs.model.context, needs.images), needs.model
+    work, model = workload(alone, needs.model.context), needs.model
     flops, bandwidth = measured_rates(needs.device, needs.itemsize)
-    return Pace(
-        seconds(model.parameters, model.shape, needs.itemsize, work, needs.batch, flops, bandwidth),
-        f"arithmetic alone: {work.new_tokens} tokens in every answer, {flops / 1e12:.2g} TFLOP/s and "
-        f"{bandwidth / 1e9:.3g} GB/s as measured now",
-    )
+    rates = f"{flops / 1e12:.2g} TFLOP/s and {bandwidth / 1e9:.3g} GB/s as measured now"
+    each = seconds(model.parameters, model.shape, needs.itemsize, work, needs.batch, flops, bandwidth)
+    return each, f"arithmetic alone: {work.new_tokens} tokens in every answer, {rates}"
 
 
 @lru_cache
@@ -214,17 +180,14 @@ def measured_rates(device: str, itemsize: int) -> tuple[float, float]:
     return 2 * side**3 / product, bench.copy_bandwidth(matrix.device)
 
 
-@dataclass(frozen=True)
-class JobPlan:
-    """One dataset through one method: how many of its examples are finished, and the time of the others."""
+class JobPlan(NamedTuple):
+    """One dataset through one method; `seconds`: of what is still to do, by all workers, where somebody can tell."""
 
     job: evaluate.Job
-    finished: int
-    pace: Pace | None
-
-    @property
-    def todo(self) -> int:
-        return len(self.job.examples) - self.finished
+    finished: int  # examples
+    todo: int
+    seconds: float | None
+    source: str
 
 
 @dataclass(frozen=True)
@@ -251,16 +214,16 @@ def plan(config: Config) -> Plan:
     """
     jobs, plans, errors = evaluate.plan(config), [], []
     llm_settings(config)
-    needs = Needs.of(config, max((job.examples for job in jobs), key=len))
-    earlier = earlier_results(config.model_name_or_path, {root() / "reports" / "runs", evaluate.output_folder(config)})
+    needs = Needs.of(config, max(len(job.examples) for job in jobs))
     for job in jobs:
-        pace = earlier_pace(config, job.dataset, job.method, earlier) or settings_pace(config, needs, job.method)
         finished = 0
         try:
             finished = finished_examples(job, config) if config.resume else 0
         except records.ResultsError as error:
             errors.append(str(error))
-        plans.append(JobPlan(job, finished, pace))
+        todo, pace = len(job.examples) - finished, earlier_pace(config, job.method)
+        each, source = pace or settings_pace(config, needs, job.method) or (None, "")
+        plans.append(JobPlan(job, finished, todo, each and todo * each / config.num_workers, source))
     return Plan(config, needs, plans, errors if config.verify_only else errors + obstacles(config, needs))
 
 
@@ -272,7 +235,7 @@ def finished_examples(job: evaluate.Job, config: Config) -> int:
     """
     if not (job.folder / records.LOG).is_file():
         return 0
-    records.check_same(job.folder, as_plain(config), evaluate.checksums(job, config))
+    records.check_same(job.folder, config.as_dict(), evaluate.checksums(job, config))
     rows, log = {example.row for example in job.examples}, records.read_log(job.folder)
     return sum(record["row"] in rows and record["stop_reason"] != "error" for record in log)
 
@@ -322,11 +285,11 @@ def as_text(made: Plan) -> str:
     """A plan: a row for each dataset and method, then the model, its memory, the time, and what is odd."""
     config, needs, model, notes = made.config, made.needs, made.needs.model, []
     rows = [["dataset", "method", "examples", "unusable rows", "finished", "to do", "time", "from"]]
-    for each in made.jobs:
-        job, dataset = each.job, evaluate.name(each.job.dataset)
-        numbers = [str(count) for count in (len(job.examples), len(job.problems), each.finished, each.todo)]
-        time = [in_words(each.todo * each.pace.seconds / config.num_workers), each.pace.source] if each.pace else []
-        rows.append([dataset, job.method, *numbers, *((time or ["unknown"]) if each.todo else ["–"])])
+    for job, finished, todo, left, source in made.jobs:
+        dataset = evaluate.name(job.dataset)
+        numbers = [str(count) for count in (len(job.examples), len(job.problems), finished, todo)]
+        time = ["unknown"] if left is None else [in_words(left), source]
+        rows.append([dataset, job.method, *numbers, *(time if todo else ["–"])])
         if unjudged := sum(not example.solution for example in job.examples):
             notes.append(f"{dataset}: {unjudged} examples have no ground truth and are skipped")
         notes += [f"{dataset}: {problem.message}" for problem in job.problems[:3]]
@@ -352,12 +315,11 @@ def as_text(made: Plan) -> str:
 
 def time_of(plans: Iterable[Plan]) -> str:
     """Of what is still to do in all of them, one after the other, and for which methods nobody can tell."""
-    left = [(each, made.config.num_workers) for made in plans for each in made.jobs if each.todo]
-    known = [each.todo * each.pace.seconds / workers for each, workers in left if each.pace]
-    unknown = sorted({each.job.method for each, _ in left if not each.pace})
+    left = [each for made in plans for each in made.jobs if each.todo]
+    known = [each.seconds for each in left if each.seconds is not None]
+    unknown = sorted({each.job.method for each in left if each.seconds is None})
     words = [in_words(sum(known))] if known or not unknown else []
-    words += [f"unknown for {', '.join(unknown)}"] if unknown else []
-    return ", ".join(words)
+    return ", ".join(words + ([f"unknown for {', '.join(unknown)}"] if unknown else []))
 
 
 def columns(rows: list[list[str]]) -> str:

@@ -103,64 +103,54 @@ def parameter_file(kind: str, name: str) -> Path:
     return known[Path(name).stem if name.endswith(".yaml") else name]
 
 
-@contextlib.contextmanager
-def _attempt(name: str, heading: str, failures: dict[str, str]) -> Iterator[None]:
-    """What fails in it is said, and kept by its name."""
-    print(f"\n{heading}", flush=True)
-    try:
-        yield
-    except FAILURES as error:
-        failures[name] = str(error)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+def run_all(table: Sequence[Cell], dry: bool = False) -> dict[str, str]:
+    """Runs what is not finished, then 04_compare over all (`dry`: prints each cell's plan and the time of all).
 
-
-def run_all(table: Sequence[Cell]) -> dict[str, str]:
-    """Runs what is not finished, then 04_compare over all; prints as it goes. Returns why cells failed, by name.
-
-    However it ends, it says last what is done, failed and left.
+    Prints as it goes; however it ends, last what is done, failed and left. Returns why cells failed, by name.
     """
+    states = dict.fromkeys((cell.name for cell in table), "left")
     failures: dict[str, str] = {}
-    done: dict[str, str] = {}
+    plans: list[Plan] = []
+
+    @contextlib.contextmanager
+    def attempt(name: str, heading: str) -> Iterator[None]:
+        print(f"\n{heading}", flush=True)
+        try:
+            yield
+        except FAILURES as error:
+            failures[name], states[name] = str(error), "failed"
+            print(f"error: {error}", file=sys.stderr, flush=True)
+
     try:
         for number, cell in enumerate(table, 1):
-            with _attempt(cell.name, f"[{number}/{len(table)}] {cell.name}", failures):
-                done[cell.name] = _run(cell)
+            with attempt(cell.name, f"[{number}/{len(table)}] {cell.name}"):
+                plans.append(made := cell.plan())
+                if dry:
+                    print(as_text(made), flush=True)
+                if made.errors:
+                    raise ConfigError("; ".join(made.errors))
+                states[cell.name] = "planned" if dry else _run(cell, made)
         everything = table[0].everything
-        if find_runs(everything):
-            with _attempt("04_compare", "04_compare: all of them in one table", failures):
+        if dry:
+            print(f"\ntime of all that is still to do: {time_of(plans) if plans else 'unknown'}")
+        elif find_runs(everything):
+            with attempt("04_compare", "04_compare: all of them in one table"):
                 compared = {"runs_folder": str(everything)}
                 print(f"report: {shown(notebooks.run(COMPARE, compared, everything / '04_compare.ipynb'))}", flush=True)
             report_index.write_index()
     finally:
-        states = {c.name: "failed" if c.name in failures else done.get(c.name, "left") for c in table}
         print(f"\n{pd.Series(states).to_string()}", flush=True)
     return failures
 
 
-def _run(cell: Cell) -> str:
-    """The cell's state after it: done, or done before. Raises one of FAILURES."""
-    made, report = cell.plan(), cell.executed.with_suffix(".html")
+def _run(cell: Cell, made: Plan) -> str:
+    """The cell's state after it: done, or done before. RunError when its notebook fails."""
+    report = cell.executed.with_suffix(".html")
     if made.complete and report.is_file():
         print(f"finished already: {shown(report)}", flush=True)
         return "done before"
-    if made.errors:
-        raise ConfigError("; ".join(made.errors))
     print(f"report: {shown(notebooks.run(BENCHMARK, cell.given, cell.executed))}", flush=True)
     return "done"
-
-
-def dry_run(table: Sequence[Cell]) -> dict[str, str]:
-    """Prints each cell's plan and the time of all. Returns why cells would fail, by name."""
-    failures: dict[str, str] = {}
-    plans: list[Plan] = []
-    for number, cell in enumerate(table, 1):
-        with _attempt(cell.name, f"[{number}/{len(table)}] {cell.name}", failures):
-            plans.append(made := cell.plan())
-            print(as_text(made), flush=True)
-            if made.errors:
-                raise ConfigError("; ".join(made.errors))
-    print(f"\ntime of all that is still to do: {time_of(plans) if plans else 'unknown'}")
-    return failures
 
 
 def _how_to_make(name: str) -> str:

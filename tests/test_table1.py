@@ -2,21 +2,23 @@
 
 import json
 import re
+from unittest.mock import Mock
 
 import pytest
-from saved_run import save_dataset
 
 from dmlr import table1
 from dmlr.cli import main
 from dmlr.config import Config, ConfigError
+from dmlr.json_files import write_json
+from dmlr.machine import environment
 from dmlr.model.loading import load_checkpoint
 from dmlr.parameters import check_parameters, config_of
-from dmlr.planning import as_text, earlier_pace, plan, settings_pace, time_of
+from dmlr.planning import as_text, earlier_pace, plan, time_of
 from dmlr.run.evaluate import run
 from dmlr.run.records import ResultsError, read_results
 from dmlr.show.provenance import in_words
 
-FAST = ["-p", "end_data_idx", "6", "-p", "max_num_steps", "2", "-p", "max_new_tokens", "48", "-p", "verbose", "0"]
+QUICK = {"end_data_idx": 4, "max_num_steps": 1, "max_new_tokens": 8, "verbose": 0}
 NOTEBOOK = "notebooks/03_benchmark.ipynb"
 
 
@@ -35,8 +37,7 @@ def no_model(monkeypatch):
 
 
 def fast(tmp_path, **more):
-    values = {"end_data_idx": 6, "max_num_steps": 2, "max_new_tokens": 48, "verbose": 0, "batch_size": 4}
-    return Config.make("demo", **{**values, "output_dir": str(tmp_path / "run"), **more})
+    return Config.make("demo", **QUICK, **{"batch_size": 4, "output_dir": str(tmp_path / "run"), **more})
 
 
 # plans
@@ -55,72 +56,52 @@ def test_a_plan_tells_what_is_finished_what_is_left_and_how_long_it_takes(tmp_pa
 def test_a_plan_counts_what_a_run_left_and_takes_its_time_from_there(tmp_path, monkeypatch):
     config = fast(tmp_path)
     run(config)
-    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", None)
-    more = plan(config.replace(resume=True, end_data_idx=10))
-    assert [(job.finished, job.todo) for job in more.jobs] == [(6, 4)] * 2 and not more.complete
-    for job in more.jobs:
-        speed = read_results(job.job.folder)["efficiency"]["examples_per_second"]
-        assert job.pace.seconds == pytest.approx(1 / speed) and job.pace.source == "an earlier run"
-    assert time_of([more, more]) == in_words(2 * sum(4 * job.pace.seconds for job in more.jobs))
-    assert plan(config.replace(resume=True)).complete
-    afresh = plan(config)
-    assert [(job.finished, job.todo) for job in afresh.jobs] == [(0, 6)] * 2
-    assert "an earlier run is moved aside" in as_text(afresh)
-
-    changed = plan(config.replace(resume=True, sigma=0.05))
-    assert "sigma was 0.04 and is now 0.05" in changed.errors[0] and not changed.complete
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.PreTrainedModel.from_pretrained", None)
+        more = plan(config.replace(resume=True, end_data_idx=10))
+        assert [(job.finished, job.todo) for job in more.jobs] == [(4, 6)] * 2 and not more.complete
+        for job in more.jobs:
+            speed = read_results(job.job.folder)["efficiency"]["examples_per_second"]
+            assert job.seconds == pytest.approx(6 / speed) and job.source == f"the run in {job.job.folder}"
+        assert time_of([more, more]) == in_words(2 * sum(job.seconds for job in more.jobs))
+        assert plan(config.replace(resume=True)).complete
+        log = tmp_path / "run" / "mathematics" / "dmlr" / "log.jsonl"
+        first, whole = log.read_bytes().split(b"\n")[0], log.read_bytes()
+        error = json.dumps(json.loads(first) | {"stop_reason": "error"}).encode()
+        log.write_bytes(whole + error + b"\n" + first[:20])
+        assert plan(config.replace(resume=True)).jobs[1].todo == 1, "an error is tried again, a torn line is none"
+        log.write_bytes(whole)
+        afresh = plan(config)
+        assert [(job.finished, job.todo) for job in afresh.jobs] == [(0, 4)] * 2
+        assert "an earlier run is moved aside" in as_text(afresh)
+    changed = config.replace(resume=True, sigma=0.05)
+    assert "sigma was 0.04 and is now 0.05" in plan(changed).errors[0] and not plan(changed).complete
     with pytest.raises(ResultsError, match="sigma was 0.04 and is now 0.05"):
-        run(config.replace(resume=True, sigma=0.05), vlm=_NoModel())
+        run(changed)
 
 
-class _NoModel:
-    """Enough of a model for a run to come to the place where it looks at its folder."""
-
-    dtype, device, context_length = "torch.float32", type("Device", (), {"type": "cpu"}), 1024
-    embedding_rms = 1.0
-
-    def fitting_batch(self, *args):
-        return 1
-
-
-def test_an_error_is_tried_again_and_a_torn_line_does_not_count(tmp_path):
-    dataset = save_dataset(tmp_path / "data", ["how many?"] * 3)
-    config = fast(tmp_path, dataset=str(dataset), resume=True, methods="vanilla")
-    run(config)
-    (job,) = plan(config).jobs
-    assert (len(job.job.examples), len(job.job.problems), job.finished, job.todo) == (2, 1, 2, 0)
-    log = job.job.folder / "log.jsonl"
-    lines = log.read_bytes().splitlines(keepends=True)
-    record = json.loads(lines[-1]) | {"stop_reason": "error", "row": job.job.examples[0].row}
-    log.write_bytes(b"".join(lines) + json.dumps(record).encode() + b"\n" + lines[0][:20])
-    (job,) = plan(config).jobs
-    assert (job.finished, job.todo) == (1, 1)
-
-
-def test_earlier_runs_are_taken_by_method_and_by_how_like_they_are():
-    config = Config.make("demo")
-    like = {"environment": {"device": "?"}, "method": "dmlr", "dataset": "data/shapes/visual.json"}
-    slow = {**like, "config": config.replace(max_num_steps=50).as_dict(), "efficiency": {"examples_per_second": 1}}
-    same = {**like, "config": config.as_dict(), "efficiency": {"examples_per_second": 4}}
-    none = {**like, "config": config.as_dict(), "efficiency": {"examples_per_second": None}}
-    found = earlier_pace(config, "data/shapes/visual.json", "dmlr", [slow, same, none])
-    assert found.seconds == 0.25
-    found = earlier_pace(config, "data/shapes/mathematics.json", "dmlr", [slow])
-    assert found.seconds == 1 and "max_num_steps was 50 and is now 10" in found.source
-    assert "file was 'visual.json' and is now 'mathematics.json'" in found.source
-    assert earlier_pace(config, "data/shapes/visual.json", "vanilla", [slow, same]) is None
+def test_time_is_from_a_run_of_the_same_method_and_model_on_such_a_device(tmp_path):
+    config = fast(tmp_path)
+    made = {"entries": [], "model": config.model_name_or_path, "environment": environment()}
+    others = [{"model": "another"}, {"environment": {"device": "another"}}, {"efficiency": {}}]
+    for number, other in enumerate([{}, *others]):
+        folder = tmp_path / "run" / str(number) / "dmlr"
+        folder.mkdir(parents=True)
+        write_json(folder / "results.json", made | {"efficiency": {"examples_per_second": 4}} | other)
+    seconds, source = earlier_pace(config, "dmlr")
+    assert seconds == 0.25 and source.endswith("run/0/dmlr")
 
 
 def test_where_nothing_ran_before_time_is_from_settings_or_unknown(tmp_path, monkeypatch):
-    monkeypatch.setattr("dmlr.planning.earlier_results", lambda *args: [])
-    made = plan(fast(tmp_path, methods="vanilla,dmlr,ltpo,self-consistency"))
-    vanilla, dmlr, ltpo, consistency = (job.pace for job in made.jobs)
-    assert 0 < vanilla.seconds < min(dmlr.seconds, ltpo.seconds)
-    assert "48 tokens in every answer" in dmlr.source and "as measured now" in dmlr.source
+    monkeypatch.setattr("dmlr.planning.earlier_pace", lambda *args: None)
+    made = plan(fast(tmp_path, methods="vanilla,dmlr,random,ltpo,self-consistency"))
+    vanilla, *loops, consistency = (job.seconds for job in made.jobs)
+    assert all(0 < vanilla < loop for loop in loops)
+    assert "8 tokens in every answer" in made.jobs[1].source and "as measured now" in made.jobs[1].source
     assert consistency is None, "what depends on its answers is not guessed"
     assert re.search(r"^time +\d+ .*, unknown for self-consistency, loading the model not", as_text(made), re.MULTILINE)
-    elsewhere = fast(tmp_path, device="cuda" if made.needs.device == "cpu" else "cpu")
-    assert settings_pace(elsewhere, plan(elsewhere).needs, "vanilla") is None
+    elsewhere = plan(fast(tmp_path, device="cuda" if made.needs.device == "cpu" else "cpu"))
+    assert {job.seconds for job in elsewhere.jobs} == {None}
 
 
 @pytest.mark.parametrize(
@@ -131,7 +112,6 @@ def test_where_nothing_ran_before_time_is_from_settings_or_unknown(tmp_path, mon
         ({"num_thought_tokens": "0"}, "num_thought_tokens = 0 is out of range"),
         ({"use_llm_verify": "true"}, "needs OPENAI_API_KEY"),
         ({"model_name_or_path": "Qwen/Qwen3-VL-8B-Instruct"}, "HF_HUB_OFFLINE keeps the hub from being asked"),
-        ({"model_name_or_path": "models/none"}, "models/none"),
         ({"model_name_or_path": "my/models/none"}, "my/models/none: no such folder"),
     ],
 )
@@ -168,10 +148,11 @@ def test_table_1_goes_on_where_it_was_and_skips_what_is_finished(tmp_path, capsy
     monkeypatch.setattr(table1.notebooks, "run", in_this_process)
     monkeypatch.setattr("dmlr.show.index.write_index", lambda: None)
     (tmp_path / "missing.yaml").write_text("dataset: data/none.json\n")
-    command = ["table1", "shapes-vl", "--output", str(tmp_path / "table"), *FAST, "--benchmarks"]
+    command = ["table1", "shapes-vl", "--output", str(tmp_path / "table"), "--benchmarks"]
+    command[-1:-1] = [text for name, value in QUICK.items() for text in ("-p", name, str(value))]
     both = [*command, f"shapes-visual,{tmp_path / 'missing.yaml'}"]
     assert main([*both, "--dry-run"]) == 1
-    assert re.search(r"visual +dmlr +6 +0 +0 +6 ", capsys.readouterr().out)
+    assert re.search(r"visual +dmlr +4 +0 +0 +4 ", capsys.readouterr().out)
     assert not (tmp_path / "table").exists()
 
     assert main(both) == 1 and compared == [str(tmp_path / "table")]
@@ -179,10 +160,10 @@ def test_table_1_goes_on_where_it_was_and_skips_what_is_finished(tmp_path, capsy
     assert "dataset file data/none.json: No such file" in printed and "1 failed, for the reasons above" in printed
     log = tmp_path / "table" / "shapes-visual" / "visual" / "dmlr" / "log.jsonl"
     whole = log.read_bytes().splitlines(keepends=True)
-    log.write_bytes(b"".join(whole[:4]))  # it died here
+    log.write_bytes(b"".join(whole[:2]))  # it died here
     assert main([*command, "shapes-visual"]) == 0
     again = log.read_bytes().splitlines(keepends=True)
-    assert again[:4] == whole[:4], "what was finished is not done again"
+    assert again[:2] == whole[:2], "what was finished is not done again"
     assert [json.loads(line) | {"seconds": 0} for line in again] == [
         json.loads(line) | {"seconds": 0} for line in whole
     ]
@@ -192,13 +173,11 @@ def test_table_1_goes_on_where_it_was_and_skips_what_is_finished(tmp_path, capsy
 def test_a_run_under_other_parameters_is_refused_before_a_kernel_starts(tmp_path, capsys, monkeypatch):
     table = table1.cells(["shapes-vl"], "shapes-visual", [], {"end_data_idx": 2, "methods": "vanilla"}, tmp_path)
     run(Config.make(**{**table[0].given, "verbose": 0, "max_new_tokens": 8}))
-    monkeypatch.setattr("dmlr.notebooks.run", lambda notebook, *rest: _compare_only(notebook))
+    started = Mock()
+    monkeypatch.setattr("dmlr.notebooks.run", started)
+    monkeypatch.setattr("dmlr.show.index.write_index", lambda: None)
     assert "max_new_tokens was 8 and is now 128" in table1.run_all(table)["shapes-visual"]
-
-
-def _compare_only(notebook):
-    assert notebook.stem == "04_compare"
-    return notebook
+    assert [call.args[0] for call in started.call_args_list] == [table1.COMPARE]
 
 
 def test_parameters_compose_and_the_last_one_wins(tmp_path):
