@@ -11,20 +11,20 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+
+from dmlr.config import root
 
 
 def environment() -> dict[str, str]:
     """Versions and the revision of this code, for the report's header."""
     import transformers
 
-    root = Path(__file__).resolve().parents[1]
     try:
-        git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+        git = ["git", "-C", str(root()), "describe", "--always", "--dirty"]
         revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         revision = ""
