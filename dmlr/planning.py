@@ -144,15 +144,15 @@ class Needs:
 def earlier_pace(config: Config, method: str) -> tuple[float, str] | None:
     """Seconds of an example with one worker in this run's own folder, else in the newest run of this model and method
     on such a device, and the folder."""
-    folders = [evaluate.output_folder(config), root() / "reports" / "runs"]
-    for folder in folders:
+    here = environment()["device"], locate(config.model_name_or_path)
+    for folder in (evaluate.output_folder(config), root() / "reports" / "runs"):
         paths = [path / records.RESULTS for path in records.find_runs(folder) if path.name == method]
         for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)[:LOOKED_AT]:
             with suppress(records.ResultsError):
                 result = records.read_results(path)
-                made_on = (result.get("environment") or {}).get("device"), locate(str(result.get("model")))
+                there = (result.get("environment") or {}).get("device"), locate(str(result.get("model")))
                 speed = (result.get("efficiency") or {}).get("examples_per_second")
-                if speed and made_on == (environment()["device"], locate(config.model_name_or_path)):
+                if speed and there == here:
                     return 1 / speed, f"the run in {shown(path.parent)}"
     return None
 

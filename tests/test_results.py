@@ -6,7 +6,6 @@ import csv
 import json
 import math
 import os
-from pathlib import Path
 
 import pytest
 
@@ -24,19 +23,11 @@ from dmlr.run.records import (
     write_reward_csv,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 def record(row, verdict="correct", **more):
-    known = {"correct": True, "wrong": False, "unparsed": False}
-    return {
-        "row": row,
-        "data_idx": row,
-        "verdict": verdict,
-        "is_correct": known.get(verdict),
-        "stop_reason": "eos_token",
-        **more,
-    }
+    right = {"correct": True, "wrong": False, "unparsed": False}.get(verdict)
+    made = {"row": row, "data_idx": row, "verdict": verdict, "is_correct": right, "stop_reason": "eos_token"}
+    return made | more
 
 
 def test_resume_keeps_what_is_finished_and_tries_errors_again(tmp_path):
