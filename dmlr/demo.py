@@ -11,9 +11,9 @@ import pandas as pd
 
 from dmlr.config import root
 from dmlr.notebooks import run
-from dmlr.run.collect import load_runs
+from dmlr.run.records import find_runs, read_results
 from dmlr.show.index import write_index
-from dmlr.stats.comparison import paired_table, runs_table, table_1
+from dmlr.stats.metrics import paired, summary
 
 SUITES = {
     "dataset": ",".join(f"data/shapes/{suite}.json" for suite in ("mathematics", "visual", "composition")),
@@ -25,32 +25,48 @@ BATTERY = {"controls": "displaced,swapped", "ceiling": "", "iterations": "0", "b
 
 def demo(model: str = "") -> None:
     """Runs three notebooks with that model (none: the embedded ones), and ends with their tables and reports."""
-    began = time.perf_counter()
+    began, notebooks = time.perf_counter(), root() / "notebooks"
+    name = Path(model).name
     one, several = ({"model_name_or_path": model}, {"models": model}) if model else ({}, {})
-    place = root() / "reports" / "runs" / (f"demo_{Path(model).name}" if model else "demo")
+    place = root() / "reports" / "runs" / (f"demo_{name}" if model else "demo")
     sweeps = place / "latents"
+    print("[1/3] 07_do_latents_matter: the start, DMLR and two controls on questions to search", flush=True)
     shutil.rmtree(sweeps, ignore_errors=True)  # the notebook would go on from there
-    battery = BATTERY | several | {"output_dir": str(sweeps)}
-    steps = {
-        "07_do_latents_matter": ("the start, DMLR and two controls on questions to search", battery),
-        "03_benchmark": ("three suites, vanilla and dmlr; the bar shows the time that is left", SUITES | one),
-        "01_walkthrough": ("one question, seen from inside", one),
-    }
-    reports = []
-    for number, (name, (what, given)) in enumerate(steps.items(), 1):
-        print(f"\n[{number}/{len(steps)}] {name}: {what}", flush=True)
-        output = None if name == "03_benchmark" else place / f"{name}.ipynb"  # it has a folder of its own
-        reports.append(run(root() / "notebooks" / f"{name}.ipynb", given, output))
+    matter = {**BATTERY, **several, "output_dir": str(sweeps)}
+    battery = run(notebooks / "07_do_latents_matter.ipynb", matter, place / "07_do_latents_matter.ipynb")
+    print("\n[2/3] 03_benchmark: three suites, vanilla and dmlr; the bar shows the time that is left", flush=True)
+    benchmark = run(notebooks / "03_benchmark.ipynb", SUITES | one)
+    print("\n[3/3] 01_walkthrough: one question, seen from inside", flush=True)
+    walk = run(notebooks / "01_walkthrough.ipynb", one, place / "01_walkthrough.ipynb")
     index = write_index()
-    for table in tables(sweeps, reports[1].parent):
-        print(f"\n{table.to_string(index=False)}")
+    print(
+        f"\n{latents_table(sweeps).to_string(index=False)}\n\n{result_table(benchmark.parent).to_string(index=False)}"
+    )
     print(f"\nmade in {(time.perf_counter() - began) / 60:.1f} minutes")
-    print("\n".join(f"{name}: {report}" for name, report in zip([*steps, "all runs"], [*reports, index], strict=True)))
+    print(f"do latents matter: {battery}\nbenchmark:         {benchmark}\nwalkthrough:       {walk}\nall runs: {index}")
 
 
-def tables(sweeps: Path, benchmark: Path) -> list[pd.DataFrame]:
-    """Accuracy of each model with each method of its battery (below `sweeps`/<model>/battery); a row for each suite and
-    method of the benchmark's run, and their differences to vanilla, paired."""
-    batteries = [run for run in load_runs(sweeps, "unoptimised") if Path(run.label).name == "battery"]
-    suites = load_runs(benchmark, "vanilla")
-    return [table_1(batteries), *(table(suites).drop(columns=["run", "seed"]) for table in (runs_table, paired_table))]
+def latents_table(sweeps: Path) -> pd.DataFrame:
+    """Per cent right of each model (rows) with each method of its battery (columns), below `sweeps`/<model>/battery."""
+    batteries = sorted({path.parents[1] for path in find_runs(sweeps) if path.parents[1].name == "battery"})
+    return pd.DataFrame(
+        {"model": folder.parent.name}
+        | {made["method"]: f"{made['accuracy']:.1%}" for made in map(read_results, find_runs(folder))}
+        for folder in batteries
+    )
+
+
+def result_table(run_folder: Path) -> pd.DataFrame:
+    """A run's methods side by side: accuracy with Wilson interval, and the difference to vanilla, paired, with p."""
+    results = {(path.parent.name, path.name): read_results(path) for path in find_runs(run_folder)}
+    rows = []
+    for suite, method in sorted(results, key=lambda key: (key[0], key[1] != "vanilla", key[1])):
+        found = summary([results[suite, method]]).iloc[0]
+        row = {"suite": suite, "method": method, "accuracy": f"{found['accuracy']:.1%}", "n": found["total"]}
+        row |= {"95 % interval": f"{found['low']:.1%} – {found['high']:.1%}", "difference": "", "p": ""}
+        if method != "vanilla" and (suite, "vanilla") in results:
+            pair = paired(results[suite, "vanilla"]["entries"], results[suite, method]["entries"])
+            gains = f"{len(pair.gained)} gained, {len(pair.lost)} lost"
+            row |= {"difference": f"{100 * pair.difference:+.1f} points ({gains})", "p": f"{pair.p_value:.2g}"}
+        rows.append(row)
+    return pd.DataFrame(rows)

@@ -287,14 +287,17 @@ def test_an_index_without_runs_is_a_page(tmp_path):
 
 def test_the_demos_tables_are_those_of_its_results(benchmark, tmp_path):
     folder, _ = benchmark
+    table = demo.result_table(folder)
+    assert list(table["method"]) == ["vanilla", "dmlr"]
+    assert list(table["accuracy"]) == [
+        f"{read_results(folder / 'mathematics' / m)['accuracy']:.1%}" for m in table["method"]
+    ]
+    assert "gained" in table["difference"][1] and table["difference"][0] == ""
     shutil.copytree(folder, tmp_path / "shapes-vl" / "battery")
-    battery, suites, differences = demo.tables(tmp_path, folder)
-    rates = {m: read_results(folder / "mathematics" / m)["accuracy"] for m in ("vanilla", "dmlr")}
-    assert dict(zip(suites["method"], suites["accuracy"], strict=True)) == {m: f"{r:.1%}" for m, r in rates.items()}
-    assert list(differences["method"]) == ["dmlr"] and {"gained", "lost", "p"} < set(differences)
-    told = dict(zip(battery["method"], battery["mathematics"], strict=True))
-    assert set(battery["model"]) == {"shapes-vl"}
-    assert {m: text.partition(" ")[0] for m, text in told.items()} == {m: f"{100 * r:.1f}" for m, r in rates.items()}
+    told = demo.latents_table(tmp_path)
+    assert told.to_dict("records") == [
+        {"model": "shapes-vl", **dict(zip(table["method"], table["accuracy"], strict=True))}
+    ]
 
 
 def test_a_report_does_not_say_where_the_project_lies_nor_what_another_run_found(tmp_path):
