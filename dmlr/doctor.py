@@ -45,7 +45,7 @@ def examine(models: Iterable[str] = (), memory: int | None = None) -> tuple[str,
     try:
         judge = f"{JudgeSettings.from_environment().model} can be asked"
     except JudgeError as error:
-        judge = str(error).partition(",")[0]
+        judge = str(error).partition(" (")[0]
     table, unknown = fits([EMBEDDED_MODEL, *models, *PAPER_MODELS], free, "cuda" if gpus or memory else "cpu")
     broken = list(embedded())
     lines = [

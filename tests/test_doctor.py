@@ -47,7 +47,7 @@ def test_what_is_broken_makes_the_exit_status(monkeypatch, capsys, tmp_path):
     assert main(["doctor"]) == 1
     told = capsys.readouterr().out
     assert "none.png" in told and "gone.json: No such file" in told and "broken: cannot load folder" in told
-    assert "needs OPENAI_API_KEY" in told
+    assert "cannot be asked, OPENAI_API_KEY: " in told
 
 
 def test_a_model_of_yours_is_described_without_its_weights(tmp_path):

@@ -110,7 +110,7 @@ def test_where_nothing_ran_before_time_is_from_settings_or_unknown(tmp_path, mon
         ({"dataset": "data/none.json"}, "dataset file data/none.json: No such file"),
         ({"methods": "dmrl"}, "unknown method 'dmrl' .did you mean 'dmlr'"),
         ({"num_thought_tokens": "0"}, "num_thought_tokens = 0 is out of range"),
-        ({"use_llm_verify": "true"}, "needs OPENAI_API_KEY"),
+        ({"use_llm_verify": "true"}, "OPENAI_API_KEY"),
         ({"model_name_or_path": "Qwen/Qwen3-VL-8B-Instruct"}, "HF_HUB_OFFLINE keeps the hub from being asked"),
         ({"model_name_or_path": "my/models/none"}, "my/models/none: no such folder"),
     ],
