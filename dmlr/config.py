@@ -14,7 +14,16 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 NONE = ("none", "null", "")  # what a command line may write for None
 T = TypeVar("T")
@@ -169,6 +178,13 @@ class Config(BaseModel):
             super().__init__(**values)
         except ValidationError as errors:
             raise _config_error(errors.errors()[0], values) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("pydantic would read it as 0 or 1")
+        return value
 
     @model_validator(mode="after")
     def _together(self) -> Config:

@@ -34,6 +34,11 @@ def test_a_bad_parameter_is_an_error_before_anything_runs(tmp_path, capsys, give
     assert not (tmp_path / "run").exists()
 
 
+def test_true_is_no_number():
+    with pytest.raises(ConfigError, match="max_num_steps = True: expected int"):
+        Config(max_num_steps=True)
+
+
 def test_parameters_arrive_in_their_types():
     given = {"resume": "true", "lr": "1e-4", "end_data_idx": "none", "seed": "7", "sigma": 1}
     checked = parameters.check_parameters(BENCHMARK, given)
