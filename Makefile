@@ -47,7 +47,7 @@ format: $(INSTALLED)  ## let ruff mend what it can
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
 
-notebooks: $(INSTALLED)  ## run every analysis notebook with its defaults, store its outputs in it and render it; ten minutes on two cores
+notebooks: $(INSTALLED)  ## run every analysis notebook with its defaults, store its outputs in it and render it; twenty minutes on two cores
 	@rm -rf reports/sweeps  # what is stored is measured anew
 	@HF_HUB_OFFLINE=1 $(RUN) table1 shapes-seek shapes-vl --benchmarks shapes-seek,shapes-visual --seeds 0,1 \
 	  -p methods vanilla,unoptimised,displaced,dmlr -p end_data_idx 48  # what 04 compares
