@@ -296,6 +296,15 @@ def locate(path: str) -> Path | str:
     return path if Path(path).exists() or not beside.exists() else beside
 
 
+def resolved(path: str) -> str:
+    """A path as it is meant here, for a process that works in another folder: `locate`'s other side.
+
+    What the project's root has stays as it is, what exists here becomes absolute; all else comes back as given.
+    """
+    path = path.strip()
+    return str(Path(path).resolve()) if path and Path(path).exists() and not (root() / path).exists() else path
+
+
 def check_names(names: Iterable[str], known: Iterable[str] | None = None, what: str = "parameter") -> None:
     """ConfigError for the first name that is not known (none: no field of Config), with the nearest that is."""
     known = list(Config.model_fields if known is None else known)

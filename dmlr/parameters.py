@@ -11,7 +11,7 @@ import papermill
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from dmlr.config import Config, ConfigError, check_names, root
+from dmlr.config import Config, ConfigError, check_names, resolved, root
 
 PATHS = ("model_name_or_path", "dataset", "prompts_file", "image")
 CONFIG_NAMES = tuple(Config.model_fields)
@@ -56,17 +56,10 @@ def defaults(notebook: str | Path) -> dict[str, Any]:
 
 
 def from_here(values: dict[str, Any]) -> dict[str, Any]:
-    """Paths as the caller means them: the kernel works in another folder.
-
-    A path that the project's root has stays as it is; one that exists here, and any output folder, becomes absolute.
-    """
-
-    def absolute(path: str) -> str:
-        here = path.strip()
-        return str(Path(here).resolve()) if here and not (root() / here).exists() and Path(here).exists() else here
-
+    """Paths as the caller means them (`config.resolved`), and any output folder absolute: the kernel works in another
+    folder."""
     moved = {name: str(values[name]) for name in PATHS if values.get(name)}
-    moved = {name: ",".join(absolute(part) for part in value.split(",")) for name, value in moved.items()}
+    moved = {name: ",".join(resolved(part) for part in value.split(",")) for name, value in moved.items()}
     if values.get("output_dir"):
         moved["output_dir"] = str(Path(values["output_dir"]).resolve())
     return {**values, **moved}

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from dmlr.config import Config, ConfigError
+from dmlr.config import Config, ConfigError, resolved
 from dmlr.data.examples import Example
 from dmlr.data.images import ImageError, ImageFile, read_image_file
 from dmlr.machine import peak_memory
@@ -203,9 +203,7 @@ def for_workers(config: Config, device: str) -> Config:
 
     What lies in the project stays relative to it, since another machine may have the project elsewhere.
     """
-    from dmlr.parameters import from_here  # papermill's second, which no worker need pay
-
-    moved = from_here({name: getattr(config, name) for name in ("model_name_or_path", "prompts_file")})
+    moved = {name: resolved(getattr(config, name)) for name in ("model_name_or_path", "prompts_file")}
     return config.replace(device=device, num_workers=1, ray_address="", **moved)
 
 
