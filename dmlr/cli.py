@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 1 if errors else 0
     from dmlr import notebooks
-    from dmlr.show.index import write_index
+    from dmlr.index import write_index
 
     report = notebooks.run(args.notebook, given, args.output)
     if args.keep:
@@ -149,7 +149,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 def report(args: argparse.Namespace) -> None:
     """write reports/index.html from the runs that are there"""
-    from dmlr.show.index import write_index
+    from dmlr.index import write_index
 
     print(f"index: {write_index()}")
 

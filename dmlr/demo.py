@@ -10,9 +10,9 @@ from pathlib import Path
 import pandas as pd
 
 from dmlr.config import root
+from dmlr.index import write_index
 from dmlr.notebooks import run
 from dmlr.run.records import find_runs, read_results
-from dmlr.show.index import write_index
 from dmlr.stats.metrics import paired, summary
 
 SUITES = {

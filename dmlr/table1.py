@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 
+from dmlr import index as report_index
 from dmlr import notebooks
 from dmlr.config import ConfigError, check_names, root
 from dmlr.data.examples import DatasetError
@@ -24,7 +25,6 @@ from dmlr.model.families import ModelError
 from dmlr.parameters import check_parameters, config_of, from_here, read_parameters
 from dmlr.planning import Plan, as_text, plan, shown, time_of
 from dmlr.run.records import ResultsError, find_runs
-from dmlr.show import index as report_index
 from dmlr.stats.published import BENCHMARKS
 
 FOLDER = root() / "notebooks"

@@ -36,7 +36,7 @@ def test_an_error_of_ours_is_one_line_and_a_fault_keeps_its_traceback(monkeypatc
     assert capsys.readouterr().err == f"error: no notebook {str(tmp_path / 'none.ipynb')!r}\n"
     assert cli.main(["bench", "9000B"]) == 1
     assert "unknown shape '9000B'" in capsys.readouterr().err
-    monkeypatch.setattr("dmlr.show.index.write_index", lambda: 1 / 0)
+    monkeypatch.setattr("dmlr.index.write_index", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["report"])
 

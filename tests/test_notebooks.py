@@ -13,10 +13,10 @@ from bs4 import BeautifulSoup
 from notebook_files import external_requests, filled, nbval, notebook
 
 from dmlr import demo, notebooks
+from dmlr import index as report_index
 from dmlr.cli import main
 from dmlr.judge import judge
 from dmlr.run.records import find_runs, read_results
-from dmlr.show import index as report_index
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from notebook_files import cell_parameters, notebook
 
+from dmlr import index as report_index
 from dmlr import notebooks, parameters
 from dmlr.cli import main
 from dmlr.config import LOOP, PRESETS, Config, ConfigError
-from dmlr.show import index as report_index
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 BENCHMARK, WALKTHROUGH = (FOLDER / f"{name}.ipynb" for name in ("03_benchmark", "01_walkthrough"))

@@ -16,11 +16,11 @@ from bs4 import BeautifulSoup
 from notebook_files import cell_parameters, external_requests
 from PIL import Image
 
+from dmlr import index as report_index
 from dmlr import notebooks
 from dmlr.cli import parser
 from dmlr.parameters import check_parameters, read_parameters
 from dmlr.show import gallery, page
-from dmlr.show import index as report_index
 from dmlr.show.provenance import in_words, provenance
 from dmlr.show.style import gallery_script, policy
 

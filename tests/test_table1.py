@@ -146,7 +146,7 @@ def test_table_1_goes_on_where_it_was_and_skips_what_is_finished(tmp_path, capsy
         return executed.with_suffix(".html")
 
     monkeypatch.setattr(table1.notebooks, "run", in_this_process)
-    monkeypatch.setattr("dmlr.show.index.write_index", lambda: None)
+    monkeypatch.setattr("dmlr.index.write_index", lambda: None)
     (tmp_path / "missing.yaml").write_text("dataset: data/none.json\n")
     command = ["table1", "shapes-vl", "--output", str(tmp_path / "table"), "--benchmarks"]
     command[-1:-1] = [text for name, value in QUICK.items() for text in ("-p", name, str(value))]
@@ -175,7 +175,7 @@ def test_a_run_under_other_parameters_is_refused_before_a_kernel_starts(tmp_path
     run(Config.make(**{**table[0].given, "verbose": 0, "max_new_tokens": 8}))
     started = Mock()
     monkeypatch.setattr("dmlr.notebooks.run", started)
-    monkeypatch.setattr("dmlr.show.index.write_index", lambda: None)
+    monkeypatch.setattr("dmlr.index.write_index", lambda: None)
     assert "max_new_tokens was 8 and is now 128" in table1.run_all(table)["shapes-visual"]
     assert [call.args[0] for call in started.call_args_list] == [table1.COMPARE]
 
