@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -39,14 +39,9 @@ def as_json(content: Any) -> bytes:
 
 def as_plain(value: Any) -> Any:
     """JSON-able copy: mappings, lists, tuples and arrays converted, NaN and infinities null, all else as text."""
-    if isinstance(value, Mapping):
-        return {str(key): as_plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_plain(item) for item in value]
-    if isinstance(value, bool | int | str) or value is None:
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if hasattr(value, "tolist"):  # numpy and torch, neither of which is imported here
-        return as_plain(value.tolist())
-    return str(value)
+    return to_jsonable_python(value, inf_nan_mode="null", fallback=_from_array)
+
+
+def _from_array(value: Any) -> Any:
+    """numpy's and torch's, neither of which is imported here."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
