@@ -48,6 +48,21 @@ def test_float32_without_a_gradient_takes_it_and_all_else_does_not(monkeypatch):
     assert taken == [1, 1]
 
 
+@pytest.mark.parametrize("rows", [3, cpu_linear.FEW + 1])
+def test_a_weight_that_changed_is_a_new_weight(rows):
+    """Few rows go through a copy in oneDNN's blocks, which must not outlive what it was made of."""
+    plain, fast = pair()
+    x = torch.randn(rows, 96)
+    fast(x)
+    copied = copy.deepcopy(fast)  # of a layer that has its blocks
+    with torch.no_grad():
+        for layer in (plain, fast, copied):
+            layer.weight.mul_(2)
+    torch.testing.assert_close(fast(x), plain(x), atol=4e-6, rtol=0)
+    torch.testing.assert_close(copied(x), plain(x), atol=4e-6, rtol=0)
+    assert fast.state_dict().keys() == plain.state_dict().keys()
+
+
 def test_a_model_gets_it_and_the_reference_does_not():
     """What it is measured and checked against is torch as everybody has it."""
     vlm = tiny_vlm()
