@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 
-
 FEW = 256  # rows, up to which a packed copy is worth its memory; it saves a tenth at most beyond
 
 
