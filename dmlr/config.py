@@ -9,6 +9,7 @@ notebooks and parameter files name one, and state what differs. Knows nothing ab
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -276,11 +277,6 @@ class Config(BaseModel):
         """Plain values by name, in declaration order, as written into results.json."""
         return dict(self)
 
-    @classmethod
-    def help(cls, name: str) -> str:
-        """One line about a parameter: what it means and its range."""
-        return f"{cls.model_fields[name].description}{_range(name)}"
-
 
 def root() -> Path:
     """The project's folder, wherever a notebook or a command is started."""
@@ -305,6 +301,11 @@ def resolved(path: str) -> str:
     return str(Path(path).resolve()) if path and Path(path).exists() and not (root() / path).exists() else path
 
 
+def shown(text: Path | str) -> str:
+    """A path, or text that names some, without where the project lies on this machine."""
+    return str(text).replace(f"{root()}{os.sep}", "")
+
+
 def check_names(names: Iterable[str], known: Iterable[str] | None = None, what: str = "parameter") -> None:
     """ConfigError for the first name that is not known (none: no field of Config), with the nearest that is."""
     known = list(Config.model_fields if known is None else known)
@@ -321,21 +322,19 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 @cache
-def _declared(name: str) -> tuple[dict[str, Any], bool]:
-    """A parameter's JSON schema, and whether it may be none."""
+def declared(name: str) -> tuple[str, str, list[Any]]:
+    """What a parameter takes, by its JSON schema: type as Python writes it, range for people, choices (none: any)."""
     schema = Config.model_json_schema()["properties"][name]
-    kinds = schema.get("anyOf", [schema])
-    return kinds[0], len(kinds) > 1
-
-
-def _range(name: str) -> str:
-    schema, _ = _declared(name)
-    if "enum" in schema:
-        return f" [{', '.join(map(str, schema['enum']))}]"
-    low, high = schema.get("minimum"), schema.get("maximum")
-    if low is None:
-        return ""
-    return f" [{low} to {high}]" if high is not None else f" [>= {low}]"
+    first, *more = schema.get("anyOf", [schema])
+    kind = {"integer": "int", "number": "float", "boolean": "bool", "string": "str"}[first["type"]]
+    choices, low, high = first.get("enum", []), first.get("minimum"), first.get("maximum")
+    if choices:
+        within = f" [{', '.join(map(str, choices))}]"
+    elif low is None:
+        within = ""
+    else:
+        within = f" [>= {low}]" if high is None else f" [{low} to {high}]"
+    return kind + " | None" * len(more), within, choices
 
 
 def _config_error(error: Mapping[str, Any], values: Mapping[str, Any]) -> ConfigError:
@@ -343,13 +342,12 @@ def _config_error(error: Mapping[str, Any], values: Mapping[str, Any]) -> Config
     if not error["loc"]:
         return error["ctx"]["error"]  # of the parameters together
     name = error["loc"][0]
-    (schema, optional), given, value = _declared(name), f"{name} = {values[name]!r}", values[name]
+    value, (kind, within, choices) = values[name], declared(name)
     if error["type"] == "literal_error" and value is not None:
-        return ConfigError(f"{given} is not one of{_range(name)}{_nearest(str(value), map(str, schema['enum']))}")
+        return ConfigError(f"{name} = {value!r} is not one of{within}{_nearest(str(value), map(str, choices))}")
     if error["type"].endswith("_than_equal"):
-        return ConfigError(f"{name} = {float(value):g} is out of range{_range(name)}")
-    kind = {"integer": "int", "number": "float", "boolean": "bool", "string": "str"}[schema["type"]]
-    return ConfigError(f"{given}: expected {kind}{' | None' * optional}{_range(name)}")
+        return ConfigError(f"{name} = {float(value):g} is out of range{within}")
+    return ConfigError(f"{name} = {value!r}: expected {kind}{within}")
 
 
 # What presets set: the loop, the size of images, the length of an answer.

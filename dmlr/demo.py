@@ -10,10 +10,9 @@ from pathlib import Path
 import pandas as pd
 
 from dmlr.config import root
-from dmlr.index import write_index
+from dmlr.index import headlines, write_index
 from dmlr.notebooks import run
 from dmlr.run.records import find_runs, read_results
-from dmlr.stats.metrics import paired, summary
 
 SUITES = {
     "dataset": ",".join(f"data/shapes/{suite}.json" for suite in ("mathematics", "visual", "composition")),
@@ -39,9 +38,8 @@ def demo(model: str = "") -> None:
     print("\n[3/3] 01_walkthrough: one question, seen from inside", flush=True)
     walk = run(notebooks / "01_walkthrough.ipynb", one, place / "01_walkthrough.ipynb")
     index = write_index()
-    print(
-        f"\n{latents_table(sweeps).to_string(index=False)}\n\n{result_table(benchmark.parent).to_string(index=False)}"
-    )
+    for table in (latents_table(sweeps), result_table(benchmark.parent)):
+        print(f"\n{table.to_string(index=False)}")
     print(f"\nmade in {(time.perf_counter() - began) / 60:.1f} minutes")
     print(f"do latents matter: {battery}\nbenchmark:         {benchmark}\nwalkthrough:       {walk}\nall runs: {index}")
 
@@ -57,16 +55,5 @@ def latents_table(sweeps: Path) -> pd.DataFrame:
 
 
 def result_table(run_folder: Path) -> pd.DataFrame:
-    """A run's methods side by side: accuracy with Wilson interval, and the difference to vanilla, paired, with p."""
-    results = {(path.parent.name, path.name): read_results(path) for path in find_runs(run_folder)}
-    rows = []
-    for suite, method in sorted(results, key=lambda key: (key[0], key[1] != "vanilla", key[1])):
-        found = summary([results[suite, method]]).iloc[0]
-        row = {"suite": suite, "method": method, "accuracy": f"{found['accuracy']:.1%}", "n": found["total"]}
-        row |= {"95 % interval": f"{found['low']:.1%} – {found['high']:.1%}", "difference": "", "p": ""}
-        if method != "vanilla" and (suite, "vanilla") in results:
-            pair = paired(results[suite, "vanilla"]["entries"], results[suite, method]["entries"])
-            gains = f"{len(pair.gained)} gained, {len(pair.lost)} lost"
-            row |= {"difference": f"{100 * pair.difference:+.1f} points ({gains})", "p": f"{pair.p_value:.2g}"}
-        rows.append(row)
-    return pd.DataFrame(rows)
+    """A run's methods side by side, as the index of all runs shows them."""
+    return headlines({path: read_results(path) for path in find_runs(run_folder)})

@@ -27,8 +27,8 @@ from nbconvert.filters import markdown2html_mistune, strip_ansi
 from papermill.exceptions import PapermillExecutionError
 from traitlets import default
 
-from dmlr.config import root
-from dmlr.parameters import check_parameters, default_output, defaults, from_here
+from dmlr.config import root, shown
+from dmlr.parameters import check_parameters, default_output, defaults
 from dmlr.show.provenance import provenance
 from dmlr.show.style import css, policy
 
@@ -61,8 +61,8 @@ def run(notebook: str | Path, given: Mapping[str, Any] | None = None, output: st
     Raises ConfigError before anything runs, RunError when a cell fails (the executed copy is kept, and no report of
     an earlier run is left beside it) or when the output cannot be written.
     """
-    notebook, given = Path(notebook).resolve(), dict(given or {})
-    values = from_here(check_parameters(notebook, given))
+    notebook = Path(notebook).resolve()
+    values = check_parameters(notebook, given or {})
     output = Path(output or default_output(notebook, values)).resolve()
     report = output.with_suffix(".html")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -122,8 +122,7 @@ def render(executed: str | Path, report: str | Path) -> None:
     }
     exporter = HTMLExporter(template_name="template", extra_template_basedirs=[str(root() / "reports")])
     page, _ = exporter.from_notebook_node(notebook, resources=resources)
-    # Warnings and tracebacks name files; where the project lies on this machine is nobody's business.
-    report.write_text(page.replace(f"{root()}{os.sep}", ""), encoding="utf-8")
+    report.write_text(shown(page), encoding="utf-8")  # warnings and tracebacks name files
 
 
 def _headings(notebook: nbformat.NotebookNode) -> list[tuple[int, str, str]]:
@@ -173,4 +172,4 @@ def _kept(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
     """Without logs, widgets and where the project lies on this machine."""
     widget = "application/vnd.jupyter.widget-view+json"
     kept = [output for output in outputs if output.get("name") != "stderr" and widget not in output.get("data", {})]
-    return nbformat.from_dict(json.loads(json.dumps(kept).replace(f"{root()}{os.sep}", "")))
+    return nbformat.from_dict(json.loads(shown(json.dumps(kept))))

@@ -13,8 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dmlr.config import Config, ConfigError, check_names, resolved, root
 
-PATHS = ("model_name_or_path", "dataset", "prompts_file", "image")
-CONFIG_NAMES = tuple(Config.model_fields)
+PATHS = ("model_name_or_path", "dataset", "prompts_file", "image")  # each may be several, separated by commas
 
 
 def read_parameters(path: str | Path) -> dict[str, Any]:
@@ -34,7 +33,8 @@ def check_parameters(notebook: str | Path, given: Mapping[str, Any]) -> dict[str
     """The given parameters in their types, or ConfigError before anything runs.
 
     Names must be in the notebook's `parameters` cell. Those that are Config's go through Config, together with the
-    notebook's own values for the rest, so a range or a combination that the run would refuse is refused here.
+    notebook's own values for the rest, so a range or a combination that the run would refuse is refused here. Paths
+    come back as the caller means them, since the kernel works in another folder (`config.resolved`).
     """
     notebook = Path(notebook)
     if not notebook.is_file():
@@ -42,12 +42,18 @@ def check_parameters(notebook: str | Path, given: Mapping[str, Any]) -> dict[str
     cell, own = papermill.inspect_notebook(str(notebook)), defaults(notebook)
     check_names(given, cell)
     config = Config.of_cell({**own, **given})
-    return {
-        name: getattr(config, name)
-        if name in CONFIG_NAMES
-        else _typed(name, value, cell[name]["inferred_type_name"], own[name])
-        for name, value in given.items()
-    }
+    checked = {}
+    for name, value in given.items():
+        if name in Config.model_fields:
+            value = getattr(config, name)
+        else:
+            value = _typed(name, value, cell[name]["inferred_type_name"], own[name])
+        if value and name in PATHS:
+            value = ",".join(resolved(part) for part in value.split(","))
+        elif value and name == "output_dir":
+            value = str(Path(value).resolve())
+        checked[name] = value
+    return checked
 
 
 def defaults(notebook: str | Path) -> dict[str, Any]:
@@ -55,17 +61,8 @@ def defaults(notebook: str | Path) -> dict[str, Any]:
     return {name: literal(known["default"]) for name, known in papermill.inspect_notebook(str(notebook)).items()}
 
 
-def from_here(values: dict[str, Any]) -> dict[str, Any]:
-    """Paths as the caller means them (`config.resolved`), and any output folder absolute: the kernel works in another
-    folder."""
-    moved = {name: str(values[name]) for name in PATHS if values.get(name)}
-    moved = {name: ",".join(resolved(part) for part in value.split(",")) for name, value in moved.items()}
-    if values.get("output_dir"):
-        moved["output_dir"] = str(Path(values["output_dir"]).resolve())
-    return {**values, **moved}
-
-
 def literal(source: str) -> Any:
+    """What a Python literal says; anything else as it is written."""
     try:
         return ast.literal_eval(source)
     except (SyntaxError, ValueError):
@@ -88,7 +85,7 @@ def _typed(name: str, value: Any, kind: str, default: Any) -> Any:
 def config_of(notebook: str | Path, values: Mapping[str, Any]) -> Config | None:
     """The whole configuration of a notebook's run; None where its cell lacks some of Config's parameters."""
     cell = defaults(notebook)
-    return Config.of_cell({**cell, **values}) if set(CONFIG_NAMES) <= set(cell) else None
+    return Config.of_cell({**cell, **values}) if set(Config.model_fields) <= set(cell) else None
 
 
 def default_output(notebook: Path, values: Mapping[str, Any]) -> Path:

@@ -23,14 +23,14 @@ from huggingface_hub import constants
 from transformers import AutoConfig, PretrainedConfig, Qwen2_5_VLConfig, Qwen3VLConfig
 
 from dmlr import bench
-from dmlr.config import Config, locate, root
+from dmlr.config import Config, locate, root, shown
 from dmlr.machine import environment
 from dmlr.methods.latent import ltpo_config
 from dmlr.methods.ulr import ulr_config
 from dmlr.methods.workload import workload
 from dmlr.model.families import ModelError, check_known
 from dmlr.model.memory import MOST, Parameters, Shape, fitting_batch, peak, seconds
-from dmlr.parameters import check_parameters, config_of, default_output, from_here
+from dmlr.parameters import check_parameters, config_of, default_output
 from dmlr.run import evaluate, records
 from dmlr.run.verdicts import llm_settings
 from dmlr.show.provenance import in_words
@@ -266,7 +266,7 @@ def dry_run(notebook: str | Path, given: Mapping[str, Any], output: str | Path |
     and ConfigError for parameters that the notebook does not have.
     """
     notebook = Path(notebook).resolve()
-    values = from_here(check_parameters(notebook, given))
+    values = check_parameters(notebook, given)
     executed, config = Path(output or default_output(notebook, values)), config_of(notebook, values)
     report = shown(executed.with_suffix(".html"))
     if config is None:
@@ -331,8 +331,3 @@ def columns(rows: list[list[str]]) -> str:
 def size(bytes_: float) -> str:
     """Bytes for people."""
     return f"{bytes_ / 2**30:.1f} GiB" if bytes_ >= 2**30 else f"{bytes_ / 2**20:.0f} MiB"
-
-
-def shown(path: Path | str) -> str:
-    """A path, relative to the project where it lies in it."""
-    return str(path).removeprefix(f"{root()}{os.sep}")

@@ -18,12 +18,12 @@ import pandas as pd
 
 from dmlr import index as report_index
 from dmlr import notebooks
-from dmlr.config import ConfigError, check_names, root
+from dmlr.config import ConfigError, check_names, root, shown
 from dmlr.data.examples import DatasetError
 from dmlr.judge.llm_settings import JudgeError
 from dmlr.model.families import ModelError
-from dmlr.parameters import check_parameters, config_of, from_here, read_parameters
-from dmlr.planning import Plan, as_text, plan, shown, time_of
+from dmlr.parameters import check_parameters, config_of, read_parameters
+from dmlr.planning import Plan, as_text, plan, time_of
 from dmlr.run.records import ResultsError, find_runs
 from dmlr.stats.published import BENCHMARKS
 
@@ -50,9 +50,8 @@ class Cell:
 
     def plan(self) -> Plan:
         """Raises what the run would raise at once (FAILURES)."""
-        values = from_here(check_parameters(BENCHMARK, self.given))
         try:
-            return plan(config_of(BENCHMARK, values))
+            return plan(config_of(BENCHMARK, check_parameters(BENCHMARK, self.given)))
         except DatasetError as error:
             raise DatasetError(f"{error}{_how_to_make(self.benchmark)}") from None
 

@@ -1,4 +1,4 @@
-"""Statistics against closed forms, published values and brute force."""
+"""What a record counts as, whoever asks; statistics against closed forms, published values and brute force."""
 
 from __future__ import annotations
 
@@ -14,6 +14,18 @@ from hypothesis import strategies as st
 
 from dmlr.stats import metrics
 from dmlr.stats.bootstrap import Bootstrap
+from dmlr.stats.outcomes import is_right, outcome, tally
+
+CASES = [
+    ({"verdict": "correct", "is_correct": True}, "correct", True),
+    ({"verdict": "wrong", "is_correct": False}, "wrong", False),
+    ({"verdict": "unparsed", "is_correct": False}, "unparsed", False),
+    ({"verdict": "judge_failed", "is_correct": None}, "judge_failed", None),
+    ({"is_correct": True}, "correct", True),  # a file of the original command line has no verdict
+    ({"is_correct": False}, "wrong", False),
+    ({"stop_reason": "error", "verdict": None, "is_correct": None}, "error", None),
+    ({"stop_reason": "skipped_no_ground_truth", "verdict": None}, "skipped", None),
+]
 
 
 def records(outcomes, **more):
@@ -21,6 +33,14 @@ def records(outcomes, **more):
         {"data_idx": i, "row": i, "is_correct": ok, **{k: v[i] for k, v in more.items()}}
         for i, ok in enumerate(outcomes)
     ]
+
+
+def test_a_record_counts_as_one_thing_and_only_what_was_judged_as_an_answer():
+    ran = [{"stop_reason": "eos_token", **record} for record, *_ in CASES]
+    assert [(outcome(record), is_right(record)) for record in ran] == [(kind, right) for _, kind, right in CASES]
+    counts = {"correct": 2, "total": 5, "wrong": 2, "unparsed": 1, "errors": 1, "skipped": 1, "judge_failed": 1}
+    assert tally(ran) == {"accuracy": 0.4, **counts}
+    assert tally([])["accuracy"] is None
 
 
 @pytest.mark.parametrize(
@@ -189,13 +209,8 @@ def test_reliability_keeps_ties_together(rows, bins):
 
 
 def test_summary_has_a_row_per_run():
-    entry = {
-        "data_idx": 0,
-        "verdict": "correct",
-        "is_correct": True,
-        "best_reward": 0.5,
-        "seconds": {"prefill": 1, "decode": 2},
-    }
+    seconds = {"prefill": 1, "decode": 2}
+    entry = {"data_idx": 0, "verdict": "correct", "is_correct": True, "best_reward": 0.5, "seconds": seconds}
     error = {"data_idx": 1, "stop_reason": "error", "is_correct": None}
     table = metrics.summary([{"model": "m", "dataset": "d", "method": "dmlr", "entries": [entry, error]}])
     row = table.iloc[0]
@@ -204,11 +219,8 @@ def test_summary_has_a_row_per_run():
 
 
 def test_efficiency_adds_up_phases_and_leaves_errors_out():
-    record = {
-        "stop_reason": "eos_token",
-        "num_new_tokens": 20,
-        "seconds": {"prefill": 1.0, "optimise": 2.0, "decode": 1.0},
-    }
+    seconds = {"prefill": 1.0, "optimise": 2.0, "decode": 1.0}
+    record = {"stop_reason": "eos_token", "num_new_tokens": 20, "seconds": seconds}
     records = [{**record, "rewards": [0.1, 0.2]}, {**record, "rewards": [0.3]}, {**record, "stop_reason": "error"}]
     told = metrics.efficiency(records)
     assert (told["prefill_seconds"], told["optimise_seconds"]) == (2.0, 4.0)

@@ -1,4 +1,4 @@
-"""The log under kill -9, full disks, other writers and changed parameters; results.json derived from it."""
+"""The log under kill -9, full disks, other writers and changed parameters; results.json derived from it; JSON files."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import csv
 import json
 import math
 import os
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from dmlr.config import Config
-from dmlr.json_files import write_json
+from dmlr.json_files import as_plain, write_json
 from dmlr.run.records import (
     LOG,
     RESULTS,
@@ -148,3 +151,37 @@ def test_reward_csv(tmp_path):
         first, second = csv.DictReader(file)
     assert list(first) == ["step", "reward", "sigma", "is_new_best", "patch_count", "patch_budget", "note"]
     assert (first["reward"], second["reward"], second["sigma"]) == ("0.5", "", "0.095")
+
+
+# any object as JSON
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        (math.nan, None),
+        ([-math.inf, 1.5], [None, 1.5]),
+        (np.float32(0.5), 0.5),
+        (np.array([[1.0, np.nan]]), [[1.0, None]]),
+        (torch.arange(3), [0, 1, 2]),
+        (np.bool_(True), True),
+        ({1: (2, None)}, {"1": [2, None]}),
+        (Path("a/b"), "a/b"),
+    ],
+)
+def test_everything_becomes_plain(value, plain):
+    found = as_plain(value)
+    assert found == plain
+    assert json.loads(json.dumps(found, allow_nan=False)) == plain
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_json(path, {"text": "é\u2028\ud800"})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"text": "é\u2028?"}
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        write_json(path, {})
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]

@@ -235,7 +235,10 @@ def summary(runs: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     rows = []
     for run in runs:
         entries, value = run["entries"], accuracy(run["entries"])
-        means = {"best_reward": [e.get("best_reward") for e in entries], "seconds": [_seconds(e) for e in entries]}
+        means = {
+            "best_reward": [entry.get("best_reward") for entry in entries],
+            "seconds": [sum(entry["seconds"].values()) if entry.get("seconds") else None for entry in entries],
+        }
         rows.append(
             {name: run.get(name) for name in ("model", "dataset", "method")}
             | tally(entries)
@@ -243,15 +246,6 @@ def summary(runs: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
             | {"abstained": sum(bool(entry.get("abstained")) for entry in entries)}
             | {name: pd.Series(values, dtype=float).mean() for name, values in means.items()}
         )
-    return pd.DataFrame(rows, columns=_SUMMARY)
-
-
-_SUMMARY = (
-    *("model", "dataset", "method", "accuracy", "low", "high", "correct", "total", "wrong", "unparsed", "errors"),
-    *("skipped", "judge_failed", "abstained", "best_reward", "seconds"),
-)
-
-
-def _seconds(record: Mapping[str, Any]) -> float | None:
-    phases = record.get("seconds")
-    return sum(spent or 0 for spent in phases.values()) if isinstance(phases, Mapping) else phases
+    counts = "correct total wrong unparsed errors skipped judge_failed abstained".split()
+    columns = ["model", "dataset", "method", "accuracy", "low", "high", *counts, "best_reward", "seconds"]
+    return pd.DataFrame(rows, columns=columns)
