@@ -103,6 +103,25 @@ def test_batch_size_and_range_change_no_record(vlm, dataset, tmp_path):
         assert [entry["model_output"] for entry in part[method]["entries"]] == texts[2:5]
 
 
+BAD = [  # what differs from a good row, and what its record's error says; None: it is answered all the same
+    ({}, None),
+    ({"image_path": "missing.png"}, "missing.png"),
+    ({"image_path": "truncated.png"}, "truncated.png"),
+    ({"image_path": "text.png"}, "text.png"),
+    ({"image_path": "empty.png"}, "empty.png"),
+    ({"image_path": "long.png"}, "long.png"),
+    ({"image_path": "dot.png"}, None),
+    ({"image_path": "alpha.png"}, None),
+    ({"image_path": "palette.png"}, None),
+    ({"image_path": "deep.png"}, None),
+    ({"prompt": "  "}, "prompt is empty"),
+    ({"prompt": "long " * 2000}, "context is 1024"),
+    ({"prompt": "<|image_pad|> How many?"}, "special token"),
+    ({"idx": None}, None),
+    ({"idx": 0}, "idx 0 is already taken by row 0"),
+]
+
+
 def test_bad_rows_cost_one_record_each(vlm, tmp_path):
     good = noise_image(0)
     good.save(tmp_path / "good.png")
@@ -114,59 +133,27 @@ def test_bad_rows_cost_one_record_each(vlm, tmp_path):
     good.convert("RGBA").save(tmp_path / "alpha.png")
     good.convert("P").save(tmp_path / "palette.png")
     Image.new("I;16", (112, 112), 40000).save(tmp_path / "deep.png")
-    row = {"prompt": "How many?", "solution": "3"}
-    rows = [
-        {**row, "image_path": "good.png", "idx": 0},
-        {**row, "image_path": "missing.png", "idx": 1},
-        {**row, "image_path": "truncated.png", "idx": 2},
-        {**row, "image_path": "text.png", "idx": 3},
-        {**row, "image_path": "empty.png", "idx": 4},
-        {"prompt": "  ", "solution": "3", "image_path": "good.png", "idx": 5},
-        {"prompt": "How many?", "image_path": "good.png", "idx": 6},
-        {**row, "image_path": "good.png"},
-        {**row, "image_path": "good.png", "idx": 0},
-        {**row, "image_path": "long.png", "idx": 9},
-        {**row, "image_path": "dot.png", "idx": 10},
-        {**row, "image_path": "alpha.png", "idx": 11},
-        {**row, "image_path": "palette.png", "idx": 12},
-        {**row, "image_path": "deep.png", "idx": 13},
-        {"prompt": "long " * 2000, "solution": "3", "image_path": "good.png", "idx": 14},
-        {"prompt": "<|image_pad|> How many?", "solution": "3", "image_path": "good.png", "idx": 15},
-        "no object",
-    ]
-    errors = {
-        1: "missing.png",
-        2: "truncated.png",
-        3: "text.png",
-        4: "empty.png",
-        5: "prompt is empty",
-        8: "idx 0 is already taken by row 0",
-        9: "long.png",
-        14: "context is 1024",
-        15: "special token",
-        16: "expected an object",
-    }
+    row = {"prompt": "How many?", "solution": "3", "image_path": "good.png"}
+    rows = [row | {"idx": i} | changes for i, (changes, _) in enumerate(BAD)]
+    rows += ["no object", row | {"idx": 99, "solution": None}]
     content = run(vlm, write(tmp_path, rows), tmp_path / "out", methods="dmlr")["dmlr"]
+    *entries, skipped = content["entries"]
     assert [entry["row"] for entry in content["entries"]] == list(range(len(rows)))
-    for number, entry in enumerate(content["entries"]):
-        if number in errors:
-            assert entry["stop_reason"] == "error" and errors[number] in entry["error"], entry["error"]
-            assert entry["is_correct"] is None
-        elif number == 6:
-            assert entry["stop_reason"] == "skipped_no_ground_truth"
+    assert skipped["stop_reason"] == "skipped_no_ground_truth" and content["skipped"] == 1
+    errors = [error for _, error in BAD] + ["expected an object"]
+    for entry, error in zip(entries, errors, strict=True):
+        if error:
+            assert entry["stop_reason"] == "error" and error in entry["error"] and entry["is_correct"] is None
         else:
-            assert entry["stop_reason"] in ("eos_token", "length"), entry["error"]
-    assert content["entries"][7]["data_idx"] == 7
-    assert content["errors"] == len(errors) and content["skipped"] == 1
-    assert content["total"] == len(rows) - len(errors) - 1
+            assert entry["stop_reason"] in ("eos_token", "length") and entry["data_idx"] == entry["row"], entry["error"]
+    assert content["errors"] == sum(map(bool, errors)) and content["total"] == errors.count(None)
 
 
 def test_a_method_with_nothing_but_errors_fails_the_run_in_the_end(vlm, dataset, tmp_path, monkeypatch):
     """A fault in its code, say; one bad example, or all but one, is none."""
     monkeypatch.setitem(batches.METHODS, "vanilla", Mock(side_effect=TypeError("this method is broken")))
-    with pytest.raises(
-        evaluate.NoAnswers, match=r"\(data, vanilla: 6 errors .*; the first: TypeError: this .* broken\)"
-    ):
+    message = r"\(data, vanilla: 6 errors .*; the first: TypeError: this .* broken\)"
+    with pytest.raises(evaluate.NoAnswers, match=message):
         run(vlm, dataset, tmp_path / "out")
     vanilla, dmlr = (read_results(tmp_path / "out" / "data" / method) for method in ("vanilla", "dmlr"))
     assert [entry["stop_reason"] for entry in vanilla["entries"]] == ["error"] * 6 and vanilla["accuracy"] is None
@@ -176,7 +163,7 @@ def test_a_method_with_nothing_but_errors_fails_the_run_in_the_end(vlm, dataset,
     assert run(vlm, some, tmp_path / "some", methods="dmlr")["dmlr"]["errors"] == 5
 
 
-def test_interrupted_run_resumes_without_loss_or_repetition(vlm, dataset, tmp_path):
+def test_interrupted_run_resumes_without_loss_or_repetition(vlm, dataset, tmp_path, monkeypatch):
     fine = run(vlm, dataset, tmp_path / "a", batch_size=2)
     prefill, calls = vlm.prefill, []
 
@@ -186,17 +173,12 @@ def test_interrupted_run_resumes_without_loss_or_repetition(vlm, dataset, tmp_pa
             raise KeyboardInterrupt
         return prefill(batch)
 
-    vlm.prefill = dies
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run(vlm, dataset, tmp_path / "b", batch_size=2)
-        assert len(read_log(tmp_path / "b/data/vanilla")) == 4
-        calls.clear()
-        calls.extend([0, 0, 0])
-        resumed = run(vlm, dataset, tmp_path / "b", batch_size=2, resume=True)
-    finally:
-        del vlm.prefill
-    assert sum(calls) == 2 + 6  # the last vanilla batch, and all of dmlr
+    monkeypatch.setattr(vlm, "prefill", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(vlm, dataset, tmp_path / "b", batch_size=2)
+    assert len(read_log(tmp_path / "b/data/vanilla")) == 4
+    resumed = run(vlm, dataset, tmp_path / "b", batch_size=2, resume=True)
+    assert sum(calls[3:]) == 2 + 6  # the last vanilla batch, and all of dmlr
     for method in fine:
         assert comparable(resumed[method]) == comparable(fine[method])
     with pytest.raises(ResultsError, match="max_new_tokens was 4 and is now 5"):
@@ -247,12 +229,6 @@ def test_a_second_process_with_another_seed_is_kept_out_of_the_whole_folder(vlm,
     assert not list((tmp_path / "out").rglob("log.1.jsonl"))
 
 
-def test_a_range_past_the_end_names_the_range_and_the_number_of_rows(vlm, dataset, tmp_path):
-    with pytest.raises(ConfigError, match=r"no row is in the range .* = 6:9; it has 6 rows, 0 to 5"):
-        run(vlm, dataset, tmp_path / "out", start_data_idx=6, end_data_idx=9)
-    assert run(vlm, dataset, tmp_path / "out", methods="vanilla", start_data_idx=5)["vanilla"]["total"] == 1
-
-
 def test_a_resumed_run_takes_the_batches_of_the_run_before(vlm, dataset, tmp_path, monkeypatch):
     given = {"batch_size": None, "methods": "vanilla"}
     monkeypatch.setattr(vlm, "fitting_batch", lambda work: 2)
@@ -266,16 +242,6 @@ def test_a_resumed_run_takes_the_batches_of_the_run_before(vlm, dataset, tmp_pat
     assert json.loads(about.read_text())["batch_size"] == 2
     run(vlm, dataset, tmp_path / "out", **given | {"batch_size": 3}, resume=True)
     assert json.loads(about.read_text())["batch_size"] == 3, "another one was named"
-
-
-def test_two_jobs_never_share_a_folder(vlm, dataset, tmp_path):
-    """The second would move the first's log aside and write its results over."""
-    (tmp_path / "other").mkdir()
-    namesake = write(tmp_path / "other", json.loads(dataset.read_text()))
-    for datasets, methods in ((f"{dataset},{namesake}", "vanilla"), (dataset, "vanilla,dmlr, vanilla")):
-        with pytest.raises(ConfigError, match="data, vanilla is there twice in one run"):
-            run(vlm, datasets, tmp_path / "out", methods=methods)
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_drawing_that_cannot_be_made_costs_no_run(vlm, dataset, tmp_path, monkeypatch, capsys):
@@ -312,9 +278,8 @@ def test_an_llms_verdicts_go_when_it_is_no_longer_asked(vlm, dataset, tmp_path, 
     monkeypatch.setattr(llm_judge, "shared_cache", lambda: tmp_path / "cache")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-this-test")
     rows = json.loads(dataset.read_text())
-    for row, entry in zip(
-        rows[:2], run(vlm, dataset, tmp_path / "x", methods="vanilla")["vanilla"]["entries"], strict=False
-    ):
+    said = run(vlm, dataset, tmp_path / "x", methods="vanilla", end_data_idx=2)["vanilla"]["entries"]
+    for row, entry in zip(rows, said, strict=False):
         row["solution"] = entry["model_output"]  # which the rules find correct
     dataset.write_text(json.dumps(rows))
     plain = run(vlm, dataset, tmp_path / "plain", methods="vanilla")["vanilla"]
@@ -334,29 +299,34 @@ def test_an_llms_verdicts_go_when_it_is_no_longer_asked(vlm, dataset, tmp_path, 
         log.write_text(kept)
     assert cut_short["llm_judge"] == some["llm_judge"], "what is in it was judged so"
     by_llm = {e["row"] for e in some["entries"] if e["rule"].startswith("llm:")}
-    assert by_llm == {
-        e["row"] for e in some["entries"] if e["rule_verdict"] == "unparsed" and e["model_output"].strip()
-    }
+    undecided = [e for e in some["entries"] if e["rule_verdict"] == "unparsed"]
+    assert by_llm == {e["row"] for e in undecided if e["model_output"].strip()}
     none = run(vlm, dataset, tmp_path / "out", methods="vanilla", resume=True)["vanilla"]
     assert none["llm_judge"] is None and comparable(none) == comparable(plain)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("given", "message"),
     [
-        (None, "No such file"),
-        ("solver: 'no place for it'\n", "must contain {question} exactly once"),
-        ("sistem: x\n", "found ..sistem"),
-        ("solver: [a, 5, c]\n", "solver must be text"),
-        ("a: 'open\n", "not YAML"),
+        ({"start_data_idx": 6, "end_data_idx": 9}, r"no row is in the range .* = 6:9; it has 6 rows, 0 to 5"),
+        ({"methods": "vanilla,dmlr, vanilla"}, "data, vanilla is there twice in one run"),  # they would have one folder
+        ({"dataset": "data.json,other/data.json"}, "data, vanilla is there twice in one run"),
+        ({"prompts_file": "none.yaml"}, "prompts_file: .*No such file"),
+        ("solver: 'no place for it'\n", "prompts_file: .*must contain {question} exactly once"),
+        ("sistem: x\n", "prompts_file: .*found ..sistem"),
+        ("solver: [a, 5, c]\n", "prompts_file: .*solver must be text"),
+        ("a: 'open\n", "prompts_file: .*not YAML"),
     ],
 )
-def test_an_unusable_prompts_file_ends_the_run_before_it_begins(dataset, tmp_path, text, message):
-    path = tmp_path / "prompts.yaml"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(ConfigError, match=f"prompts_file: .*{message}"):
-        run(None, dataset, tmp_path / "out", prompts_file=str(path), model_name_or_path="nobody/nothing")
+def test_what_cannot_be_run_ends_before_the_model_is_loaded(dataset, tmp_path, monkeypatch, given, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    write(tmp_path / "other", json.loads(dataset.read_text()))
+    if isinstance(given, str):
+        (tmp_path / "prompts.yaml").write_text(given)
+        given = {"prompts_file": "prompts.yaml"}
+    with pytest.raises(ConfigError, match=message):
+        run(None, **{"dataset": dataset, "folder": tmp_path / "out", "model_name_or_path": "nobody/nothing"} | given)
     assert not (tmp_path / "out").exists()
 
 

@@ -15,7 +15,7 @@ from dmlr.data.images import ImageError, open_image, shorten
 from dmlr.judge.extract import normalize_text, options_of, split_choice, unbox
 
 MANY = 20  # questions whose first option is never right: by chance, with two options each, once in a million files
-ROWS = 8  # that a report names
+MESSAGES, ROWS = 3, 8  # of a kind, and of a message, that a report names
 
 
 def check_dataset(path: str | Path) -> list[Problem]:
@@ -122,7 +122,7 @@ def _check_solution(example: Example, notes: Notes) -> None:
         notes.add("solution_not_an_option", f"{shown} is neither a letter nor the text of an option")
 
 
-def report(problems: list[Problem], examples_each: int = 3) -> str:
+def report(problems: list[Problem]) -> str:
     """Problems by kind: the file's own, then kinds that make rows unusable, then the most frequent.
 
     A kind is its count and a few messages; what is said of many rows alike is said once, with the rows.
@@ -136,12 +136,12 @@ def report(problems: list[Problem], examples_each: int = 3) -> str:
         alike = defaultdict(list)  # rows, by what is said of them
         for problem in group:
             alike[problem.message].append(problem.row)
-        for message, rows in list(alike.items())[:examples_each]:
+        for message, rows in list(alike.items())[:MESSAGES]:
             more = f" and {len(rows) - ROWS} more" if len(rows) > ROWS else ""
             where = f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:ROWS]))}{more}: "
             lines.append(f"          {'' if rows[0] is None else where}{message}")
-        if len(alike) > examples_each:
-            lines.append(f"          and {len(alike) - examples_each} more")
+        if len(alike) > MESSAGES:
+            lines.append(f"          and {len(alike) - MESSAGES} more")
     return "\n".join(lines) or "no problems found"
 
 

@@ -6,22 +6,20 @@ import base64
 import binascii
 import io
 import re
-import threading
-import time
 import warnings
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+import anyio
 import numpy as np
+from anyio.from_thread import start_blocking_portal
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_ASPECT_RATIO = 200  # beyond it the Qwen2-VL family refuses an image (qwen-vl-utils, smart_resize)
 MAX_IMAGE_PIXELS = 178_956_970  # twice Pillow's warning level: above it lies a decompression bomb
 MAX_DOWNLOAD = 64 * 2**20  # bytes
-_DOWNLOAD_SECONDS = 60  # in all, however steadily bytes drip
+_DOWNLOAD_SECONDS = 60  # in all: a server may drip its headers and bytes
 
 
 class ImageError(ValueError):
@@ -117,40 +115,32 @@ def _read(source: str, name: str) -> bytes:
 
 
 def _download(url: str, name: str) -> bytes:
-    """In a thread that is left behind when time is up: a server may drip its headers too, which no time-out ends."""
-    fetched: Future[bytes] = Future()
+    # A thread with an event loop of its own: notebooks already run one in this thread.
+    with start_blocking_portal() as portal:
+        return portal.call(_fetch, url, name)
 
-    def fetch() -> None:
-        try:
-            fetched.set_result(_fetch(url, name))
-        except Exception as error:
-            fetched.set_exception(error)
 
-    threading.Thread(target=fetch, daemon=True).start()
+async def _fetch(url: str, name: str) -> bytes:
+    import httpx2
+
+    content = bytearray()
     try:
-        return fetched.result(_DOWNLOAD_SECONDS)
-    except FutureTimeout:
+        with anyio.fail_after(_DOWNLOAD_SECONDS):
+            async with (
+                httpx2.AsyncClient(follow_redirects=True, timeout=None) as client,
+                client.stream("GET", url) as response,
+            ):
+                response.raise_for_status()
+                async for chunk in response.aiter_bytes():
+                    content += chunk
+                    if len(content) > MAX_DOWNLOAD:
+                        raise ImageError(f"{name}: larger than {MAX_DOWNLOAD >> 20} MiB")
+    except TimeoutError:
         raise ImageError(f"{name}: not fetched within {_DOWNLOAD_SECONDS} seconds") from None
-
-
-def _fetch(url: str, name: str) -> bytes:
-    import requests
-    import urllib3
-
-    content, end = io.BytesIO(), time.monotonic() + _DOWNLOAD_SECONDS
-    try:
-        with requests.get(url, timeout=30, stream=True) as response:
-            response.raise_for_status()
-            while chunk := response.raw.read1(1 << 16, decode_content=True):  # what has come, without waiting for more
-                content.write(chunk)
-                if content.tell() > MAX_DOWNLOAD:
-                    raise ImageError(f"{name}: larger than {MAX_DOWNLOAD >> 20} MiB")
-                if time.monotonic() > end:
-                    raise ImageError(f"{name}: not fetched within {_DOWNLOAD_SECONDS} seconds")
-    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        reason = without_password(f"{type(error).__name__}: {error}")
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        reason = without_password(f"{type(error).__name__}: {error}").split("\n")[0]
         raise ImageError(f"{name}: cannot be fetched ({reason})") from None
-    return content.getvalue()
+    return bytes(content)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -55,17 +55,14 @@ def held(folder: str | Path) -> Iterator[None]:
     Raises ResultsError at once when another process holds it or when it cannot be written.
     """
     path = Path(folder)
-    lock = FileLock(path / LOCK, timeout=0)
     with _writing(path):
         path.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire()
+            lock = FileLock(path / LOCK).acquire(timeout=0)
         except Timeout:
             raise ResultsError(f"{path}: another process is writing this run; wait for it or stop it") from None
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 class RunLog:
@@ -122,7 +119,7 @@ class RunLog:
             old.rename(old.with_suffix(f".{number}.json"))
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add a record (keys: see interface; `row` is required), on disk when this returns.
+        """Add a record (`row` is its key), on disk when this returns.
 
         NaN and infinities become null. Raises ResultsError when the disk is full or the folder lost; what was
         finished before stays readable.
