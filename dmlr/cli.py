@@ -13,17 +13,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 
 def run(args: argparse.Namespace) -> int:
     """execute a notebook with checked parameters and render its report"""
     from dmlr.parameters import read_parameters
 
-    given: dict[str, Any] = {}
-    for path in args.file:
-        given |= read_parameters(path)
-    given |= dict(args.parameter)
+    given = read_parameters(*args.file) | dict(args.parameter)
     if args.dry_run:
         from dmlr.planning import dry_run
 

@@ -37,6 +37,11 @@ Generation = Literal["checkpoint", "plain"]
 Bits = Annotated[Literal[4, 8], BeforeValidator(lambda value: int(value) if value in ("4", "8") else value)]
 
 
+def field(default: Any, description: str, **limits: float) -> Any:
+    """Of a parameter: its default, its help, its range (ge, le)."""
+    return Field(default, description=description, **limits)
+
+
 class ConfigError(ValueError):
     """A parameter that does not exist, has the wrong type or is out of range; the message names the mend."""
 
@@ -51,127 +56,93 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     # what runs
-    model_name_or_path: str = Field(
-        "data/models/shapes-vl", description="hub id or local folder of the vision-language model"
-    )
-    revision: str = Field("", description="commit, branch or tag of a model on the hub; empty: the newest")
-    dataset: str = Field(
-        "data/shapes/mathematics.json", description="path of a dataset JSON (several: separated by commas)"
-    )
-    methods: str = Field("vanilla,dmlr", description="methods to run, separated by commas")
-    output_dir: str = Field("", description="folder of the run; empty: reports/runs/<model>_<dataset>")
-    start_data_idx: int = Field(0, ge=0, description="first example")
-    end_data_idx: OrNone[int] = Field(100, ge=0, description="one past the last example; none: to the end")
-    device: str = Field("auto", description="torch device; auto: cuda if present, else cpu")
-    dtype: Dtype = Field("auto", description="weights and activations; auto: bfloat16 on a GPU, float32 on a CPU")
-    device_map: str = Field(
-        "", description="layers over several devices by accelerate: auto, balanced, ...; empty: one device"
-    )
-    load_in_bits: OrNone[Bits] = Field(None, description="language model in 4 or 8 bits (pip install bitsandbytes)")
-    batch_size: OrNone[int] = Field(
-        None, ge=1, description="examples that go through the model together; none: by free memory"
-    )
-    cuda_graphs: bool = Field(
-        False, description="replay the loop's kernels on a GPU: faster at small batches, not run on one yet"
-    )
-    num_workers: int = Field(
-        1, ge=1, description="processes with a model each; more than 1: on Ray (pip install -e '.[ray]')"
-    )
-    worker_device_round_robin: bool = Field(False, description="more workers than GPUs: let them share the GPUs evenly")
-    ray_address: str = Field("", description="a running Ray cluster, host:port or auto; empty: this machine alone")
-    seed: int = Field(42, ge=0, description="noise of an example comes from (seed, its idx)")
-    trust_remote_code: bool = Field(False, description="let the checkpoint run its own code")
+    model_name_or_path: str = field("data/models/shapes-vl", "hub id or local folder of the vision-language model")
+    revision: str = field("", "commit, branch or tag of a model on the hub; empty: the newest")
+    dataset: str = field("data/shapes/mathematics.json", "path of a dataset JSON (several: separated by commas)")
+    methods: str = field("vanilla,dmlr", "methods to run, separated by commas")
+    output_dir: str = field("", "folder of the run; empty: reports/runs/<model>_<dataset>")
+    start_data_idx: int = field(0, "first example", ge=0)
+    end_data_idx: OrNone[int] = field(100, "one past the last example; none: to the end", ge=0)
+    device: str = field("auto", "torch device; auto: cuda if present, else cpu")
+    dtype: Dtype = field("auto", "weights and activations; auto: bfloat16 on a GPU, float32 on a CPU")
+    device_map: str = field("", "layers over several devices by accelerate: auto, balanced, ...; empty: one device")
+    load_in_bits: OrNone[Bits] = field(None, "language model in 4 or 8 bits (pip install bitsandbytes)")
+    batch_size: OrNone[int] = field(None, "examples that go through the model together; none: by free memory", ge=1)
+    cuda_graphs: bool = field(False, "replay the loop's kernels on a GPU: faster at small batches, not run on one yet")
+    num_workers: int = field(1, "processes with a model each; more than 1: on Ray (pip install -e '.[ray]')", ge=1)
+    worker_device_round_robin: bool = field(False, "more workers than GPUs: let them share the GPUs evenly")
+    ray_address: str = field("", "a running Ray cluster, host:port or auto; empty: this machine alone")
+    seed: int = field(42, "noise of an example comes from (seed, its idx)", ge=0)
+    trust_remote_code: bool = field(False, "let the checkpoint run its own code")
     # prompt and answer
-    solver_prompt_idx: int = Field(0, ge=0, le=2, description="0 step by step, 1 detailed steps, 2 answer only")
-    prompts_file: str = Field("", description="YAML file that replaces prompt templates")
-    max_new_tokens: int = Field(2048, ge=1, description="most tokens of an answer")
-    generation: Generation = Field(
-        "checkpoint", description="checkpoint: rules of its generation_config apply; plain: none"
-    )
-    banned_strings: str = Field(
-        "addCriterion", description="strings never generated (a glitch of Qwen2.5-VL), separated by |"
-    )
-    min_pixels: OrNone[int] = Field(
-        None, ge=1, description="image size at least, in merged visual tokens; none: the model's own"
-    )
-    max_pixels: OrNone[int] = Field(
-        256, ge=1, description="image size at most, in merged visual tokens; none: the model's own"
-    )
+    solver_prompt_idx: int = field(0, "0 step by step, 1 detailed steps, 2 answer only", ge=0, le=2)
+    prompts_file: str = field("", "YAML file that replaces prompt templates")
+    max_new_tokens: int = field(2048, "most tokens of an answer", ge=1)
+    generation: Generation = field("checkpoint", "checkpoint: rules of its generation_config apply; plain: none")
+    banned_strings: str = field("addCriterion", "strings never generated (a glitch of Qwen2.5-VL), separated by |")
+    min_pixels: OrNone[int] = field(None, "image size at least, in merged visual tokens; none: the model's own", ge=1)
+    max_pixels: OrNone[int] = field(256, "image size at most, in merged visual tokens; none: the model's own", ge=1)
     # optimisation of the think tokens
-    num_thought_tokens: int = Field(4, ge=1, le=256, description="L, think tokens")
-    max_num_steps: int = Field(15, ge=0, description="T, iterations; 0 leaves the think tokens as they are")
-    lr: float = Field(1e-3, ge=0, description="eta, learning rate")
-    sigma: float = Field(0.1, ge=0, description="noise scale, absolute in embedding units")
-    lr_relative: OrNone[float] = Field(
-        None, ge=0, description="eta as a multiple of sigma squared, in place of lr; none: lr"
-    )
-    sigma_relative: OrNone[float] = Field(
-        None, ge=0, description="sigma as a multiple of the embedding's RMS; none: sigma"
-    )
-    sigma_decay: float = Field(0.95, ge=0, le=1, description="factor on sigma after each iteration")
-    num_samples: int = Field(
-        1, ge=1, description="perturbed samples per iteration: 1, or an even number (antithetic pairs)"
-    )
-    reward: Reward = Field("entropy", description="entropy: equations 6, 7; logprob: negative mean log-probability")
-    reward_position: RewardPosition = Field("think", description="where the reward reads the next-token logits")
-    top_k: int = Field(10, ge=1, description="k most probable next tokens in the reward")
-    reward_threshold: float = Field(-1.0, description="stop an example once its best reward reaches this; <= 0 is off")
-    accept_at: AcceptAt = Field("updated", description="state that must raise the reward to be accepted")
-    use_auto_grad: bool = Field(False, description="exact gradient with Adam instead of REINFORCE")
-    disable_conf_reward: bool = Field(False, description="reward is the model's own 0-1 score of its latents")
-    disable_best_reward: bool = Field(False, description="decode the last state instead of the best one")
-    visual_only: bool = Field(False, description="start the think tokens from mean-pooled visual features")
+    num_thought_tokens: int = field(4, "L, think tokens", ge=1, le=256)
+    max_num_steps: int = field(15, "T, iterations; 0 leaves the think tokens as they are", ge=0)
+    lr: float = field(1e-3, "eta, learning rate", ge=0)
+    sigma: float = field(0.1, "noise scale, absolute in embedding units", ge=0)
+    lr_relative: OrNone[float] = field(None, "eta as a multiple of sigma squared, in place of lr; none: lr", ge=0)
+    sigma_relative: OrNone[float] = field(None, "sigma as a multiple of the embedding's RMS; none: sigma", ge=0)
+    sigma_decay: float = field(0.95, "factor on sigma after each iteration", ge=0, le=1)
+    num_samples: int = field(1, "perturbed samples per iteration: 1, or an even number (antithetic pairs)", ge=1)
+    reward: Reward = field("entropy", "entropy: equations 6, 7; logprob: negative mean log-probability")
+    reward_position: RewardPosition = field("think", "where the reward reads the next-token logits")
+    top_k: int = field(10, "k most probable next tokens in the reward", ge=1)
+    reward_threshold: float = field(-1.0, "stop an example once its best reward reaches this; <= 0 is off")
+    accept_at: AcceptAt = field("updated", "state that must raise the reward to be accepted")
+    use_auto_grad: bool = field(False, "exact gradient with Adam instead of REINFORCE")
+    disable_conf_reward: bool = field(False, "reward is the model's own 0-1 score of its latents")
+    disable_best_reward: bool = field(False, "decode the last state instead of the best one")
+    visual_only: bool = field(False, "start the think tokens from mean-pooled visual features")
     # injection of image patches
-    num_selected_patches: OrNone[int] = Field(16, ge=0, description="most patches per think token; none: no cap")
-    max_total_patches: OrNone[int] = Field(16, ge=0, description="most patches over all think tokens; none: no cap")
-    initial_patch_count: OrNone[int] = Field(
-        2,
-        ge=0,
-        description="patches per think token at the start; none: every patch; 0: none (the released 0 is every)",
+    num_selected_patches: OrNone[int] = field(16, "most patches per think token; none: no cap", ge=0)
+    max_total_patches: OrNone[int] = field(16, "most patches over all think tokens; none: no cap", ge=0)
+    initial_patch_count: OrNone[int] = field(
+        2, "patches per think token at the start; none: every patch; 0: none (the released 0 is every)", ge=0
     )
-    patch_increment: int = Field(2, ge=0, description="budget growth whenever the best reward improves")
-    visual_insert_stride: int = Field(1, ge=1, description="inject after every N-th think token")
-    visual_injection_start_step: int = Field(0, ge=0, description="first iteration that injects")
-    deep_patches: bool = Field(False, description="Qwen3-VL: interleaved patches bring their DeepStack features too")
-    visual_injection_interval: int = Field(1, ge=1, description="look for new patches every N iterations")
+    patch_increment: int = field(2, "budget growth whenever the best reward improves", ge=0)
+    visual_insert_stride: int = field(1, "inject after every N-th think token", ge=1)
+    visual_injection_start_step: int = field(0, "first iteration that injects", ge=0)
+    deep_patches: bool = field(False, "Qwen3-VL: interleaved patches bring their DeepStack features too")
+    visual_injection_interval: int = field(1, "look for new patches every N iterations", ge=1)
     # the other methods
-    rationale_tokens: int = Field(512, ge=1, description="multimodal-cot: most tokens of the rationale")
-    rationale_answer_tokens: int = Field(64, ge=1, description="multimodal-cot: most tokens of the answer after it")
-    scene_graph_tokens: int = Field(256, ge=1, description="ccot: most tokens of the scene graph")
-    icot_newlines: int = Field(2, ge=1, description="icot: insert patches at every N-th newline")
-    icot_patches: int = Field(16, ge=1, description="icot: patches of an insertion")
-    icot_insertions: int = Field(3, ge=0, description="icot: most insertions in an answer")
-    ltpo_thought_tokens: int = Field(10, ge=1, le=256, description="ltpo: think tokens")
-    ltpo_steps: int = Field(10, ge=0, description="ltpo: iterations")
-    ltpo_lr: float = Field(0.03, ge=0, description="ltpo: learning rate")
-    ltpo_sigma: float = Field(0.1, ge=0, description="ltpo: noise scale, absolute in embedding units")
-    ltpo_sigma_decay: float = Field(
-        0.99, ge=0, le=1, description="ltpo: factor on its noise scale after each iteration"
+    rationale_tokens: int = field(512, "multimodal-cot: most tokens of the rationale", ge=1)
+    rationale_answer_tokens: int = field(64, "multimodal-cot: most tokens of the answer after it", ge=1)
+    scene_graph_tokens: int = field(256, "ccot: most tokens of the scene graph", ge=1)
+    icot_newlines: int = field(2, "icot: insert patches at every N-th newline", ge=1)
+    icot_patches: int = field(16, "icot: patches of an insertion", ge=1)
+    icot_insertions: int = field(3, "icot: most insertions in an answer", ge=0)
+    ltpo_thought_tokens: int = field(10, "ltpo: think tokens", ge=1, le=256)
+    ltpo_steps: int = field(10, "ltpo: iterations", ge=0)
+    ltpo_lr: float = field(0.03, "ltpo: learning rate", ge=0)
+    ltpo_sigma: float = field(0.1, "ltpo: noise scale, absolute in embedding units", ge=0)
+    ltpo_sigma_decay: float = field(0.99, "ltpo: factor on its noise scale after each iteration", ge=0, le=1)
+    ulr_thought_tokens: int = field(4, "ulr: think tokens", ge=2, le=256)
+    ulr_steps: int = field(20, "ulr: iterations of both stages", ge=0)
+    ulr_alignment_steps: int = field(5, "ulr: of them, those of stage I", ge=0)
+    ulr_lr: float = field(1e-3, "ulr: learning rate of both stages", ge=0)
+    ulr_sigma: float = field(25.0, "ulr: noise scale, absolute in embedding units", ge=0)
+    ulr_sigma_decay: float = field(0.95, "ulr: factor on its noise scale after each iteration", ge=0, le=1)
+    ulr_temperature: float = field(0.2, "ulr: temperature of the alignment loss", ge=0.001)
+    consistency_samples: OrNone[int] = field(
+        None, "self-consistency: sampled answers; none: what dmlr costs, 3 to 40", ge=1
     )
-    ulr_thought_tokens: int = Field(4, ge=2, le=256, description="ulr: think tokens")
-    ulr_steps: int = Field(20, ge=0, description="ulr: iterations of both stages")
-    ulr_alignment_steps: int = Field(5, ge=0, description="ulr: of them, those of stage I")
-    ulr_lr: float = Field(1e-3, ge=0, description="ulr: learning rate of both stages")
-    ulr_sigma: float = Field(25.0, ge=0, description="ulr: noise scale, absolute in embedding units")
-    ulr_sigma_decay: float = Field(0.95, ge=0, le=1, description="ulr: factor on its noise scale after each iteration")
-    ulr_temperature: float = Field(0.2, ge=0.001, description="ulr: temperature of the alignment loss")
-    consistency_samples: OrNone[int] = Field(
-        None, ge=1, description="self-consistency: sampled answers; none: what dmlr costs, 3 to 40"
-    )
-    consistency_temperature: float = Field(0.7, ge=0.01, description="self-consistency: temperature of the samples")
+    consistency_temperature: float = field(0.7, "self-consistency: temperature of the samples", ge=0.01)
     # records
-    resume: bool = Field(False, description="keep the finished examples of an earlier run in output_dir")
-    verify_only: bool = Field(False, description="judge the saved answers in output_dir again, without the model")
-    use_llm_verify: bool = Field(
-        False, description="ask an LLM where the rules cannot decide (settings: OPENAI_API_KEY, ...)"
-    )
-    llm_verify_all: bool = Field(
-        False, description="with use_llm_verify: ask it about every answer, to compare it with the rules"
-    )
-    save_reward_csv: bool = Field(True, description="one CSV per example with reward, sigma and patches per iteration")
-    visual_token_viz: bool = Field(False, description="draw the kept patches of every example")
-    visual_token_viz_dir: str = Field("visual_token_viz", description="folder of those drawings, under output_dir")
-    verbose: int = Field(1, ge=0, le=2, description="0 silent, 1 progress, 2 every record")
+    resume: bool = field(False, "keep the finished examples of an earlier run in output_dir")
+    verify_only: bool = field(False, "judge the saved answers in output_dir again, without the model")
+    use_llm_verify: bool = field(False, "ask an LLM where the rules cannot decide (settings: OPENAI_API_KEY, ...)")
+    llm_verify_all: bool = field(False, "with use_llm_verify: ask it about every answer, to compare it with the rules")
+    save_reward_csv: bool = field(True, "one CSV per example with reward, sigma and patches per iteration")
+    visual_token_viz: bool = field(False, "draw the kept patches of every example")
+    visual_token_viz_dir: str = field("visual_token_viz", "folder of those drawings, under output_dir")
+    verbose: int = field(1, "0 silent, 1 progress, 2 every record", ge=0, le=2)
 
     def __init__(self, **values: Any) -> None:
         check_names(values)

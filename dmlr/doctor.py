@@ -14,7 +14,7 @@ import psutil
 import torch
 from huggingface_hub import constants
 
-from dmlr.config import Config, locate
+from dmlr.config import Config
 from dmlr.data.check import check_dataset
 from dmlr.data.examples import DatasetError
 from dmlr.judge.llm_settings import JudgeError, JudgeSettings
@@ -69,7 +69,7 @@ def embedded() -> Iterator[str]:
         except DatasetError as error:
             yield str(error)
     try:
-        load_checkpoint(Config(model_name_or_path=str(locate(EMBEDDED_MODEL)), device="cpu"))
+        load_checkpoint(Config(model_name_or_path=EMBEDDED_MODEL, device="cpu"))
     except ModelError as error:
         yield str(error)
 

@@ -16,17 +16,19 @@ from dmlr.config import Config, ConfigError, check_names, resolved, root
 PATHS = ("model_name_or_path", "dataset", "prompts_file", "image")  # each may be several, separated by commas
 
 
-def read_parameters(path: str | Path) -> dict[str, Any]:
-    """A parameter file: one YAML mapping of flat values. ConfigError says what else it is."""
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"parameter file {path}: {error}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict) or any(isinstance(value, dict | list) for value in values.values()):
-        raise ConfigError(f"parameter file {path}: expected one mapping of names to single values")
-    return {str(name): value for name, value in values.items()}
+def read_parameters(*paths: str | Path) -> dict[str, Any]:
+    """Parameter files, each one YAML mapping of flat values; later files win. ConfigError says what else one is."""
+    given: dict[str, Any] = {}
+    for path in paths:
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"parameter file {path}: {error}") from None
+        values = {} if values is None else values
+        if not isinstance(values, dict) or any(isinstance(value, dict | list) for value in values.values()):
+            raise ConfigError(f"parameter file {path}: expected one mapping of names to single values")
+        given |= {str(name): value for name, value in values.items()}
+    return given
 
 
 def check_parameters(notebook: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:

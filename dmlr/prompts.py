@@ -90,8 +90,8 @@ def load_prompts(path: str | Path | None) -> Prompts:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML: {error}") from None
     names = [f.name for f in fields(Prompts)]
-    if not isinstance(values, dict) or (unknown := set(values) - set(names)):
-        found = sorted(unknown) if isinstance(values, dict) else type(values).__name__
+    found = [name for name in values if name not in names] if isinstance(values, dict) else type(values).__name__
+    if found:
         raise ValueError(f"{path}: expected a mapping with keys among {names}, found {found}")
     if "solver" in values:
         solver = values["solver"]

@@ -7,6 +7,7 @@ goes on, and what fails does not stop the others. Knows nothing about models or 
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,19 +42,20 @@ class Cell:
     name: str
     given: Mapping[str, Any]
     everything: Path  # the folder of the whole grid
-    benchmark: str
+    file: Path  # the benchmark's parameters
 
     @property
     def executed(self) -> Path:
         """The executed copy of 03_benchmark; its report lies beside it."""
-        return Path(self.given["output_dir"]) / f"{self.benchmark}.ipynb"
+        return Path(self.given["output_dir"]) / f"{self.file.stem}.ipynb"
 
     def plan(self) -> Plan:
-        """Raises what the run would raise at once (FAILURES)."""
+        """Raises what the run would raise at once (FAILURES); of a benchmark that is not there, with what makes it."""
         try:
             return plan(config_of(BENCHMARK, check_parameters(BENCHMARK, self.given)))
         except DatasetError as error:
-            raise DatasetError(f"{error}{_how_to_make(self.benchmark)}") from None
+            command = re.search("^# Made by: (.+)$", self.file.read_text(encoding="utf-8"), re.MULTILINE)
+            raise DatasetError(f"{error} ({command[1]} makes it)" if command else f"{error}") from None
 
 
 def cells(
@@ -74,22 +76,18 @@ def cells(
     names = [name.strip() for name in (benchmarks or ",".join(BENCHMARKS)).split(",") if name.strip()]
     if not names:
         raise ConfigError("--benchmarks names none")
-    chosen = [seed.strip() for seed in seeds.split(",") if seed.strip()] or [None]
-    own = OWN if chosen == [None] else (*OWN, "seed")
+    chosen = [{"seed": seed.strip()} for seed in seeds.split(",") if seed.strip()] or [{}]
     paths = [parameter_file("models", model) for model in models]
     base = (output or root() / "reports" / "runs" / "table1" / (paths[0].stem if len(paths) == 1 else "")).resolve()
     made = []
     for path, benchmark, seed in product(paths, names, chosen):
         file = parameter_file("benchmarks", benchmark)
-        parameters = read_parameters(path)
-        for more in files:
-            parameters |= read_parameters(more)
-        parameters |= {**read_parameters(file), **given}
-        if taken := [name for name in own if name in parameters]:
+        parameters = read_parameters(path, *files, file) | given
+        if taken := [name for name in (*OWN, *seed) if name in parameters]:
             raise ConfigError(f"{taken[0]} is what table1 sets itself; --output names the folder of all its runs")
-        parts = [path.stem] * (len(paths) > 1) + [file.stem] + [f"seed{seed}"] * (seed is not None)
-        parameters |= {"output_dir": str(base.joinpath(*parts)), "resume": True}
-        made.append(Cell("/".join(parts), parameters | ({} if seed is None else {"seed": seed}), base, file.stem))
+        parts = [path.stem] * (len(paths) > 1) + [file.stem] + [f"seed{number}" for number in seed.values()]
+        parameters |= {"output_dir": str(base.joinpath(*parts)), "resume": True, **seed}
+        made.append(Cell("/".join(parts), parameters, base, file))
     return made
 
 
@@ -128,7 +126,15 @@ def run_all(table: Sequence[Cell], dry: bool = False) -> dict[str, str]:
                     print(as_text(made), flush=True)
                 if made.errors:
                     raise ConfigError("; ".join(made.errors))
-                states[cell.name] = "planned" if dry else _run(cell, made)
+                report = cell.executed.with_suffix(".html")
+                if dry:
+                    states[cell.name] = "planned"
+                elif made.complete and report.is_file():
+                    print(f"finished already: {shown(report)}", flush=True)
+                    states[cell.name] = "done before"
+                else:
+                    print(f"report: {shown(notebooks.run(BENCHMARK, cell.given, cell.executed))}", flush=True)
+                    states[cell.name] = "done"
         everything = table[0].everything
         if dry:
             print(f"\ntime of all that is still to do: {time_of(plans) if plans else 'unknown'}")
@@ -140,20 +146,3 @@ def run_all(table: Sequence[Cell], dry: bool = False) -> dict[str, str]:
     finally:
         print(f"\n{pd.Series(states).to_string()}", flush=True)
     return failures
-
-
-def _run(cell: Cell, made: Plan) -> str:
-    """The cell's state after it: done, or done before. RunError when its notebook fails."""
-    report = cell.executed.with_suffix(".html")
-    if made.complete and report.is_file():
-        print(f"finished already: {shown(report)}", flush=True)
-        return "done before"
-    print(f"report: {shown(notebooks.run(BENCHMARK, cell.given, cell.executed))}", flush=True)
-    return "done"
-
-
-def _how_to_make(name: str) -> str:
-    """The command that makes a benchmark's file, as the first lines of its parameter file tell it."""
-    text = (FOLDER / "params" / "benchmarks" / f"{name}.yaml").read_text(encoding="utf-8") if name in BENCHMARKS else ""
-    command = next((line.partition(": ")[2] for line in text.splitlines() if line.startswith("# Made by: ")), None)
-    return f" ({command} makes it)" if command else ""

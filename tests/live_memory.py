@@ -24,7 +24,7 @@ class LiveTensors(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if not isinstance(tensor, torch.Tensor):
+            if not isinstance(tensor, torch.Tensor) or tensor.is_mkldnn:  # those are weights, packed for few rows
                 continue
             storage = tensor.untyped_storage()
             if storage._cdata not in self._sizes and storage._cdata not in self._weights:

@@ -87,53 +87,37 @@ def example(vlm, config, prompt, batch, loop=optimize):
     return work
 
 
-def asked_for(config, prompt):
+def estimated(vlm, config, prompt):
+    """Bytes of one example in each stage, the prompt's lengths counted."""
     asked = workload(config.replace(max_pixels=len(prompt.image_columns)))
     assert asked.image_tokens == len(prompt.image_columns)
     text = len(prompt.input_ids) - asked.image_tokens
-    return dataclasses.replace(asked, prompt=len(prompt.input_ids), probed=asked.probed and text)
+    work = dataclasses.replace(asked, prompt=len(prompt.input_ids), probed=asked.probed and text)
+    return stages(Shape.of(vlm.model.config), vlm.dtype.itemsize, work)
 
 
-def estimate(vlm, config, prompt, batch):
-    return peak(Shape.of(vlm.model.config), vlm.dtype.itemsize, asked_for(config, prompt), batch)
+EVERY_PATCH = {"initial_patch_count": None, "num_selected_patches": None, "max_total_patches": None}
+LARGE, SMALL = (5, 140), (2, 30)  # side of the image in tokens, positions of the prompt
+ULR = ulr_config(Config.make("paper", methods="ulr", max_new_tokens=4, ulr_steps=7))
+CASES = [  # the stage that is the largest, by which parameters, prompt and batch
+    ("prefill", Config.make("paper", max_num_steps=2, max_new_tokens=4), LARGE, 8),
+    ("loop", Config.make("paper", max_num_steps=1, max_new_tokens=4, num_thought_tokens=8, **EVERY_PATCH), LARGE, 4),
+    ("decode", Config.make("paper", max_num_steps=1, max_new_tokens=40), SMALL, 2),
+    ("probe", ULR, (2, 230), 4),
+    ("probe", ULR, LARGE, 4),
+]
 
 
-def random_small():
-    """A random model with more layers than the tiny one; nothing ends an answer early."""
+@pytest.mark.parametrize(("stage", "config", "lengths", "batch"), CASES)
+def test_tensors_take_what_is_estimated_within_a_factor_of_one_and_a_half(stage, config, lengths, batch):
     vlm = tiny_vlm(layers=4, hidden=128)
-    vlm.eos_ids = [-1]
-    return vlm
-
-
-CASES = {  # which stage is the largest differs: prefill, loop (every patch after each think token), decode
-    "prefill": ({"max_num_steps": 2, "max_new_tokens": 4}, "prefill", 5, 140, 8),
-    "loop": ({"max_num_steps": 1, "max_new_tokens": 4, "initial_patch_count": None, "num_selected_patches": None,
-              "max_total_patches": None, "num_thought_tokens": 8}, "loop", 5, 140, 4),
-    "decode": ({"max_num_steps": 1, "max_new_tokens": 40}, "decode", 2, 30, 2),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_tensors_take_what_is_estimated_within_a_factor_of_one_and_a_half(case):
-    overrides, stage, side, length, batch = CASES[case]
-    vlm, config = random_small(), Config.make("paper", **overrides)
-    prompt = random_prompt(vlm, side, length, config.num_thought_tokens)
-    guess = estimate(vlm, config, prompt, batch)
-    parts = stages(Shape.of(vlm.model.config), 4, asked_for(config, prompt))
+    vlm.eos_ids = [-1]  # nothing ends an answer early
+    prompt = random_prompt(vlm, *lengths, config.num_thought_tokens)
+    parts = estimated(vlm, config, prompt)
     assert max(parts, key=parts.get) == stage
     with LiveTensors(vlm.model) as live:
-        example(vlm, config, prompt, batch)()
-    assert guess / 1.5 < live.peak < guess * 1.5
-
-
-@pytest.mark.parametrize(("side", "length"), [(2, 230), (5, 140)])
-def test_tensors_of_ulrs_two_stages_too(side, length):
-    vlm, config = random_small(), ulr_config(Config.make("paper", methods="ulr", max_new_tokens=4, ulr_steps=7))
-    prompt = random_prompt(vlm, side, length, config.num_thought_tokens)
-    guess = estimate(vlm, config, prompt, 4)
-    with LiveTensors(vlm.model) as live:
-        example(vlm, config, prompt, 4, two_stages)()
-    assert guess / 1.5 < live.peak < guess * 1.5
+        example(vlm, config, prompt, batch, two_stages if config is ULR else optimize)()
+    assert 1 / 1.5 < live.peak / (batch * parts[stage]) < 1.5
 
 
 @pytest.mark.gpu
@@ -143,7 +127,7 @@ def test_a_gpu_takes_what_is_estimated_within_a_factor_of_one_and_a_half(batch):
     vlm = random_vlm("3B", torch.bfloat16, "cuda")
     config = Config.make("paper", max_num_steps=2, max_new_tokens=64)
     prompt = random_prompt(vlm, 16, 640, config.num_thought_tokens)
-    guess = estimate(vlm, config, prompt, batch)
+    guess = batch * max(estimated(vlm, config, prompt).values())
     assert guess / 1.5 < peak_bytes(vlm.device, example(vlm, config, prompt, batch)) < guess * 1.5
 
 

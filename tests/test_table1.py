@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import product
 from unittest.mock import Mock
 
 import pytest
@@ -36,6 +37,10 @@ def no_model(monkeypatch):
         load_checkpoint(Config())
 
 
+def flags(given):
+    return [text for name, value in given.items() for text in ("-p", name, str(value))]
+
+
 def fast(tmp_path, **more):
     return Config.make("demo", **QUICK, **{"batch_size": 4, "output_dir": str(tmp_path / "run"), **more})
 
@@ -44,8 +49,8 @@ def fast(tmp_path, **more):
 
 
 def test_a_plan_tells_what_is_finished_what_is_left_and_how_long_it_takes(tmp_path, no_model, capsys):
-    asked = ["-p", "output_dir", str(tmp_path / "run"), "-p", "methods", "vanilla,dmlr,self-consistency"]
-    assert main(["run", NOTEBOOK, "--dry-run", *asked, "-p", "end_data_idx", "20", "-p", "batch_size", "4"]) == 0
+    given = {"output_dir": tmp_path / "run", "methods": "vanilla,dmlr,self-consistency"}
+    assert main(["run", NOTEBOOK, "--dry-run", *flags(given | {"end_data_idx": 20, "batch_size": 4})]) == 0
     told = capsys.readouterr().out
     assert re.search(r"mathematics +dmlr +20 +0 +0 +20 ", told)
     assert "0.00408 billion parameters; settings from folder" in told
@@ -117,8 +122,7 @@ def test_where_nothing_ran_before_time_is_from_settings_or_unknown(tmp_path, mon
 )
 def test_what_would_fail_is_said_before_it_does(tmp_path, monkeypatch, no_model, capsys, given, message):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    arguments = [text for name, value in given.items() for text in ("-p", name, value)]
-    assert main(["run", NOTEBOOK, "--dry-run", "-p", "output_dir", str(tmp_path / "run"), *arguments]) == 1
+    assert main(["run", NOTEBOOK, "--dry-run", *flags(given | {"output_dir": tmp_path / "run"})]) == 1
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
 
@@ -148,8 +152,7 @@ def test_table_1_goes_on_where_it_was_and_skips_what_is_finished(tmp_path, capsy
     monkeypatch.setattr(table1.notebooks, "run", in_this_process)
     monkeypatch.setattr("dmlr.index.write_index", lambda: None)
     (tmp_path / "missing.yaml").write_text("dataset: data/none.json\n")
-    command = ["table1", "shapes-vl", "--output", str(tmp_path / "table"), "--benchmarks"]
-    command[-1:-1] = [text for name, value in QUICK.items() for text in ("-p", name, str(value))]
+    command = ["table1", "shapes-vl", *flags(QUICK), "--output", str(tmp_path / "table"), "--benchmarks"]
     both = [*command, f"shapes-visual,{tmp_path / 'missing.yaml'}"]
     assert main([*both, "--dry-run"]) == 1
     assert re.search(r"visual +dmlr +4 +0 +0 +4 ", capsys.readouterr().out)
@@ -164,9 +167,8 @@ def test_table_1_goes_on_where_it_was_and_skips_what_is_finished(tmp_path, capsy
     assert main([*command, "shapes-visual"]) == 0
     again = log.read_bytes().splitlines(keepends=True)
     assert again[:2] == whole[:2], "what was finished is not done again"
-    assert [json.loads(line) | {"seconds": 0} for line in again] == [
-        json.loads(line) | {"seconds": 0} for line in whole
-    ]
+    one, other = ([json.loads(line) | {"seconds": 0} for line in lines] for lines in (again, whole))
+    assert one == other
     assert main([*command, "shapes-visual"]) == 0 and "finished already" in capsys.readouterr().out
 
 
@@ -190,9 +192,8 @@ def test_parameters_compose_and_the_last_one_wins(tmp_path):
 
 def test_a_grid_has_a_folder_for_each_model_benchmark_and_seed(tmp_path, monkeypatch, capsys):
     table = table1.cells(["shapes-vl", "qwen2.5-vl-3b"], "shapes-visual,mmvp", [], {}, tmp_path, "0,1")
-    names = [
-        f"{m}/{b}/seed{s}" for m in ("shapes-vl", "qwen2.5-vl-3b") for b in ("shapes-visual", "mmvp") for s in "01"
-    ]
+    grid = product(("shapes-vl", "qwen2.5-vl-3b"), ("shapes-visual", "mmvp"), ("seed0", "seed1"))
+    names = ["/".join(parts) for parts in grid]
     assert [cell.name for cell in table] == names
     assert [cell.given["output_dir"] for cell in table] == [str(tmp_path / name) for name in names]
     assert [cell.given["seed"] for cell in table] == ["0", "1"] * 4

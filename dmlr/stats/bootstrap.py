@@ -42,8 +42,8 @@ class Estimate:
 class Bootstrap:
     """Resamples of the clusters of `table`, the same ones for every mean taken, so that differences are paired."""
 
-    def __init__(self, table: pd.DataFrame, cluster: str, seed: int = 0, samples: int = SAMPLES):
-        self.table, self.seed, self.samples = table, seed, samples
+    def __init__(self, table: pd.DataFrame, cluster: str, seed: int = 0):
+        self.table, self.seed = table, seed
         self.cluster, names = pd.factorize(table[cluster])
         self.count = len(names)
 
@@ -84,7 +84,7 @@ class Bootstrap:
             return Estimate(point, math.nan, math.nan, n, clusters)
         from scipy.stats import DegenerateDataWarning, bootstrap  # takes a second that a run need not pay
 
-        how = {"n_resamples": self.samples, "method": "percentile", "vectorized": True, "paired": True, "batch": 500}
+        how = {"n_resamples": SAMPLES, "method": "percentile", "vectorized": True, "paired": True, "batch": 500}
         with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
             warnings.simplefilter("ignore", DegenerateDataWarning)  # a resample without any value has no mean: left out
             result = bootstrap(tuple(sums), statistic, rng=np.random.default_rng(self.seed), **how)

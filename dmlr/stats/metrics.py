@@ -1,7 +1,7 @@
 """Records -> numbers with their uncertainty: accuracy, paired comparison, groups. Pure functions, over scipy.
 
 A record counts when it was judged (`outcomes.is_right`); errors, skipped examples and failed judge calls are left
-out and counted beside. Nothing here is random except the bootstrap, which takes a seed. scipy and scikit-learn are
+out and counted beside. Nothing here is random except the bootstrap, whose seed is fixed. scipy and scikit-learn are
 imported where they are used: a run needs none of them.
 """
 
@@ -42,15 +42,12 @@ class Paired:
     """Run B against run A on the examples judged in both; `difference` = accuracy B − accuracy A."""
 
     n: int
-    accuracy_a: float
-    accuracy_b: float
     difference: float
     low: float
     high: float
     gained: list  # data_idx wrong in A and right in B
     lost: list  # right in A and wrong in B
     p_value: float
-    only_one: int  # examples judged in one run only: left out
 
 
 @dataclass(frozen=True)
@@ -85,8 +82,13 @@ def wilson(correct: int, total: int) -> Accuracy:
 
 def accuracy(records: Records) -> Accuracy:
     """Accuracy over judged records."""
-    judged = [right for record in records if (right := is_right(record)) is not None]
-    return wilson(sum(judged), len(judged))
+    right = [right for _, right in _judged(records)]
+    return wilson(sum(right), len(right))
+
+
+def _judged(records: Records) -> list[tuple[Mapping[str, Any], bool]]:
+    """The judged records, and whether each is right."""
+    return [(record, right) for record in records if (right := is_right(record)) is not None]
 
 
 def mcnemar_exact(gained: int, lost: int) -> float:
@@ -96,7 +98,7 @@ def mcnemar_exact(gained: int, lost: int) -> float:
     return float(binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
 
 
-def paired(a: Records, b: Records, *, seed: int = 0, samples: int = 10_000) -> Paired:
+def paired(a: Records, b: Records) -> Paired:
     """Compare two runs example by example (matched by data_idx), with percentile bootstrap interval and exact test.
 
     ValueError when a run has a data_idx twice. With no common example the numbers are NaN and the p-value 1.
@@ -105,31 +107,26 @@ def paired(a: Records, b: Records, *, seed: int = 0, samples: int = 10_000) -> P
     common = [idx for idx in a if idx in b]
     gained = [idx for idx in common if b[idx] and not a[idx]]
     lost = [idx for idx in common if a[idx] and not b[idx]]
-    n, only_one = len(common), len(a) + len(b) - 2 * len(common)
-    if n == 0:
-        return Paired(0, *[math.nan] * 5, [], [], 1.0, only_one)
+    if not common:
+        return Paired(0, math.nan, math.nan, math.nan, gained, lost, 1.0)
     from scipy.stats import bootstrap
 
-    difference = np.array([float(b[idx]) - a[idx] for idx in common])
-    low = high = difference.mean()
-    if n > 1:
-        how = {"confidence_level": LEVEL, "n_resamples": samples, "method": "percentile", "batch": 500}
-        low, high = bootstrap([difference], np.mean, rng=np.random.default_rng(seed), **how).confidence_interval
-    accuracy_a, accuracy_b = (sum(run[idx] for idx in common) / n for run in (a, b))
-    numbers = (accuracy_a, accuracy_b, float(difference.mean()), float(low), float(high))
-    return Paired(n, *numbers, gained, lost, mcnemar_exact(len(gained), len(lost)), only_one)
+    differences = np.array([float(b[idx]) - a[idx] for idx in common])
+    low = high = mean = float(differences.mean())
+    if len(common) > 1:
+        how = {"confidence_level": LEVEL, "n_resamples": 10_000, "method": "percentile", "batch": 500}
+        low, high = bootstrap([differences], np.mean, rng=np.random.default_rng(0), **how).confidence_interval
+    return Paired(len(common), mean, float(low), float(high), gained, lost, mcnemar_exact(len(gained), len(lost)))
 
 
 def _by_idx(records: Records) -> dict[Any, bool]:
-    judged: dict[Any, bool] = {}
-    for record in records:
-        if (right := is_right(record)) is None:
-            continue
+    by_idx: dict[Any, bool] = {}
+    for record, right in _judged(records):
         idx = record["data_idx"]
-        if idx in judged:
+        if idx in by_idx:
             raise ValueError(f"data_idx {idx!r} occurs twice in one run")
-        judged[idx] = right
-    return judged
+        by_idx[idx] = right
+    return by_idx
 
 
 def efficiency(records: Records) -> dict[str, float | int | None]:
@@ -222,8 +219,8 @@ def reliability(records: Records, score: str = "best_reward", bins: int = 5) -> 
 
 def _scored(records: Records, score: str) -> tuple[np.ndarray, np.ndarray]:
     """Scores and outcomes of the judged records that have a score."""
-    judged = [(r[score], is_right(r)) for r in records if r.get(score) is not None and is_right(r) is not None]
-    return np.array([s for s, _ in judged], dtype=float), np.array([ok for _, ok in judged], dtype=bool)
+    scored = [(record[score], right) for record, right in _judged(records) if record.get(score) is not None]
+    return np.array([value for value, _ in scored], dtype=float), np.array([right for _, right in scored], dtype=bool)
 
 
 def summary(runs: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
