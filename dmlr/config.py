@@ -327,19 +327,16 @@ LOOP = frozenset(
     "reward_position accept_at num_selected_patches max_total_patches initial_patch_count patch_increment "
     "min_pixels max_pixels max_new_tokens".split()
 )
-_PAPER = {name: field.default for name, field in Config.model_fields.items() if name in LOOP}
 _SMALL = {"min_pixels": None, "max_pixels": None, "max_new_tokens": 128}  # the embedded models' images and answers
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, Any]] = {  # where they differ from the defaults
     # The paper, App. A.3: the defaults above.
-    "paper": _PAPER,
+    "paper": {},
     # The defaults of the released README (commit 881c21a): every image token after each think token, sigma in the tens.
-    "released": _PAPER
-    | {"num_thought_tokens": 8, "max_num_steps": 20, "lr": 0.005, "sigma": 20.0}
+    "released": {"num_thought_tokens": 8, "max_num_steps": 20, "lr": 0.005, "sigma": 20.0}
     | {"initial_patch_count": None, "patch_increment": 0, "num_selected_patches": None, "max_total_patches": None}
     | {"reward": "logprob", "reward_position": "think_next", "accept_at": "candidate", "min_pixels": 128},
     # The embedded model on a laptop: small budgets, the model's own image size.
-    "demo": _PAPER
-    | {"max_num_steps": 10, "lr": 0.01, "sigma": 0.04}
+    "demo": {"max_num_steps": 10, "lr": 0.01, "sigma": 0.04}
     | {"initial_patch_count": 1, "patch_increment": 1, "num_selected_patches": 2, "max_total_patches": 8}
     | _SMALL,
     # A search that moves, for models that listen to their latents. Think tokens start as a text embedding, an order of
@@ -347,7 +344,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # token says anything; the step must scale with sigma squared; and one sample is too noisy an estimate of the
     # gradient to beat displacements at random that are kept by the same reward. An iteration costs nine evaluations
     # instead of the paper's two. No patches: what the latents do stands alone.
-    "search": _PAPER
-    | {"num_samples": 8, "sigma_relative": 15.0, "lr_relative": 5.0, "initial_patch_count": 0, "patch_increment": 0}
+    "search": {"num_samples": 8, "sigma_relative": 15.0, "lr_relative": 5.0}
+    | {"initial_patch_count": 0, "patch_increment": 0}
     | _SMALL,
 }

@@ -97,9 +97,15 @@ class Model:
         context = getattr(settings.get_text_config(), "max_position_embeddings", None)
         return cls(source, Shape.of(settings), Parameters.of(settings), context)
 
+    def weights(self, itemsize: int, device: str, bits: int | None = None) -> int:
+        """Their bytes; float32 on a CPU has a copy of what few rows go through (model/cpu_linear.py)."""
+        twice = device == "cpu" and itemsize == 4 and bits is None
+        packed = itemsize * (self.parameters.language + self.parameters.head) if twice else 0
+        return self.parameters.bytes(itemsize, bits) + packed
+
     def batch(self, config: Config, itemsize: int, free: int, device: str, bits: int | None = None) -> int:
         """Examples of such a run that go through together in what the weights leave of `free` bytes; 0: not one."""
-        left = free - self.parameters.bytes(itemsize, bits)
+        left = free - self.weights(itemsize, device, bits)
         return fitting_batch(self.shape, itemsize, workload(config, self.context), left, device)
 
 
@@ -136,7 +142,7 @@ class Needs:
         if device == "cuda":
             batch = max(1, model.batch(config, itemsize, free, device, config.load_in_bits)) if free else None
         batch = config.batch_size or (batch and min(batch, max(1, math.ceil(examples / config.num_workers))))
-        weights = model.parameters.bytes(itemsize, config.load_in_bits)
+        weights = model.weights(itemsize, device, config.load_in_bits)
         each = peak(model.shape, itemsize, workload(config, model.context), 1)
         return cls(device, itemsize, free, batch, model, weights, each)
 
@@ -235,7 +241,7 @@ def finished_examples(job: evaluate.Job, config: Config) -> int:
     """
     if not (job.folder / records.LOG).is_file():
         return 0
-    records.check_same(job.folder, config.as_dict(), evaluate.checksums(job, config))
+    records.check_same(job.folder, dict(config), evaluate.checksums(job, config))
     rows, log = {example.row for example in job.examples}, records.read_log(job.folder)
     return sum(record["row"] in rows and record["stop_reason"] != "error" for record in log)
 
@@ -259,25 +265,30 @@ def obstacles(config: Config, needs: Needs) -> list[str]:
     return missing
 
 
-def dry_run(notebook: str | Path, given: Mapping[str, Any], output: str | Path | None = None) -> tuple[str, list[str]]:
-    """The plan of a notebook's run as text, and what would fail; seen from the notebook's folder, as the kernel does.
-
-    Of a notebook that is no run of the benchmark (01, 04, ...) only parameters and output are known. Raises as `plan`,
-    and ConfigError for parameters that the notebook does not have.
-    """
-    notebook = Path(notebook).resolve()
-    values = check_parameters(notebook, given)
-    executed, config = Path(output or default_output(notebook, values)), config_of(notebook, values)
-    report = shown(executed.with_suffix(".html"))
+def plan_of(notebook: str | Path, values: Mapping[str, Any]) -> Plan | None:
+    """Of a notebook's run with checked parameters, seen from the notebook's folder, as the kernel does (a `.env` may
+    lie there); raises as `plan`. None for a notebook that is no run of the benchmark (01, 04, ...)."""
+    config, before = config_of(notebook, values), Path.cwd()
     if config is None:
-        lines = [f"{name}: {value}" for name, value in values.items()] or ["all parameters at their defaults"]
-        return "\n".join([*lines, f"report: {report}"]), []
-    before = Path.cwd()
-    os.chdir(notebook.parent)  # where a `.env` is looked for, among other things
+        return None
+    os.chdir(Path(notebook).resolve().parent)
     try:
-        made = plan(config)
+        return plan(config)
     finally:
         os.chdir(before)
+
+
+def dry_run(notebook: str | Path, given: Mapping[str, Any], output: str | Path | None = None) -> tuple[str, list[str]]:
+    """The plan of a notebook's run as text, and what would fail; without one, its parameters.
+
+    Raises as `plan`, and ConfigError for parameters that the notebook does not have.
+    """
+    values = check_parameters(notebook, given)
+    report = shown(Path(output or default_output(Path(notebook), values)).with_suffix(".html"))
+    made = plan_of(notebook, values)
+    if made is None:
+        lines = [f"{name}: {value}" for name, value in values.items()] or ["all parameters at their defaults"]
+        return "\n".join([*lines, f"report: {report}"]), []
     return f"{as_text(made)}\nreport     {report}", made.errors
 
 

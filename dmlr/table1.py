@@ -23,8 +23,8 @@ from dmlr.config import ConfigError, check_names, root, shown
 from dmlr.data.examples import DatasetError
 from dmlr.judge.llm_settings import JudgeError
 from dmlr.model.families import ModelError
-from dmlr.parameters import check_parameters, config_of, read_parameters
-from dmlr.planning import Plan, as_text, plan, time_of
+from dmlr.parameters import check_parameters, read_parameters
+from dmlr.planning import Plan, as_text, plan_of, time_of
 from dmlr.run.records import ResultsError, find_runs
 from dmlr.stats.published import BENCHMARKS
 
@@ -52,7 +52,7 @@ class Cell:
     def plan(self) -> Plan:
         """Raises what the run would raise at once (FAILURES); of a benchmark that is not there, with what makes it."""
         try:
-            return plan(config_of(BENCHMARK, check_parameters(BENCHMARK, self.given)))
+            return plan_of(BENCHMARK, check_parameters(BENCHMARK, self.given))
         except DatasetError as error:
             command = re.search("^# Made by: (.+)$", self.file.read_text(encoding="utf-8"), re.MULTILINE)
             raise DatasetError(f"{error} ({command[1]} makes it)" if command else f"{error}") from None

@@ -22,26 +22,21 @@ from dmlr.model.vlm import VLM
 from dmlr.planning import Model
 from dmlr.random_weights import random_prompt, random_vlm
 
-# Parameters of the published checkpoints: total_size of model.safetensors.index.json, over two bytes.
-PUBLISHED = {
-    "Qwen/Qwen2.5-VL-3B-Instruct": 3_754_622_976,
-    "Qwen/Qwen2.5-VL-7B-Instruct": 8_292_166_656,
-    "Qwen/Qwen3-VL-4B-Instruct": 4_437_815_808,
-    "Qwen/Qwen3-VL-8B-Instruct": 8_767_123_696,
-}
-
-
-@pytest.fixture(scope="module")
-def embedded():
-    return VLM.load(Config())
-
-
 # parameters
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_the_papers_models_have_the_published_number_of_parameters(name):
-    assert Model.of(name).parameters.total == PUBLISHED[name]
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("Qwen/Qwen2.5-VL-3B-Instruct", 3_754_622_976),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", 8_292_166_656),
+        ("Qwen/Qwen3-VL-4B-Instruct", 4_437_815_808),
+        ("Qwen/Qwen3-VL-8B-Instruct", 8_767_123_696),
+    ],
+)
+def test_the_papers_models_have_the_published_number_of_parameters(name, count):
+    """Of the checkpoints: total_size of model.safetensors.index.json, over two bytes."""
+    assert Model.of(name).parameters.total == count
 
 
 def test_fewer_bits_shrink_what_is_linear_and_nothing_else():
@@ -69,9 +64,7 @@ def test_every_family_has_the_parameters_and_the_cache_that_its_settings_say(fam
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in prefix.cache.layers)
     assert held == 4 * prefix.cache.length * shape.cache(vlm.dtype.itemsize)
     work = Work(prompt=len(encoded.input_ids), image_tokens=len(encoded.image_columns), new_tokens=0)
-    assert peak(shape, 4, work, 4) > live.peak / 2, (
-        "as small as these are, what is counted per image is not all there is"
-    )
+    assert peak(shape, 4, work, 4) > live.peak / 2, "these are so small that what is not counted shows"
 
 
 def example(vlm, config, prompt, batch, loop=optimize):
@@ -141,8 +134,8 @@ def test_the_batch_that_fits_is_the_largest_that_does(kind):
     assert fitting_batch(shape, 2, work, -(10**9), kind) == 0
 
 
-def test_a_models_own_batch_is_by_what_the_gpu_has_free(embedded, monkeypatch):
-    work = Work(prompt=1000, image_tokens=36, new_tokens=10)
+def test_a_models_own_batch_is_by_what_the_gpu_has_free(monkeypatch):
+    embedded, work = VLM.load(Config()), Work(prompt=1000, image_tokens=36, new_tokens=10)
     assert embedded.fitting_batch(work) == MOST["cpu"]
     monkeypatch.setattr(VLM, "device", torch.device("cuda"))
     each = peak(Shape.of(embedded.model.config), 4, work, 1)

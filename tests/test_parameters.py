@@ -159,6 +159,7 @@ def test_help_and_types_of_parameters_are_configs(path):
 def test_a_preset_fills_what_is_left_at_none_and_nothing_else(preset):
     values = check_parameters(BENCHMARK, {"preset": preset, "sigma": "0.3", "max_pixels": "none"})
     assert config_of(BENCHMARK, values) == Config.make(preset, sigma=0.3)
+    assert PRESETS[preset].keys() <= LOOP
     with pytest.raises(ConfigError, match="unknown preset 'papr' .did you mean 'paper'"):
         check_parameters(BENCHMARK, {"preset": "papr"})
 
@@ -169,7 +170,8 @@ def test_a_preset_fills_what_is_left_at_none_and_nothing_else(preset):
 @pytest.mark.parametrize("name", [*MODELS, *DATA])
 def test_no_parameter_file_repeats_what_a_preset_says(name):
     given = (MODELS | DATA)[name]
-    assert {n for n, value in given.items() if PRESETS.get(given.get("preset"), {}).get(n, given) == value} == set()
+    preset = dict(Config.make(given["preset"])) if "preset" in given else {}
+    assert {n for n in LOOP & preset.keys() & given.keys() if preset[n] == given[n]} == set()
 
 
 def test_there_is_a_file_for_every_model_and_every_benchmark_of_the_paper():

@@ -85,7 +85,7 @@ def test_damage_before_the_last_line_is_an_error_that_names_the_line(tmp_path):
 
 
 def test_a_run_from_before_a_parameter_existed_goes_on_at_its_default(tmp_path):
-    now = Config().as_dict()
+    now = dict(Config())
     before = {name: value for name, value in now.items() if name != "deep_patches"}
     with RunLog(tmp_path, before) as log:
         log.append(record(0))
