@@ -340,7 +340,7 @@ def serving(tmp_path, *options):
 
 
 @pytest.mark.slow
-def test_nothing_is_lost_and_memory_hardly_grows(tmp_path):
+def test_nothing_is_lost_and_memory_does_not_grow(tmp_path):
     """Rounds of 200 at once: of ten one is malformed, one hangs up, waiting or in the middle of its request."""
     bodies = [
         json.dumps(
@@ -381,8 +381,7 @@ def test_nothing_is_lost_and_memory_hardly_grows(tmp_path):
             memory.append(process.memory_info().rss / 2**20)
     print("MiB after each round of 200:", *(f"{size:.0f}" for size in memory))
     assert all(answers == rounds[0] for answers in rounds) and rounds[0][3::10] == [400] * 20
-    # Flat it is not: 10 to 16 MiB a round were seen, of 22 that the requests of a round hold.
-    assert max(memory[2:]) - memory[1] < 80, memory
+    assert max(memory[2:]) - memory[1] < 25, memory
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
