@@ -154,9 +154,12 @@ def _canonical(name: str) -> str:
 
 def _make(name: str, files: Folder, source: str | Path | None) -> list[str]:
     """Writes all rows and images; returns remarks."""
+    from huggingface_hub import HfApi
+
     benchmark, rows, unusable = BENCHMARKS[name], [], []
+    revision = files.origin.get("revision")  # none: the newest
     with _one_sentence(source or benchmark.repo):
-        revision = None if source else _commit(benchmark.repo, files.origin.get("revision"))
+        revision = None if source else HfApi(token=_token()).dataset_info(benchmark.repo, revision=revision).sha
     files.origin = files.origin or {"repo": benchmark.repo, "revision": revision}
     for number, raw in enumerate(raw_rows(benchmark, source, revision)):
         try:
@@ -217,13 +220,6 @@ def _one_sentence(where: str | Path) -> Iterator[None]:
             f"{where}: cannot be read ({type(error).__name__}: {reason}); where the hub asks for it set HF_TOKEN, or "
             "give a local copy of the repository with --source"
         ) from None
-
-
-def _commit(repo: str, revision: str | None) -> str:
-    """The commit of a dataset on the hub: the newest, unless a revision is given."""
-    from huggingface_hub import HfApi
-
-    return HfApi(token=_token()).dataset_info(repo, revision=revision).sha
 
 
 def _token() -> str | None:
