@@ -1,7 +1,5 @@
-"""What people see, in a real browser: the walkthrough in JupyterLab, and a report whose model was hostile.
-
-JupyterLab runs on a copy of the notebook with folders of its own: neither the checkout nor the user's settings change.
-"""
+"""The walkthrough in JupyterLab, in a real browser, on a copy of the notebook with folders of its own: neither the
+checkout nor the user's settings change. Reports in a browser: test_reports.py."""
 
 import json
 import os
@@ -14,11 +12,7 @@ from pathlib import Path
 
 import pytest
 from browser import opened
-from saved_run import free_port, save_dataset, settings
-
-from dmlr import notebooks
-from dmlr.config import Config
-from dmlr.run.evaluate import run
+from saved_run import free_port
 
 ROOT = Path(__file__).parents[1]
 ATTACK = '<script>window.hacked = 1</script><img src="http://example.com/x.png" onerror="window.hacked = 2">'
@@ -125,25 +119,3 @@ def test_the_walkthrough_in_jupyterlab(lab, tmp_path):
         assert page.left == []
         assert errors == []
     assert (ROOT / "notebooks" / "01_walkthrough.ipynb").read_bytes() == source
-
-
-def test_a_hostile_answer_is_text_in_a_report(tmp_path):
-    """The benchmark's report of a run in which dataset and model say whatever an attacker would like to."""
-    dataset = save_dataset(tmp_path / "data", [f"{i} {ATTACK}" for i in range(3)])
-    given = settings(ROOT / "data" / "models" / "shapes-vl", dataset, tmp_path / "run")
-    run(Config.make(None, **given))
-    for log in (tmp_path / "run").rglob("log.jsonl"):
-        records = [json.loads(line) for line in log.read_text().splitlines()]
-        hostile = {"model_output": f"{ATTACK} \\boxed{{{ATTACK}}}"}
-        log.write_text("".join(json.dumps(record | hostile) + "\n" for record in records))
-    benchmark = ROOT / "notebooks" / "03_benchmark.ipynb"
-    report = notebooks.run(benchmark, {**given, "verify_only": True}, tmp_path / "report.ipynb")
-    with opened(viewport={"width": 390, "height": 900}) as page:
-        page.goto(report.as_uri(), wait_until="networkidle")
-        cards = [card.text_content() for card in page.locator("article.dmlr-card").all()]
-        assert [text.count(ATTACK) for text in cards] == [5, 0, 5]  # question, two answers with two each; an error
-        assert page.evaluate("() => window.hacked") is None
-        assert page.left == []
-        described = page.evaluate("() => [...document.images].map(image => image.alt.trim())")
-        assert described and all(described)
-        assert page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")  # on a phone

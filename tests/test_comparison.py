@@ -64,12 +64,12 @@ def test_runs_stand_in_order_with_everything_that_is_no_plain_right_or_wrong(tmp
     write_run(tmp_path, "a", "vanilla", [True, False, True, True, True, True])
     tables, expected = shown(), metrics.wilson(2, 4)
     first, second = tables.runs
-    names = {"run": "a", "dataset": "MMVP", "method": "dmlr", "seed": "42"}
+    names = {"run": "a", "dataset": "MMVP", "method": "dmlr"}
     interval = f"{expected.low:.1%} – {expected.high:.1%}"
     assert first["method"] == "vanilla"
-    assert second == names | {"accuracy": "50.0%", "95 % interval": interval, "n": 4}, "one model and one setting"
+    assert second == names | {"seed": "42", "accuracy": "50.0%", "95 % interval": interval, "n": 4}, "one setting"
     counts = {"judged": 4, "abstained": 0, "unparsed": 1, "judge failed": 1, "errors": 1, "skipped": 0}
-    assert tables.outcomes[1] == names | counts | {"s / example": "0.50"}
+    assert tables.outcomes[1] == names | counts | {"seconds": "0.50"}
     assert tables.seeds == tables.groups == tables.calibration == []
 
 
@@ -134,12 +134,11 @@ def test_settings_get_letters_and_say_in_what_they_differ(tmp_path, shown):
     write_run(tmp_path, "b", "dmlr", [True, True], config={"sigma": 0.3, "top_k": 5, "batch_size": 7})
     write_run(tmp_path, "c", "dmlr", [False, False], llm_judge={"model": "m", "every": True})
     tables = shown()
-    assert [(row["setting"], row["σ"], row["top_k"], row["judge"]) for row in tables.settings] == [
-        ("A", "0.1", "10", "rules"),
-        ("B", "0.3", "5", "rules"),
-        ("C", "0.1", "10", "m, every answer"),
-    ]
-    assert "batch_size" not in tables.settings[0] and "lr" not in tables.settings[0]
+    settings = {row.pop("parameter"): row for row in tables.settings}
+    assert settings["σ"] == {"A": "0.1", "B": "0.3", "C": "0.1"}
+    assert settings["top_k"] == {"A": "10", "B": "5", "C": "10"}
+    assert settings["judge"] == {"A": "rules", "B": "rules", "C": "m, every answer"}
+    assert not {"batch_size", "lr"} & set(settings)
     assert [row["setting"] for row in tables.table_1] == [row["setting"] for row in tables.runs] == ["A", "B", "C"]
 
 

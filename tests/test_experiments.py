@@ -19,12 +19,8 @@ ABLATIONS, EFFICIENCY = (ROOT / "notebooks" / f"{name}.ipynb" for name in ("02_a
 @pytest.fixture(scope="module")
 def ablations(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablations")
-    given = {
-        "dataset": "data/shapes/visual.json",
-        "end_data_idx": 4,
-        "reward_iterations": "0,2",
-        "output_dir": str(folder / "runs"),
-    }
+    given = {"dataset": "data/shapes/visual.json", "end_data_idx": 4, "reward_iterations": "0,2"}
+    given |= {"output_dir": str(folder / "runs")}
     return folder, given, notebooks.run(ABLATIONS, given, folder / "out.ipynb")
 
 
@@ -35,18 +31,9 @@ def test_ablations_have_a_row_for_every_setting(ablations):
     shown = {table.find("th").get_text(): table for table in soup.find_all("table") if table.find("th")}
     found = [path for path in find_runs(folder / "runs") if path.name != "vanilla"]
     runs = {path.relative_to(folder / "runs").parts[0]: read_results(path) for path in found}
-    axes = {
-        "patches interleaved": 5,
-        "iterations T": 6,
-        "patches per think token m": 5,
-        "σ in % of the embedding's RMS": 6,
-        "think tokens L": 5,
-        "reward, read at": 6,
-        "update and acceptance": 6,
-        "reward": 5,
-    }
-    for axis, count in axes.items():
-        assert len(shown[axis].find_all("tr")) == 1 + count, axis
+    axes = {"patches interleaved": 5, "iterations T": 6, "patches per think token m": 5, "think tokens L": 5}
+    axes |= {"σ in % of the embedding's RMS": 6, "reward, read at": 6, "update and acceptance": 6, "reward": 5}
+    assert {axis: len(shown[axis].find_all("tr")) - 1 for axis in axes} == axes
     rows = [[cell.get_text() for cell in row.find_all("td")] for row in shown["iterations T"].find_all("tr")[1:]]
     for label, accuracy, *_ in rows:
         result = runs[f"max_num_steps={label}"]
@@ -64,14 +51,9 @@ def test_ablations_run_again_reuse_what_is_there(ablations, tmp_path):
 
 
 def test_efficiency_shows_what_was_measured(tmp_path):
-    given = {
-        "device": "cpu",
-        "end_data_idx": 4,
-        "max_num_steps": 2,
-        "samples": "1,4",
-        "runs_folder": str(tmp_path / "none"),
-    }
-    report = notebooks.run(EFFICIENCY, {**given, "output_dir": str(tmp_path / "samples")}, tmp_path / "out.ipynb")
+    given = {"device": "cpu", "end_data_idx": 4, "max_num_steps": 2, "samples": "1,4"}
+    given |= {"runs_folder": str(tmp_path / "none"), "output_dir": str(tmp_path / "samples")}
+    report = notebooks.run(EFFICIENCY, given, tmp_path / "out.ipynb")
     page = report.read_text(encoding="utf-8")
     text = BeautifulSoup(page, "html.parser").get_text()
     for shape in json.loads((ROOT / "reports/efficiency/cpu.json").read_text())["shapes"]:

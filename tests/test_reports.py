@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 from browser import opened
 from bs4 import BeautifulSoup
@@ -20,9 +21,9 @@ from dmlr import index as report_index
 from dmlr import notebooks
 from dmlr.cli import parser
 from dmlr.parameters import check_parameters, read_parameters
-from dmlr.show import gallery, page
+from dmlr.show import gallery
 from dmlr.show.provenance import in_words, provenance
-from dmlr.show.style import gallery_script, policy
+from dmlr.show.style import gallery_script, policy, table
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -54,6 +55,10 @@ def cards_of(html):
     return BeautifulSoup(html, "html.parser").select("article.dmlr-card")
 
 
+def html_cards(run, **more):
+    return cards_of(gallery.html(gallery.cards(run), **more))
+
+
 # records -> cards
 
 
@@ -82,20 +87,17 @@ def test_what_a_method_changed_comes_first():
         )
     )
     assert [card["idx"] for card in found] == [1, 3, 0, 2, 4]
-    assert found[0]["changes"] == ["lost", "both right"]
-    assert found[1]["changes"] == ["both wrong", "gained"]
-    assert found[-1]["changes"] == ["not judged", "not judged"]
+    changes = [["lost", "both right"], ["both wrong", "gained"], ["not judged", "not judged"]]
+    assert [found[at]["changes"] for at in (0, 1, -1)] == changes
     assert [answer["name"] for answer in found[0]["answers"]] == ["vanilla", "dmlr", "ltpo"]
 
 
 def test_a_card_says_verdict_rule_reward_and_error():
     told = {"rule": "number:boxed", "initial_reward": 0.5, "best_reward": 0.75, "category": "sums"}
-    run = {
-        ("suite", "vanilla"): {"entries": [record(3, "error", error="RuntimeError: no memory", model_output="")]},
-        ("suite", "dmlr"): {"entries": [record(3, "unparsed", **told)]},
-    }
-    (card,) = cards_of(page.gallery(gallery.cards(run)))
-    text = re.sub(r"\s+", " ", card.get_text())
+    failed = record(3, "error", error="RuntimeError: no memory", model_output="")
+    both = {"vanilla": failed, "dmlr": record(3, "unparsed", **told)}
+    (card,) = html_cards({("suite", method): {"entries": [entry]} for method, entry in both.items()})
+    text = " ".join(card.get_text().split())
     assert "vanilla error RuntimeError: no memory" in text
     assert "dmlr ✗ wrong unparsed · number:boxed · reward 0.5000 → 0.7500 answer 3" in text
     assert "not judged · suite · example 3" in text
@@ -107,7 +109,7 @@ def test_runs_that_have_not_the_same_examples_still_show_all_of_them():
     found = {(card["dataset"], card["idx"]): card for card in gallery.cards(run)}
     assert found["suite", 1]["changes"] == ["not judged"]
     assert [answer["name"] for answer in found["other", "x"]["answers"]] == ["dmlr"]
-    assert len(cards_of(page.gallery(list(found.values())))) == 3
+    assert len(cards_of(gallery.html(list(found.values())))) == 3
 
 
 def test_rows_without_an_index_have_a_card_each():
@@ -119,6 +121,21 @@ def test_rows_without_an_index_have_a_card_each():
 # cards -> HTML
 
 
+def test_tables_escape_and_set_numbers_flush_right():
+    frame = pd.DataFrame({"name": [ATTACK], "n": [12], "share": ["81.2%"], "said": ["a\x1bb"]})
+    cells = BeautifulSoup(table(frame), "html.parser").find_all("td")
+    assert [cell.get_text() for cell in cells] == [ATTACK, "12", "81.2%", "a␛b"]
+    assert [cell.get("class") for cell in cells] == [None, ["number"], ["number"], None]
+
+
+def test_what_a_model_says_cannot_steer_the_page_or_its_neighbours():
+    """ESC and NUL are shown as symbols, and text that turns the direction ends where it stands."""
+    entry = record("q\u202e1", "correct", question="Which?\x07", model_output="red\x1b[2J\x00")
+    html = gallery.html(gallery.cards({("suite", "vanilla"): {"entries": [entry]}}))
+    assert "red␛[2J␀" in html and "Which?␇" in html and not {"\x1b", "\x00", "\x07"} & set(html)
+    assert "<bdi>q\u202e1</bdi>" in html
+
+
 def test_hostile_text_stays_text_everywhere():
     hostile = {"question": ATTACK, "ground_truth": ATTACK, "model_output": ATTACK, "rule": ATTACK, "category": ATTACK}
     run = {
@@ -126,11 +143,10 @@ def test_hostile_text_stays_text_everywhere():
         for method in ("vanilla", ATTACK)
     }
     run["b", "vanilla"] = {"entries": [record(0, "correct", image_path=f"/{ATTACK}.png", category="c")]}
-    html = page.gallery(gallery.cards(run))
+    html = gallery.html(gallery.cards(run))
     soup = BeautifulSoup(html, "html.parser")
     assert external_requests(html) == []
-    assert len(soup.find_all("script")) == 1
-    assert not soup.find("img")
+    assert len(soup.find_all("script")) == 1 and not soup.find("img")
     # Question, truth, where it is from (dataset, category, example); of both methods: rule, answer; the second's name.
     for card in cards_of(html)[:3]:
         assert card.get_text().count("window.hacked = 1") == 5 + 4 + 1
@@ -145,7 +161,7 @@ def test_an_image_is_stored_once_and_its_patches_are_outlined(tmp_path):
     paths = [str(tmp_path / f"{name}.png") for name in "aaab"]
     records = [record(i, "correct", image_path=path) for i, path in enumerate(paths)]
     records.append(record(4, "correct", image_path=[str(tmp_path / "same.png"), str(tmp_path / "b.png")], **kept))
-    html = page.gallery(gallery.cards({("suite", "dmlr"): {"entries": records}}))
+    html = gallery.html(gallery.cards({("suite", "dmlr"): {"entries": records}}))
     soup = BeautifulSoup(html, "html.parser")
     stored = {image["id"] for image in soup.select("defs image")}
     assert len(soup.select("defs image")) == len(stored) == 2
@@ -159,23 +175,19 @@ def test_an_image_is_stored_once_and_its_patches_are_outlined(tmp_path):
 
 
 def test_outlines_are_the_cells_and_nest():
-    path, nested = page.outlines([[5], [5]], (2, 4), (80, 40)).values()
+    path, nested = gallery.outlines([[5], [5]], (2, 4), (80, 40)).values()
     left, top, wide, high = map(float, re.fullmatch(r"M(\S+) (\S+)h(\S+)v(\S+)h\S+z", path).groups())
-    assert 20 < left < 23  # row 1, column 1 of cells of 20 × 20
-    assert 20 < top < 23
-    assert 16 < wide == high < 20
+    assert 20 < left == top < 23 and 16 < wide == high < 20  # row 1, column 1 of cells of 20 × 20
     assert float(re.match(r"M(\S+)", nested)[1]) > left
-    assert page.outlines([[], [8], [-1]], (2, 4), (80, 40)) == {}
+    assert gallery.outlines([[], [8], [-1]], (2, 4), (80, 40)) == {}
 
 
 def test_a_thumbnail_that_cannot_be_made_is_named_and_nothing_is_downloaded(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     paths = [str(tmp_path / "broken.png"), "https://example.com/a.png", None]
     entries = [record(i, "correct", image_path=path) for i, path in enumerate(paths)]
-    broken, remote, none = cards_of(page.gallery(gallery.cards({("suite", "dmlr"): {"entries": entries}})))
-    assert "no image: " in broken.get_text()
-    assert "not downloaded" in remote.get_text()
-    assert "no image" not in none.get_text()
+    broken, remote, none = (card.get_text() for card in html_cards({("suite", "dmlr"): {"entries": entries}}))
+    assert "no image: " in broken and "not downloaded" in remote and "no image" not in none
 
 
 def test_a_thousand_photographs_stay_below_fifteen_megabytes(tmp_path):
@@ -188,11 +200,11 @@ def test_a_thousand_photographs_stay_below_fifteen_megabytes(tmp_path):
     kept = {"patches": [list(range(16))] * 4, "patch_grid": [14, 18], "model_output": "word " * 60}
     entries = [record(0, "correct", image_path=str(tmp_path / "a.jpg"), **kept)]
     run = {("suite", method): {"entries": entries} for method in ("vanilla", "dmlr")}
-    assert len(page.gallery(gallery.cards(run)).encode()) - len(page.gallery([]).encode()) < 15e3
+    assert len(gallery.html(gallery.cards(run)).encode()) - len(gallery.html([]).encode()) < 15e3
 
 
 def test_cards_beyond_the_most_are_counted():
-    html = page.gallery(gallery.cards(results(vanilla="wrong " * 5, dmlr="wrong wrong wrong wrong correct")), most=3)
+    html = gallery.html(gallery.cards(results(vanilla="wrong " * 5, dmlr="wrong wrong wrong wrong correct")), most=3)
     assert [card["data-changes"] for card in cards_of(html)] == ["gained", "both wrong", "both wrong"]
     assert "2 more examples are not shown" in html
 
@@ -202,7 +214,7 @@ def test_cards_beyond_the_most_are_counted():
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """A report with a gallery of six questions and two methods; two of them say hostile things."""
+    """A report with a wide table, and a gallery of six questions and two methods; some of it hostile."""
     folder = tmp_path_factory.mktemp("report")
     run = results(vanilla="wrong correct correct correct wrong wrong", dmlr="correct wrong correct correct wrong error")
     for result in run.values():
@@ -212,7 +224,7 @@ def report(tmp_path_factory):
     Image.new("RGB", (90, 90), "white").save(folder / "white.png")
     run["suite", "dmlr"]["entries"][0] |= {"patches": [[0], [3]], "patch_grid": [2, 2]}
     run["suite", "vanilla"]["entries"][0]["image_path"] = str(folder / "white.png")
-    html = page.gallery(gallery.cards(run))
+    html = gallery.html(gallery.cards(run))
     executed = nbformat.v4.new_notebook()
     executed.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     executed.metadata["papermill"] = {
@@ -220,8 +232,9 @@ def report(tmp_path_factory):
         "start_time": "2026-01-02T03:04:05+00:00",
         "parameters": {"dataset": f"{ROOT}/data/a b.json,c", "resume": True, "seed": 42},
     }  # fmt: skip
-    shown = nbformat.v4.new_output("display_data", {"text/html": html})
-    executed.cells = [nbformat.v4.new_markdown_cell("# A title"), nbformat.v4.new_code_cell("1", outputs=[shown])]
+    wide = table(pd.DataFrame([{f"a column {n}": ATTACK for n in range(9)}]))
+    shown = [nbformat.v4.new_output("display_data", {"text/html": text}) for text in (wide, html)]
+    executed.cells = [nbformat.v4.new_markdown_cell("# A title"), nbformat.v4.new_code_cell("1", outputs=shown)]
     executed.cells.append(nbformat.v4.new_code_cell("seed: int = 42", metadata={"tags": ["parameters"]}))
     nbformat.write(executed, folder / "executed.ipynb")
     notebooks.render(folder / "executed.ipynb", folder / "report.html")
@@ -230,24 +243,15 @@ def report(tmp_path_factory):
 
 def test_the_policy_allows_the_pages_script_and_no_other(report):
     soup = BeautifulSoup(report.read_text(encoding="utf-8"), "html.parser")
-    content = soup.find("meta", attrs={"http-equiv": "Content-Security-Policy"})["content"]
-    assert content == policy()
-    rules = dict(rule.split(" ", 1) for rule in content.split("; "))
     (script,) = soup.find_all("script")
-    assert rules == {
-        "default-src": "'none'",
-        "img-src": "data:",
-        "style-src": "'unsafe-inline'",
-        "script-src": f"'{sha256(script.string)}'",
-        "base-uri": "'none'",
-        "form-action": "'none'",
-    }
-    assert "</script" not in gallery_script()
+    rules = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+    rules += f"script-src '{sha256(script.string)}'; base-uri 'none'; form-action 'none'"
+    content = soup.find("meta", attrs={"http-equiv": "Content-Security-Policy"})["content"]
+    assert content == policy() == rules and "</script" not in gallery_script()
 
 
 def test_the_header_says_when_how_long_and_by_which_command(report):
-    soup = BeautifulSoup(report.read_text(encoding="utf-8"), "html.parser")
-    head = soup.select_one(".masthead")
+    head = BeautifulSoup(report.read_text(encoding="utf-8"), "html.parser").select_one(".masthead")
     assert "DMLR · executed · 2026-01-02 03:04 UTC · took 1 min 3 s" in head.get_text()
     command = "python -m dmlr run notebooks/03_benchmark.ipynb -p dataset 'data/a b.json,c' -p resume true"
     assert head.code.get_text() == command
@@ -311,7 +315,7 @@ def test_between_three_methods_the_reader_chooses(tmp_path):
         if method != "vanilla":
             result["entries"][2] |= {"patches": [[0 if method == "dmlr" else 3]], "patch_grid": [2, 2]}
     path = tmp_path / "page.html"
-    path.write_text(f"<!DOCTYPE html><meta charset=utf-8>{page.gallery(gallery.cards(run))}", encoding="utf-8")
+    path.write_text(f"<!DOCTYPE html><meta charset=utf-8>{gallery.html(gallery.cards(run))}", encoding="utf-8")
     with opened() as tab:
         tab.goto(path.as_uri())
         for position, method in ((1, "dmlr"), (2, "ltpo")):
@@ -361,32 +365,26 @@ def test_a_report_is_readable_on_a_phone_and_without_scripts(report):
 # the index
 
 
-def saved(folder, method, states, when=None):
-    target = folder / "suite" / method / "results.json"
-    target.parent.mkdir(parents=True)
-    (result,) = results(**{method: states}).values()
-    target.write_text(json.dumps({"model": "a/model", "dataset": "suite.json", "method": method, **result}))
-    if when:
-        os.utime(target, (when, when))
-
-
 def test_the_index_is_sorted_has_headline_numbers_and_survives_a_broken_run(tmp_path):
-    saved(tmp_path / "runs" / "old", "vanilla", "wrong correct", when=1e9)
-    for method, states in {"vanilla": "wrong wrong", "dmlr": "correct correct"}.items():
-        saved(tmp_path / "runs" / "new", method, states)
-    (tmp_path / "runs" / "new" / "a.html").write_text("<title>The &lt;report&gt;</title>")
     broken = tmp_path / "runs" / "old" / "suite" / "dmlr" / "results.json"
-    broken.parent.mkdir()
+    for folder, method, states in [("old", "vanilla", "wrong correct"), ("old", "dmlr", "wrong"),
+                                   ("new", "vanilla", "wrong wrong"), ("new", "dmlr", "correct correct")]:  # fmt: skip
+        (result,) = results(**{method: states}).values()
+        target = tmp_path / "runs" / folder / "suite" / method / "results.json"
+        target.parent.mkdir(parents=True)
+        target.write_text(json.dumps({"model": "a/model", "dataset": "suite.json", "method": method, **result}))
+        if folder == "old":
+            os.utime(target, (1e9, 1e9))
     broken.write_text("{")
     os.utime(broken, (1e9, 1e9))
+    (tmp_path / "runs" / "new" / "a.html").write_text("<title>The &lt;report&gt;</title>")
     (tmp_path / "examples").mkdir()
     (tmp_path / "examples" / "b.html").write_text("<title>Another</title>")
     html = report_index.write_index(tmp_path).read_text(encoding="utf-8")
     soup = BeautifulSoup(html, "html.parser")
     runs = soup.select("ul.runs > li")
     assert [run.h3.get_text() for run in runs] == ["new", "old"]
-    assert runs[0].a["href"] == "runs/new/a.html"
-    assert runs[0].a.get_text() == "The <report>"
+    assert (runs[0].a["href"], runs[0].a.get_text()) == ("runs/new/a.html", "The <report>")
     rows = [[cell.get_text() for cell in row.find_all("td")] for row in runs[0].select("tbody tr")]
     assert [row[:3] + row[4:7] for row in rows] == [
         ["suite", "vanilla", "0.0%", "", "", "2"],

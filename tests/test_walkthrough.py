@@ -35,23 +35,10 @@ ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
 @pytest.fixture(scope="module")
-def config():
-    return Config.make("demo", device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def vlm(config):
-    return VLM.load(config)
-
-
-@pytest.fixture(scope="module")
-def example():
-    return load_dataset("data/shapes/mathematics.json")[0][2]  # its answer changes on the way
-
-
-@pytest.fixture(scope="module")
-def walk(vlm, config, example):
-    return explore(vlm, config, example, [open_image(example.image)], top=config.top_k)
+def walk():
+    """The embedded model's, through a question whose answer changes on the way."""
+    config, example = Config.make("demo", device="cpu"), load_dataset("data/shapes/mathematics.json")[0][2]
+    return explore(VLM.load(config), config, example, [open_image(example.image)], top=config.top_k)
 
 
 @pytest.fixture(scope="module")
@@ -64,19 +51,10 @@ def tiny():
     return tiny_vlm()
 
 
-def uploaded(name, content):
-    """What a FileUpload holds after one file."""
-    about = {"name": name, "type": "image/png", "size": len(content), "content": memoryview(content)}
-    return ({**about, "last_modified": datetime.now(timezone.utc)},)
-
-
-OWN = Example(row=0, idx=0, question="what?", solution="")
-BRIEF = {"device": "cpu", "dtype": "float32", "max_num_steps": 2, "max_new_tokens": 6, "top_k": 5}
-
-
 def briefly(tiny, images=(), **more):
     """The tiny model's walk through a question of one's own."""
-    return explore(tiny, Config.make("demo", **BRIEF | more), OWN, images)
+    brief = {"device": "cpu", "dtype": "float32", "max_num_steps": 2, "max_new_tokens": 6, "top_k": 5}
+    return explore(tiny, Config.make("demo", **brief | more), Example(0, 0, "what?", ""), images)
 
 
 def said(walk, latents, patches):
@@ -90,29 +68,32 @@ def said(walk, latents, patches):
 
 
 def test_moments_are_what_the_loop_did(walk):
-    steps = walk.trace.steps
+    start, *moments = walk.moments
     assert [m.iteration for m in walk.moments] == list(range(11))
-    rewards = [walk.trace.start_reward, *(step.reward for step in steps)]
-    assert [m.reward for m in walk.moments] == pytest.approx([float(reward) for reward in rewards])
-    assert [m.accepted for m in walk.moments] == [False, *(bool(step.accepted) for step in steps)]
-    assert [m.patches for m in walk.moments] == [[[]] * 4, *(step.tried.patches.tolist()[0] for step in steps)]
-    attention = [walk.trace.start_attention, *(step.attention for step in steps)]
-    assert all(torch.equal(m.attention, rows[0, :, :36]) for m, rows in zip(walk.moments, attention, strict=True))
+    assert (start.reward, start.accepted, start.patches) == (
+        pytest.approx(walk.trace.start_reward.item()),
+        False,
+        [[]] * 4,
+    )
+    assert torch.equal(start.latents, initial_latents(walk.vlm, walk.prefix, walk.config)[0])
+    assert torch.equal(start.attention, walk.trace.start_attention[0, :, :36])
+    for moment, step in zip(moments, walk.trace.steps, strict=True):
+        assert (moment.reward, moment.accepted) == (pytest.approx(step.reward.item()), bool(step.accepted))
+        assert moment.patches == step.tried.patches.tolist()[0]
+        assert torch.equal(moment.latents, step.tried.latents[0])
+        assert torch.equal(moment.attention, step.attention[0, :, :36])
 
 
 def test_an_answer_is_decoded_from_its_moments_own_state(walk):
     assert len({m.answer for m in walk.moments}) > 1  # else the next lines could not tell states apart
-    start = initial_latents(walk.vlm, walk.prefix, walk.config)[0]
-    states = [start, *(step.tried.latents[0] for step in walk.trace.steps)]
-    for moment, latents in zip(walk.moments[::5], states[::5], strict=True):
-        assert moment.answer == said(walk, latents, moment.patches)
+    for moment in walk.moments[::5]:
+        assert moment.answer == said(walk, moment.latents, moment.patches)
 
 
 def test_the_next_tokens_shown_are_those_that_the_reward_reads(walk):
     for moment in walk.moments:  # equations 6 and 7, by hand
         entropies = [-sum(p * math.log(p) for _, p in tokens) for tokens in moment.next_tokens]
-        assert len(entropies) == 4
-        assert all(len(tokens) == walk.config.top_k for tokens in moment.next_tokens)
+        assert [len(tokens) for tokens in moment.next_tokens] == [walk.config.top_k] * 4
         assert moment.reward == pytest.approx(1 - sum(entropies) / 4, abs=1e-4)
 
 
@@ -127,23 +108,22 @@ def test_questions_without_an_image_and_with_several(tiny, images):
     shown = briefly(tiny, [noise_image(i, 112, 84) for i in range(images)])
     assert [m.attention.shape[1] for m in shown.moments] == [12 * images] * 3
     assert sum(map(len, shown.moments[-1].patches)) >= 4 * bool(images)
-    picture = shown.question.images[0] if images else None
     heats = [view.heat(m, token) for m in shown.moments for token in (None, 3)]
-    assert len(figures.strip(picture, shown.grid, heats).axes) == 8
+    assert len(figures.strip((shown.question.images or [None])[0], shown.grid, heats).axes) == 8
     assert view.caption(shown.moments[-1], shown.grid)
     assert try_changes(shown, usual_changes(shown))[0].answer == shown.dmlr.text
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"max_num_steps": 0},
-        {"use_auto_grad": True},
-        {"accept_at": "candidate", "num_samples": 2, "reward_position": "think_next"},
-        {"disable_best_reward": True},
-        {"reward_threshold": 0.001, "reward": "logprob"},
-    ],
-)
+KINDS = [
+    {"max_num_steps": 0},
+    {"use_auto_grad": True},
+    {"accept_at": "candidate", "num_samples": 2, "reward_position": "think_next"},
+    {"disable_best_reward": True},
+    {"reward_threshold": 0.001, "reward": "logprob"},
+]
+
+
+@pytest.mark.parametrize("settings", KINDS)
 def test_every_kind_of_loop_can_be_walked_through(tiny, settings):
     shown = briefly(tiny, [noise_image(0)], **settings)
     (answer,) = METHODS["dmlr"](tiny, [shown.question], shown.config)
@@ -168,12 +148,10 @@ def test_as_many_states_go_together_as_fit(tiny, monkeypatch):
 
 
 def test_a_reward_that_is_no_number_is_said_and_shown(tiny):
-    shown = briefly(tiny, [noise_image(0)], sigma=1e38, lr=1e38)
-    assert "not a finite number" in shown.dmlr.error
-    explorer = widgets.Explorer(shown)
+    explorer = widgets.Explorer(briefly(tiny, [noise_image(0)], sigma=1e38, lr=1e38))
     explorer.slider.value = 2
     assert "Iteration 2" in explorer.picture.value
-    assert "not a finite number" in explorer.answers.value
+    assert "not a finite number" in explorer.answers.value and explorer.walk.dmlr.error
 
 
 # what if
@@ -221,9 +199,9 @@ def test_the_exact_gradient_has_no_noise_to_change(tiny):
 
 
 def made_up(iteration=1, answer="yes", accepted=True):
+    state = {"reward": 0.5, "patches": [[5], [2, 6]], "next_tokens": [], "latents": None, "is_right": None}
     attention = torch.arange(2 * 7).view(2, 7) / 100
-    tokens = [[("a b", 0.75), ("<b>", 0.25)], [("\n", 1.0)]]
-    return Moment(iteration, 0.5, accepted, 0.1, attention, [[5], [2, 6]], tokens, answer, None)
+    return Moment(**state, answer=answer, iteration=iteration, accepted=accepted, sigma=0.1, attention=attention)
 
 
 def test_a_heat_map_is_a_tokens_attention_or_the_mean():
@@ -245,9 +223,7 @@ def test_a_caption_says_what_the_picture_shows():
 def test_moments_to_print_hold_the_turns_and_the_best():
     moments = [made_up(t, "no" if t == 13 else "yes", t == 4) for t in range(21)]
     shown = [m.iteration for m in view.chosen(moments)]
-    assert {0, 4, 13, 14, 20} <= set(shown)
-    assert shown == sorted(shown)
-    assert len(shown) == 8
+    assert {0, 4, 13, 14, 20} <= set(shown) and shown == sorted(shown) and len(shown) == 8
     assert view.chosen(moments[:1]) == moments[:1]
 
 
@@ -258,20 +234,17 @@ def test_tables_hold_what_was_decoded(walk, outcomes):
     changed = view.outcomes_table(walk, outcomes)
     assert changed["what if"].iloc[0] == "as it is"
     told = [view.final(o.answer) != view.final(walk.dmlr.text) for o in outcomes]
-    assert [bool(text) for text in changed["changed"]] == told
-    assert any(told)
+    assert [bool(text) for text in changed["changed"]] == told and any(told)
     answers = view.answers_table(walk)
     assert {answer[:-2] for answer in answers["answer"]} == {m.answer for m in walk.moments}
     assert sorted(int(i) for text in answers["iterations"] for i in text.split(", ")) == list(range(11))
 
 
 def test_changes_in_words():
-    assert view.describe(Change(), (2, 3)) == "as it is"
-    both = Change(drop=frozenset([(1, 5)]), freeze=frozenset([0]), seed=7)
-    assert view.describe(both, (2, 3)) == (
-        "without think token 2's patch at row 2, column 3; think token 1 frozen; seed 7"
-    )
-    assert view.describe(Change(drop=frozenset([(0, 1), (1, 5)])), (2, 3)) == "without 2 patches"
+    one = Change(drop=frozenset([(1, 5)]), freeze=frozenset([0]), seed=7)
+    words = "without think token 2's patch at row 2, column 3; think token 1 frozen; seed 7"
+    changes = {Change(): "as it is", one: words, Change(drop=frozenset([(0, 1), (1, 5)])): "without 2 patches"}
+    assert [view.describe(change, (2, 3)) for change in changes] == list(changes.values())
 
 
 def test_next_tokens_are_text_with_bars():
@@ -290,16 +263,20 @@ def test_the_figure_marks_its_iteration_and_darkens_what_is_not_attended_to():
     assert np.allclose(alpha, 0.66 * (1 - heat.on(grid) / 0.085), atol=1e-6)
     assert alpha.argmin() == 5
     assert len(left.patches) == 2  # two patches on the picture
-    ring = right.lines[-1]
-    assert (ring.get_xdata()[0], ring.get_ydata()[0]) == (2, 0.2)
-    faces = [line.get_markerfacecolor() for line in right.lines if line.get_marker() == "o"][:3]
-    assert faces[1] != "white"
-    assert faces[2] == "white"
-    best = next(line for line in right.lines if len(line.get_xdata()) == 3)
+    best, kept, dropped, _, ring = right.lines
     assert list(best.get_ydata()) == [0.1, 0.4, 0.4]
+    assert np.isnan(kept.get_ydata()).tolist() == [False, False, True]  # filled: the start, and what was kept
+    assert (dropped.get_xdata(), dropped.get_markerfacecolor()) == ([2], "white")
+    assert (ring.get_xdata(), ring.get_ydata()) == ([2], [0.2])
 
 
 # the widgets, without a browser
+
+
+def uploaded(name, content):
+    """What a FileUpload holds after one file."""
+    about = {"name": name, "type": "image/png", "size": len(content), "content": memoryview(content)}
+    return ({**about, "last_modified": datetime.now(timezone.utc)},)
 
 
 @pytest.fixture(scope="module")
@@ -326,11 +303,10 @@ def test_the_slider_moves_everything_together(explorer, small):
 def test_a_what_if_is_added_to_its_table(explorer, small):
     explorer.drop.value = tuple(value for _, value in explorer.drop.options)
     explorer.wonder.click()
-    assert explorer.tried[0].patches == [[], [], [], []]
     explorer.drop.value, explorer.seed.value = (), small.config.seed + 1
     explorer.wonder.click()
     assert [o.change.seed for o in explorer.tried] == [small.config.seed + 1, None]
-    assert explorer.outcomes.value.count("<tr>") == 3
+    assert explorer.tried[1].patches == [[]] * 4 and explorer.outcomes.value.count("<tr>") == 3
 
 
 def test_another_example_resets_everything(explorer):
@@ -338,8 +314,7 @@ def test_another_example_resets_everything(explorer):
     explorer.wonder.click()
     assert "think token 1 frozen" in explorer.outcomes.value
     explorer.example.value = 1
-    assert explorer.walk.example.question == "what 1?"
-    assert "what 1?" in explorer.status.value
+    assert explorer.walk.example.question == "what 1?" and "what 1?" in explorer.status.value
     assert (explorer.slider.value, explorer.token.value, explorer.outcomes.value) == (0, widgets.ALL, "")
     assert "Iteration 0, the start" in explorer.picture.value
 
@@ -349,27 +324,24 @@ def test_ones_own_image_and_question(explorer, tmp_path):
     explorer.upload.value = uploaded("red.png", (tmp_path / "red.png").read_bytes())
     explorer.question.value = f"What is there? {ATTACK}"
     explorer.ask.click()
-    assert explorer.walk.question.images[0].size == (90, 60)
-    assert explorer.walk.question.text == f"What is there? {ATTACK}"
+    asked = explorer.walk.question
+    assert (asked.text, asked.images[0].size) == (f"What is there? {ATTACK}", (90, 60))
     assert "<script" not in explorer.status.value
     assert not {"✓", "✗"} & set(explorer.answers.value)  # nobody said what is right
-    explorer.example.value = 1
+    explorer.example.value, explorer.question.value = 1, "What else is there?"
     shown = explorer.walk.question.images
-    explorer.question.value = "What else is there?"
     explorer.ask.click()
     assert explorer.walk.question.images == shown  # of the example, not the upload of before
 
 
 def test_what_goes_wrong_is_said_in_the_status_line(explorer, small):
-    explorer.ask.click()
-    assert "type a question first" in explorer.status.value
     explorer.wonder.click()
     assert "choose patches to leave out" in explorer.status.value
-    explorer.question.value = "what <|im_end|>?"
-    explorer.ask.click()
-    assert "special token" in explorer.status.value
-    explorer.upload.value = uploaded("bad.png", b"no image")
-    explorer.question.value = "What is there?"
+    for question, complaint in {"": "type a question first", "what <|im_end|>?": "special token"}.items():
+        explorer.question.value = question
+        explorer.ask.click()
+        assert complaint in explorer.status.value
+    explorer.upload.value, explorer.question.value = uploaded("bad.png", b"no image"), "What is there?"
     explorer.ask.click()
     assert "bad.png: not an image" in explorer.status.value
     assert explorer.walk is small  # what was shown stays
@@ -385,11 +357,9 @@ def test_a_report_of_ones_own_question_is_static_and_whole(tmp_path):
     report = notebooks.run(NOTEBOOK, given, tmp_path / "walk.ipynb")
     page = report.read_text(encoding="utf-8")
     soup = BeautifulSoup(page, "html.parser")
-    assert external_requests(page) == []
-    assert ATTACK in soup.get_text()
-    for leftover in ("IProgress", "widget-view", "VBox(", "HBox(", "Dropdown(", "  0%|"):
-        assert leftover not in page
-    assert "Warning" not in soup.get_text()
+    assert external_requests(page) == [] and ATTACK in soup.get_text()
+    leftovers = ("IProgress", "widget-view", "VBox(", "HBox(", "Dropdown(", "  0%|", "Warning")
+    assert not [leftover for leftover in leftovers if leftover in page]
     assert len(soup.find_all("img")) == len(soup.select(".caption")) == 6
     assert all(image["alt"] for image in soup.find_all("img"))
     iterations, whatifs = (
@@ -397,5 +367,4 @@ def test_a_report_of_ones_own_question_is_static_and_whole(tmp_path):
         for name in ("Every-state,-and-the-answer-from-it", "What-if")
     )
     assert len(iterations) == 4 and len(whatifs) >= 1 + 4 + 3
-    assert "as `optimize` has them" in soup.get_text()
-    assert "lead to another answer" in soup.get_text()
+    assert "as `optimize` has them" in soup.get_text() and "lead to another answer" in soup.get_text()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -57,15 +58,15 @@ def moment(
     """
     fig, axes = figure(1, 2, (8.6, 3.9), width_ratios=(1, 1.25))
     left, right = axes[0]
-    _over_image(left, image, grid, heat, brightest([heat], grid) if limit is None else limit)
-    blue, best = METHOD_COLOURS["dmlr"], []
-    for t, (reward, kept) in enumerate(curve):
-        best.append(reward if kept or t == 0 else best[-1])
-        face, edge = (blue, blue) if kept or t == 0 else ("white", REJECTED)
-        right.plot(t, reward, "o", markersize=6, markerfacecolor=face, markeredgecolor=edge, zorder=3)
-    right.plot(best, color=blue, linewidth=1.6, drawstyle="steps-post")
+    over_image(left, image, grid, heat, brightest([heat], grid) if limit is None else limit)
+    tried = pd.DataFrame(curve, columns=["reward", "kept"])
+    tried.loc[0, "kept"] = True
+    kept, dropped, blue = tried["reward"].where(tried["kept"]), tried[~tried["kept"]], METHOD_COLOURS["dmlr"]
+    right.plot(kept.ffill(), color=blue, linewidth=1.6, drawstyle="steps-post")
+    right.plot(kept, "o", color=blue)
+    right.plot(dropped["reward"], "o", markerfacecolor="white", markeredgecolor=REJECTED)
     right.axvline(iteration, color=DARK, linewidth=0.9, alpha=0.5)
-    right.plot(iteration, curve[iteration][0], "o", markersize=13, fillstyle="none", color=DARK, zorder=4)
+    right.plot(iteration, tried["reward"][iteration], "o", markersize=13, fillstyle="none", color=DARK)
     right.set(title="Reward: filled where the state was kept", xlabel="iteration", ylabel="reward")
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     return fig
@@ -79,24 +80,23 @@ def strip(image: Image.Image | None, grid: Grid, heats: Sequence[Heat], columns:
     fig, axes = figure(rows, columns, (2.35 * columns, 2.6 * rows))
     limit = brightest(heats, grid)
     for axis, heat in zip(axes.flat, heats, strict=False):
-        _over_image(axis, image, grid, heat, limit)
+        over_image(axis, image, grid, heat, limit)
         axis.title.set(fontsize=8.5, fontweight="normal")
     for axis in axes.flat[len(heats) :]:
         axis.set_axis_off()
     return fig
 
 
-def _over_image(axis: Axes, image: Image.Image | None, grid: Grid, heat: Heat, limit: float) -> None:
+def over_image(axis: Axes, image: Image.Image | None, grid: Grid, heat: Heat, limit: float) -> None:
     """The image, darker where it is attended to less, with the patches outlined in their think token's colour."""
     axis.set_title(heat.title)
     if image is None or not grid[0] * grid[1]:
         axis.text(0.5, 0.5, "no image: no patches", ha="center", va="center", transform=axis.transAxes)
         axis.set_axis_off()
         return
-    width, height = image.size
     draw_image(axis, image)
     shade = np.zeros((*grid, 4))
     shade[..., 3] = 0.66 * (1 - np.clip(heat.on(grid) / (limit or 1.0), 0, 1))
-    axis.imshow(shade, extent=(0, width, height, 0), interpolation="nearest")
+    axis.imshow(shade, extent=(0, image.width, image.height, 0), interpolation="nearest")
     patches = [some if heat.token in (None, token) else [] for token, some in enumerate(heat.patches)]
     outline(axis, image, patches, grid, "-" if heat.solid else (0, (2, 1.2)))

@@ -6,6 +6,7 @@ Numbers of think tokens, rows and columns begin with one, as people count.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pandas as pd
 
@@ -16,7 +17,6 @@ from dmlr.look.what_if import Change, Outcome
 from dmlr.show.plots import Grid, token_colour
 
 RIGHT = {True: " ✓", False: " ✗", None: ""}  # behind an answer
-_COLUMNS = 4  # think tokens in a table; more would not fit a page
 
 
 # words
@@ -33,6 +33,10 @@ def final(text: str, limit: int = 60) -> str:
     """What an answer comes to: its last box, else its end."""
     text = " ".join((last_boxed(text) or text).split())
     return text if len(text) <= limit else "…" + text[-limit:]
+
+
+def _short(answer: str, is_right: bool | None) -> str:
+    return final(answer) + RIGHT[is_right]
 
 
 def describe(change: Change, grid: Grid) -> str:
@@ -63,15 +67,15 @@ def caption(moment: Moment, grid: Grid, token: int | None = None) -> str:
 def headline(walk: Walk) -> str:
     """What came of the question, in a sentence or three."""
     record, moments = walk.dmlr.reasoning, walk.moments
-    vanilla, dmlr = (f"{final(said.text)}{RIGHT[walk.is_right(said)]}" for said in (walk.vanilla, walk.dmlr))
-    turns = [str(m.iteration) for m, last in zip(moments[1:], moments, strict=False) if m.answer != last.answer]
+    vanilla, dmlr = (_short(said.text, walk.is_right(said)) for said in (walk.vanilla, walk.dmlr))
+    changing = ", ".join(map(str, turns(moments)))
     return (
-        f"Vanilla answers {vanilla}; behind think tokens as they come the answer is {final(moments[0].answer)}"
-        f"{RIGHT[moments[0].is_right]}, and after DMLR {dmlr}. The reward rose from {record.start_reward:.4f} to "
-        f"{record.best_reward:.4f} by iteration {record.best_step} of {len(record.steps)}; of the states tried "
-        f"{sum(m.accepted for m in moments)} raised it, and the answer comes from the last of them, with "
-        f"{sum(map(len, record.patches))} patches. "
-        + (f"The answer changes in iteration {', '.join(turns)}." if turns else "No iteration changes it.")
+        f"Vanilla answers {vanilla}; behind think tokens as they come the answer is "
+        f"{_short(moments[0].answer, moments[0].is_right)}, and after DMLR {dmlr}. The reward rose from "
+        f"{record.start_reward:.4f} to {record.best_reward:.4f} by iteration {record.best_step} of "
+        f"{len(record.steps)}; of the states tried {sum(m.accepted for m in moments)} raised it, and the answer comes "
+        f"from the last of them, with {sum(map(len, record.patches))} patches. "
+        + (f"The answer changes in iteration {changing}." if changing else "No iteration changes it.")
     )
 
 
@@ -88,29 +92,33 @@ def curve(moments: Sequence[Moment]) -> list[tuple[float, bool]]:
     return [(m.reward, m.accepted) for m in moments]
 
 
-def chosen(moments: Sequence[Moment], count: int = 8) -> list[Moment]:
-    """At most `count` moments to print: the start, the last, where the answer changes, the best; then evenly spread."""
+def turns(moments: Sequence[Moment]) -> list[int]:
+    """The iterations whose answer is not that of the state tried before."""
+    return [after.iteration for before, after in pairwise(moments) if after.answer != before.answer]
+
+
+def chosen(moments: Sequence[Moment]) -> list[Moment]:
+    """At most eight moments to print: the start, the last, the best, where the answer changes; then evenly spread."""
     last = len(moments) - 1
     best = max((m.iteration for m in moments if m.accepted), default=0)
-    turns = [t for t in range(1, last + 1) if moments[t].answer != moments[t - 1].answer]
-    even = [round(i * last / max(count - 1, 1)) for i in range(count)]
-    wanted = list(dict.fromkeys([0, last, best, *turns, *even]))[:count]
+    even = [round(i * last / 7) for i in range(8)]
+    wanted = list(dict.fromkeys([0, last, best, *turns(moments), *even]))[:8]
     return [moments[t] for t in sorted(wanted)]
 
 
 # tables
 
 
-def moments_table(walk: Walk, top: int = 2) -> pd.DataFrame:
-    """A row per iteration: reward, kept or not, patches, next tokens of the first think tokens, the answer."""
+def moments_table(walk: Walk) -> pd.DataFrame:
+    """A row per iteration: noise, reward, whether kept, patches, next tokens of the first think tokens, the answer."""
     rows = []
     for m in walk.moments:
         sigma = f"{100 * m.sigma / walk.vlm.embedding_rms:.0f} %" if m.sigma else "–"
-        row = {"iteration": m.iteration, "σ": sigma, "reward": f"{m.reward:.4f}", "kept": "✓" if m.accepted else ""}
-        row |= {"patches": sum(map(len, m.patches))}
-        for t, tokens in enumerate(m.next_tokens[:_COLUMNS]):
-            row[f"τ{t + 1}"] = " ".join(f"“{visible(text)}”\u00a0{p:.2f}" for text, p in tokens[:top])
-        rows.append(row | {"answer": f"{final(m.answer)}{RIGHT[m.is_right]}"})
+        row = {"iteration": m.iteration, "σ": sigma, "reward": f"{m.reward:.4f}", "kept": "✓" * m.accepted}
+        row["patches"] = sum(map(len, m.patches))
+        for t, tokens in enumerate(m.next_tokens[:4]):  # more would not fit a page
+            row[f"τ{t + 1}"] = " ".join(f"{visible(text)}\u00a0{p:.2f}" for text, p in tokens[:2])
+        rows.append(row | {"answer": _short(m.answer, m.is_right)})
     return pd.DataFrame(rows)
 
 
@@ -127,7 +135,7 @@ def outcomes_table(walk: Walk, outcomes: Sequence[Outcome]) -> pd.DataFrame:
             "what if": describe(o.change, walk.grid),
             "patches": sum(map(len, o.patches)),
             "reward": f"{o.reward:.5f}",
-            "answer": f"{final(o.answer)}{RIGHT[o.is_right]}",
+            "answer": _short(o.answer, o.is_right),
             "changed": "yes" if final(o.answer) != final(walk.dmlr.text) else "",
         }
         for o in outcomes

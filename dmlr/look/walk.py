@@ -1,14 +1,12 @@
 """One question, opened up: every state that the loop tried, and what the model would have answered from it.
 
-Runs the method's own steps (methods/latent.py) and keeps what a benchmark throws away. Knows nothing about figures or
-widgets.
+Runs the method's own steps (methods/latent.py) and keeps what a benchmark throws away. Knows nothing about figures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -31,19 +29,26 @@ from dmlr.run.verdicts import verdict_of
 NextTokens = list[list[tuple[str, float]]]  # per think token, the most probable next tokens with their probabilities
 
 
-@dataclass(frozen=True)
-class Moment:
-    """One iteration, 0 the start. N image tokens are numbered as in `Encoded`; L think tokens."""
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """Think tokens, and what the model makes of them. L think tokens, N image tokens, numbered as in `Encoded`."""
+
+    latents: torch.Tensor  # [L, D], on the CPU
+    patches: list[list[int]]  # per think token
+    reward: float
+    next_tokens: NextTokens  # what the reward reads with "think"
+    answer: str
+    is_right: bool | None  # None without a ground truth
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment(State):
+    """The state that an iteration tried; iteration 0 is the start."""
 
     iteration: int
-    reward: float  # of the state tried
-    accepted: bool  # the state became the best one
+    accepted: bool  # it became the best one
     sigma: float  # noise that led to it; 0 at the start
     attention: torch.Tensor  # [L, N], what ranked its patches
-    patches: list[list[int]]  # per think token, as tried
-    next_tokens: NextTokens  # after each think token of that state
-    answer: str  # decoded from that state
-    is_right: bool | None  # None without a ground truth
 
 
 @dataclass
@@ -97,35 +102,22 @@ def explore(vlm: VLM, config: Config, example: Example, images: Sequence[Image.I
     record, tried = dmlr.reasoning, [step.tried.latents for step in walk.trace.steps]
     latents = torch.cat([initial_latents(vlm, walk.prefix, config), *tried])
     patches = [[[] for _ in range(config.num_thought_tokens)], *record.patch_history]
-    start = {"reward": record.start_reward, "is_new_best": False, "sigma": 0.0}
-    rows = zip([start, *record.steps], read(walk, latents, patches, top), strict=True)
+    steps = [{"reward": record.start_reward, "is_new_best": False, "sigma": 0.0}, *record.steps]
     walk.moments = [
         Moment(
+            **vars(state) | {"reward": step["reward"]},
             iteration=t,
-            reward=step["reward"],
             accepted=step["is_new_best"],
             sigma=step["sigma"],
             attention=record.attention[t].float(),
-            patches=patches[t],
-            next_tokens=found.next_tokens,
-            answer=found.said.text,
-            is_right=walk.is_right(found.said),
         )
-        for t, (step, found) in enumerate(rows)
+        for t, (step, state) in enumerate(zip(steps, read(walk, latents, patches, top), strict=True))
     ]
     return walk
 
 
-class Read(NamedTuple):
-    """What the model makes of a state."""
-
-    said: Decoded
-    reward: float
-    next_tokens: NextTokens  # what the reward reads with "think"
-
-
 @torch.no_grad()
-def read(walk: Walk, latents: torch.Tensor, patches: Sequence[list[list[int]]], top: int = 1) -> list[Read]:
+def read(walk: Walk, latents: torch.Tensor, patches: Sequence[list[list[int]]], top: int = 1) -> list[State]:
     """S states of the walk's question, latents [S, L, D] with patches, as many at a time as fit."""
     vlm, config, every = walk.vlm, walk.config, Patches.of(patches, latents.device)
     length = latents.shape[1]
@@ -139,9 +131,11 @@ def read(walk: Walk, latents: torch.Tensor, patches: Sequence[list[list[int]]], 
         logits, _ = vlm.extend(prefix, embeds[:, 0], filled, read=reward_slots(part, "think"))
         best = logits.softmax(dim=-1).topk(min(top, logits.shape[-1]), dim=-1)  # [S, L, top]
         append_latents(vlm, prefix, some, part)
-        columns = decode(vlm, prefix, config), rewards.tolist(), best.indices.tolist(), best.values.tolist()
-        for said, reward, ids, values in zip(*columns, strict=True):
+        said = decode(vlm, prefix, config)
+        columns = some.cpu(), part.tolist(), rewards.tolist(), best.indices.tolist(), best.values.tolist(), said
+        for own, kept, reward, ids, values, answer in zip(*columns, strict=True):
             words = [[vlm.tokenizer.decode([i]) for i in token] for token in ids]
             next_tokens = [list(zip(*token, strict=True)) for token in zip(words, values, strict=True)]
-            found.append(Read(said, reward, next_tokens))
+            state = {"latents": own, "patches": kept, "reward": reward, "next_tokens": next_tokens}
+            found.append(State(**state, answer=answer.text, is_right=walk.is_right(answer)))
     return found

@@ -1,6 +1,6 @@
 """What if a patch were left out, a think token frozen, the seed another one: the loop and the model asked again.
 
-Changes of one question go through as one batch. Knows nothing about figures or widgets.
+Changes of one question go through as one batch. Knows nothing about figures.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dmlr.look.walk import Walk, read
+from dmlr.look.walk import State, Walk, read
 from dmlr.loop.optimize import optimize
 from dmlr.methods.latent import question_noise
 
@@ -28,16 +28,11 @@ class Change:
     seed: int | None = None
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a change: the state decoded, its answer and its own reward."""
+@dataclass(frozen=True, kw_only=True)
+class Outcome(State):
+    """What came of a change: the state decoded."""
 
     change: Change
-    patches: list[list[int]]
-    latents: torch.Tensor  # [L, D]
-    reward: float
-    answer: str
-    is_right: bool | None
 
 
 def try_changes(walk: Walk, changes: Sequence[Change]) -> list[Outcome]:
@@ -60,12 +55,8 @@ def try_changes(walk: Walk, changes: Sequence[Change]) -> list[Outcome]:
         latents.append(state.latents[row])
         kept = enumerate(state.patches.tolist()[row])
         patches.append([[p for p in some if (token, p) not in change.drop] for token, some in kept])
-    return [
-        Outcome(change, some, own.cpu(), found.reward, found.said.text, walk.is_right(found.said))
-        for change, some, own, found in zip(
-            changes, patches, latents, read(walk, torch.stack(latents), patches), strict=True
-        )
-    ]
+    states = read(walk, torch.stack(latents), patches)
+    return [Outcome(**vars(state), change=change) for change, state in zip(changes, states, strict=True)]
 
 
 def usual_changes(walk: Walk, seeds: int = 3) -> list[Change]:

@@ -7,7 +7,7 @@ a report shows the same content without widgets.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, wraps
+from functools import cache
 
 import ipywidgets as ipw
 from markupsafe import Markup
@@ -22,19 +22,6 @@ from dmlr.show.page import data_uri, table
 
 ALL = -1  # in the selector of think tokens
 WHOLE = {"description_width": "initial"}  # of a label: it is not cut
-
-
-def reported(handler: Callable) -> Callable:
-    """Errors of a button or a slider become the status line: JupyterLab would hide them in its log."""
-
-    @wraps(handler)
-    def handle(self: Explorer, *args) -> None:
-        try:
-            handler(self, *args)
-        except Exception as error:
-            self.say(f"{type(error).__name__}: {error}", bad=True)
-
-    return handle
 
 
 class Explorer:
@@ -63,11 +50,11 @@ class Explorer:
         self.wonder = ipw.Button(description="What if")
         self.outcomes = ipw.HTML()
         self.show(walk)
-        self.example.observe(self._choose, "value")
-        self.ask.on_click(self._ask)
-        self.slider.observe(self._move, "value")
-        self.token.observe(self._move, "value")
-        self.wonder.on_click(self._wonder)
+        self.example.observe(self._reported(self._choose), "value")
+        self.ask.on_click(self._reported(self._ask))
+        for moved in (self.slider, self.token):
+            moved.observe(self._reported(self.draw), "value")
+        self.wonder.on_click(self._reported(self._wonder))
         rows = [
             self.example,
             ipw.HBox([self.upload, self.question, self.ask]),
@@ -121,19 +108,24 @@ class Explorer:
         style = "color:#a8361c" if bad else "font-weight:600"
         self.status.value = str(Markup('<div role="status" style="{};line-height:1.4">{}</div>').format(style, text))
 
-    @reported
-    def _move(self, _) -> None:
-        self.draw()
+    def _reported(self, handler: Callable[[], None]) -> Callable:
+        """Errors of a button or a slider become the status line: JupyterLab would hide them in its log."""
 
-    @reported
-    def _choose(self, change) -> None:
-        if change["new"] is not None:
+        def handle(_: object) -> None:
+            try:
+                handler()
+            except Exception as error:
+                self.say(f"{type(error).__name__}: {error}", bad=True)
+
+        return handle
+
+    def _choose(self) -> None:
+        if self.example.value is not None:
             self.upload.value = ()  # the next question is about the image shown
-            example = self.examples[change["new"]]
+            example = self.examples[self.example.value]
             self._explore(example, [open_image(source) for source in example.images])
 
-    @reported
-    def _ask(self, _) -> None:
+    def _ask(self) -> None:
         text = self.question.value.strip()
         if not text:
             raise ValueError("type a question first; with an image of your own, or about the one shown")
@@ -144,8 +136,7 @@ class Explorer:
         self.example.value = None
         self._explore(Example(row=0, idx=0, question=text, solution=""), images)
 
-    @reported
-    def _wonder(self, _) -> None:
+    def _wonder(self) -> None:
         seed = None if self.seed.value == self.walk.config.seed else self.seed.value
         change = Change(frozenset(self.drop.value), frozenset(self.freeze.value), seed)
         if change == Change():

@@ -1,13 +1,23 @@
-"""Records of a run -> cards of a gallery: a question with every method's answer, disagreements first. Pure.
+"""Records of a run -> cards -> HTML: every question with each method's answer, what was gained or lost first.
 
-What a card looks like is page.gallery's; whether an answer is right is the judge's.
+Whatever a dataset or a model says is escaped; images are embedded, so a page needs no other file. Whether an answer is
+right is the judge's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import base64
+import hashlib
+import io
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from markupsafe import Markup
+
+from dmlr.data.images import ImageError, open_image
+from dmlr.show.plots import TOKEN_COLOURS, Grid, nested_cells
+from dmlr.show.style import gallery_script, template
 from dmlr.stats.outcomes import is_right, outcome
 
 # What becomes of an answer from the first method to another; in this order they are shown.
@@ -25,7 +35,7 @@ def cards(results: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[dict[str
 
     results: by (dataset, method), as evaluate.run gives them; every method is compared with the first.
     A card: dataset, idx, category, question, truth, images, methods, changes [one per method after the first], kept
-    [(patches, grid) or None per method] and answers [name, text, right, note, change].
+    {position of a method: (patches, grid)} and answers [name, text, right, note, change].
     """
     methods = list(dict.fromkeys(method for _, method in results))
     examples: dict[tuple, dict[str, Mapping[str, Any]]] = {}
@@ -41,6 +51,7 @@ def _card(dataset: str, records: Mapping[str, Mapping[str, Any]], methods: list[
     record = next(iter(records.values()))
     paths = record.get("image_path") or []
     changes = {method: change(records.get(methods[0]), records.get(method)) for method in methods[1:]}
+    kept = {m: records[method] for m, method in enumerate(methods) if any(records.get(method, {}).get("patches") or [])}
     return {
         "dataset": dataset,
         "idx": record["data_idx"],
@@ -50,7 +61,7 @@ def _card(dataset: str, records: Mapping[str, Mapping[str, Any]], methods: list[
         "images": [paths] if isinstance(paths, str) else paths,
         "methods": methods,
         "changes": list(changes.values()),
-        "kept": [_kept(records.get(method) or {}) for method in methods],
+        "kept": {m: (one["patches"], one["patch_grid"]) for m, one in kept.items() if one.get("patch_grid")},
         "answers": [
             _answer(method, records[method]) | {"change": changes.get(method) if len(methods) > 2 else None}
             for method in methods
@@ -59,20 +70,86 @@ def _card(dataset: str, records: Mapping[str, Mapping[str, Any]], methods: list[
     }
 
 
-def _kept(record: Mapping[str, Any]) -> tuple[list, tuple] | None:
-    patches, grid = record.get("patches") or [], record.get("patch_grid")
-    return (patches, tuple(grid)) if any(patches) and grid else None
-
-
 def _answer(method: str, record: Mapping[str, Any]) -> dict[str, Any]:
     counted = outcome(record)
     notes = [] if counted in ("correct", "wrong") else [counted.replace("_", " ")]
     notes += [record["rule"]] if record.get("rule") else []
     if record.get("initial_reward") is not None and record.get("best_reward") is not None:
         notes.append(f"reward {record['initial_reward']:.4f} → {record['best_reward']:.4f}")
-    return {
-        "name": method,
-        "text": record.get("error") or record.get("model_output") or "",
-        "right": is_right(record),
-        "note": " · ".join(notes),
-    }
+    text = record.get("error") or record.get("model_output") or ""
+    return {"name": method, "text": text, "right": is_right(record), "note": " · ".join(notes)}
+
+
+def html(cards: Sequence[Mapping[str, Any]], most: int = 1000) -> str:
+    """Cards in HTML, every text escaped; from two on with a search box and filters.
+
+    An image is embedded once; one that cannot be read is named instead. The patches that the chosen method kept are
+    outlined on a card's first image. Cards beyond `most` are counted and left out.
+    """
+    stored: dict[str, dict[str, Any]] = {}
+    shown = [dict(card) | _pictures(card, stored) for card in cards[:most]]
+    return template("gallery.html.j2").render(
+        cards=shown,
+        images={image["id"]: image for image in stored.values()}.values(),
+        filters=_filters(shown) if len(shown) > 1 else [],
+        left_out=len(cards) - len(shown),
+        drawn=sorted({method for card in shown for picture in card["pictures"] for method in picture["kept"]}),
+        colours=TOKEN_COLOURS,
+        script=Markup(gallery_script()),
+    )
+
+
+def thumbnail(source: str, largest: int = 224) -> dict[str, Any]:
+    """An image as WebP, its longer side at most `largest` pixels: id (of the content), uri, width and height.
+
+    Raises ImageError when it cannot be read or lies on the web: nothing is downloaded.
+    """
+    if re.match(r"(?i)https?://", source):
+        raise ImageError(f"{source}: not downloaded for a thumbnail")
+    image = open_image(source)
+    image.thumbnail((largest, largest))
+    buffer = io.BytesIO()
+    image.save(buffer, format="WEBP", quality=72)  # a photograph is then some 5 kB, a drawing 1 kB
+    content = buffer.getvalue()
+    name, uri = hashlib.sha256(content).hexdigest()[:16], base64.b64encode(content).decode("ascii")
+    size = {"width": image.width, "height": image.height}
+    return {"id": f"image-{name}", "uri": f"data:image/webp;base64,{uri}", **size}
+
+
+def outlines(groups: Sequence[Sequence[int]], grid: Grid, size: tuple[int, int]) -> dict[int, str]:
+    """`nested_cells` as an SVG path for each group that has any."""
+    paths: dict[int, str] = {}
+    for group, left, top, wide, high in nested_cells(groups, grid, size):
+        paths[group] = f"{paths.get(group, '')}M{left:.4g} {top:.4g}h{wide:.4g}v{high:.4g}h{-wide:.4g}z"
+    return paths
+
+
+def _pictures(card: Mapping[str, Any], stored: dict[str, dict[str, Any]]) -> dict[str, list]:
+    """What a card shows of its images; `stored` has the thumbnail of every image that was read before."""
+    pictures, unread = [], []
+    for position, source in enumerate(card["images"]):
+        try:
+            image = stored[source] = stored.get(source) or thumbnail(source)
+        except ImageError as error:
+            unread.append(f"no image: {error}")
+            continue
+        drawn = card["kept"] if position == 0 else {}
+        names = ", ".join(card["methods"][method] for method in drawn)
+        alt = f"Image of example {card['idx']}" + (f"; outlined are the patches kept by {names}" if names else "")
+        kept = {m: outlines(*patches, (image["width"], image["height"])) for m, patches in drawn.items()}
+        pictures.append(image | {"alt": alt, "kept": kept})
+    return {"pictures": pictures, "unread": unread}
+
+
+def _filters(cards: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[tuple[Any, str]]]]:
+    """Name, label and options of the select boxes that tell these cards apart: method, change, dataset, category."""
+    boxes, methods = [], cards[0]["methods"]
+    if len(methods) > 2:
+        boxes.append(("method", f"{methods[0]} against", list(enumerate(methods))[1:]))
+    if changes := {change for card in cards for change in card["changes"]}:
+        label = f"From {methods[0]} to {methods[1]}" if len(methods) == 2 else "Outcome"
+        boxes.append(("change", label, [("", "all outcomes"), *((c, c) for c in CHANGES if c in changes)]))
+    for name, plural in (("dataset", "all datasets"), ("category", "all categories")):
+        values = sorted({str(card[name]) for card in cards if card[name]})
+        boxes += [(name, name.capitalize(), [("", plural), *zip(values, values, strict=True)])] * (len(values) > 1)
+    return boxes

@@ -7,7 +7,7 @@ colour per method, all colour-blind safe.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +38,14 @@ STYLE = {
     "axes.edgecolor": "#9aa0a6",
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.axisbelow": True,
     "axes.grid": True,
     "grid.color": "#ececea",
     "xtick.color": "#5b636d",
     "ytick.color": "#5b636d",
     "legend.frameon": False,
 }
-
-
-def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draws in the project's style and leaves matplotlib's settings as they were."""
-    return mpl.rc_context(STYLE)(draw)
+styled = mpl.rc_context(STYLE)  # decorates what draws; matplotlib's settings stay as they were
 
 
 def figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, np.ndarray]:
@@ -94,34 +91,6 @@ def rewards_over_iterations(table: pd.DataFrame, title: str = "") -> Figure:
         axis.xaxis.get_major_locator().set_params(integer=True)
     if len(labels) > 1:
         axes[0, 1].legend(title=title, loc="center left", bbox_to_anchor=(1, 0.5))
-    return fig
-
-
-@styled
-def accuracy_bars(table: pd.DataFrame, baseline: str = "vanilla") -> Figure:
-    """Accuracy with interval per dataset and method; a dashed line carries the baseline across.
-
-    table: columns dataset, method, accuracy, low, high, total (as metrics.summary gives them).
-    """
-    datasets, methods = list(dict.fromkeys(table["dataset"])), list(dict.fromkeys(table["method"]))
-    fig, axes = figure(1, 1, (max(4.2, 1.2 + 0.75 * len(datasets) * len(methods)), 3.4))
-    axis, width = axes[0, 0], 0.8 / len(methods)
-    for m, method in enumerate(methods):
-        rows = table[table["method"] == method].set_index("dataset").reindex(datasets)
-        value, low, high = (100 * rows[column].to_numpy() for column in ("accuracy", "low", "high"))
-        place = np.arange(len(datasets))
-        x = place + (m - (len(methods) - 1) / 2) * width
-        axis.bar(x, value, 0.9 * width, color=colour(method, m), label=method, zorder=2)
-        error = [value - low, high - value]
-        axis.errorbar(x, value, error, fmt="none", ecolor="#1f2328", elinewidth=1.1, capsize=3, zorder=3)
-        for at, top, text in zip(x, high, value, strict=True):
-            axis.annotate(f"{text:.1f}", (at, top), (0, 3), textcoords="offset points", ha="center")
-        if method == baseline:
-            axis.hlines(value, place - 0.42, place + 0.42, color="#1f2328", linewidth=0.9, linestyle="--", zorder=4)
-    axis.set_xticks(range(len(datasets)), datasets)
-    axis.set(ylim=(0, 112), yticks=range(0, 101, 20), ylabel="accuracy (%)", xlabel="")
-    axis.grid(axis="x", visible=False)
-    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(methods), borderaxespad=0.2)
     return fig
 
 
