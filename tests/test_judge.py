@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from string import ascii_letters
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pebble import ProcessExpired
 
 from dmlr.cli import main
 from dmlr.judge import judge, mathcheck
@@ -70,6 +72,8 @@ CASES = [
     ("10", {}, "So $x+1=4$, hence the result is\n\\[ 10\\text{ cm} \\]", "", ""),
     ("6", {}, "Not 5, it is 6.|So there are 6 cups, not 5.|It isn't 5 but 6 cups.", "", "The answer is not 5 or 6."),
     ("5", {}, "", "It is not 5, it is 6.|So there are 6 cups, not 5.", "It is not 5.|I don't think it's 5."),
+    ("5", {}, "", "", "I would not say x=5"),
+    ("2", {}, "It is 2^1, or so.", "", "不是2^{2025}"),
     # a tolerance in shares of the truth, for numbers alone
     ("3.14159", PERCENT, "3.17", "3.18", ""),
     ("100", PERCENT, "99", "-100|98.9", ""),
@@ -82,6 +86,10 @@ CASES = [
     (r"\boxed{30^{\circ}, \frac{9\sqrt{3}}{2}}", PERCENT, r"\boxed{30, 7.79}", r"\boxed{7.79, 30}|\boxed{30, 7}", ""),
     ("A. 100", {"choices": ["100", "100.5"], **PERCENT}, "", "B|100.5", ""),
     ("3.14159", {"relative_tolerance": "wide"}, "", "3.17", ""),
+    (r"2^{2025}", PERCENT, "2^2025", "15000|x=2", ""),  # beyond floats
+    # thousands that an algebra system would multiply: 15 * 000
+    ("0", PERCENT, "", "[+15 000]", ""),
+    ("1 000 000", {"kind": "math"}, "[1 000 000]", "[15 000]|[+15 000]", ""),
     # LaTeX
     (r"2\sqrt{3}", {}, "2√3", "", ""),
     (r"\frac{\pi}{2}", {}, "pi/2", "", ""),
@@ -327,6 +335,18 @@ def test_a_computation_without_end_is_cut_off_and_the_next_answer_comes(monkeypa
     monkeypatch.setattr(mathcheck, "TIMEOUT_S", 2.0)
     assert status("\\boxed{9^{9^{9^{9}}}}", "\\frac{1}{7}") == "unparsed"
     assert status("\\boxed{\\frac{2}{14}}", "\\frac{1}{7}") == "correct"
+
+
+def test_every_worker_hashes_alike():
+    """In which order an algebra system goes through a set, and so what it finds in time, is the same for all."""
+    hashes = set()
+    for _ in range(2):
+        mathcheck.equal.cache_clear()
+        assert mathcheck.equal("1/2", "2/4")
+        hashes.add(mathcheck._pool.schedule(hash, ("a word",)).result())
+        with pytest.raises(ProcessExpired):
+            mathcheck._pool.schedule(os._exit, (1,)).result()
+    assert len(hashes) == 1
 
 
 def test_threads_may_judge_at_once():

@@ -40,8 +40,6 @@ def compare_choice(candidate: Candidate, letter: str, text: str, options: dict[s
 
     The letter, the text or both will do; two options at once, or a letter with another option's text, are wrong.
     """
-    if candidate.rule == "formula":
-        return None  # a letter in a formula is a point or a variable
     known = options or ({letter: text} if text else {})
     picked = _picked(candidate, known, "".join(options) or ascii_uppercase)
     return None if picked is None else (picked == letter, picked or candidate.text)
@@ -50,15 +48,14 @@ def compare_choice(candidate: Candidate, letter: str, text: str, options: dict[s
 def chosen(found: Iterable[Candidate], options: dict[str, str]) -> str | None:
     """What the most explicit candidate that picks anything picks: an option's letter, or its words where it picks
     several; None where none picks, or there are no options."""
-    for candidate in found if options else ():
-        letter, text = next(iter(options.items()))
-        if picked := compare_choice(candidate, letter, text, options):
-            return picked[1]
-    return None
+    picks = ((candidate, _picked(candidate, options, "".join(options))) for candidate in found if options)
+    return next((picked or candidate.text for candidate, picked in picks if picked is not None), None)
 
 
 def _picked(candidate: Candidate, known: dict[str, str], letters: str) -> str | None:
     """The letter of the option that is picked, "" for several at once, None for none."""
+    if candidate.rule == "formula":
+        return None  # a letter in a formula is a point or a variable
     answer = MACRO.sub(r"\1", plain(candidate.text)).strip().strip("$\"'“” ")
     if letter := _letter_of_text(answer, known):
         return letter

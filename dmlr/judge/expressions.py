@@ -28,7 +28,7 @@ def looks_like_math(text: str) -> bool:
     """Whether a ground truth is better compared as an expression than as words."""
     return bool(
         LATEX.search(text)
-        or re.search(r"[=<>^√π±≤≥≠×÷∞∅]|\d\s*[-+*/]\s*\d|[)\]}]\s*$", text)
+        or re.search(r"[=<>^√π±≤≥≠×÷∞∅]|[)\]}]\s*$", text)
         or (not is_prose(text) and re.search(r"[-+*/,;|_]|\d[A-Za-z]|[A-Za-z0-9)]!", text))
     )
 
@@ -74,9 +74,8 @@ def equal(truth: str, answer: str, tolerance: Tolerance = EXACT) -> bool | None:
 
 def as_latex(text: str) -> str:
     """An expression without dollars gets them (math-verify reads bare LaTeX as prose); prose stays prose."""
-    joined = _AND.sub(", ", text := text.strip())
-    prose = is_prose(joined)
-    text = text if prose else spelled(joined)
-    if not text or prose or re.search(r"\$|\\\(|\\\[", text):
+    text = text.strip()
+    if is_prose(joined := _AND.sub(", ", text)):
         return text
-    return f"${text.rstrip('.')}$"
+    text = spelled(joined)
+    return text if not text or re.search(r"\$|\\\(|\\\[", text) else f"${text.rstrip('.')}$"

@@ -149,11 +149,8 @@ def last_boxed(text: str) -> str | None:
 
 def unbox(text: str) -> str:
     """The content of a text's last box when there is one, else the text itself, without surrounding space."""
-    for _ in range(4):
-        if (inside := last_boxed(text)) is None:
-            break
-        text = inside
-    return text.strip()
+    inside = last_boxed(text)
+    return (text if inside is None else inside).strip()
 
 
 # ---------------------------------------------------------------------------------------------- options
@@ -210,7 +207,7 @@ _MARKUP = re.compile(  # but not the stars of 2*3, 2 * 3 and x**2
     r"(?<![A-Za-z0-9)}\]\\*])[*`]++(?=\S)|(?<=[^\s*`])[*`]++(?![A-Za-z0-9(\\{])|(?<![A-Za-z0-9])_+|_+(?![A-Za-z0-9{(])"
 )
 _PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3002: ". ", 0x2212: "-", 0x3000: " "}
-_QUOTES = re.compile(r"[\"“”]|(?<=\w)['’](?=\w)|(?<!\S)['‘]|['’](?!\S)(?<=[\w.]['’])")
+_QUOTES = re.compile("[\"“”'‘’]")
 
 # Words that deny what follows, in the languages that models answer in.
 _NOT = (

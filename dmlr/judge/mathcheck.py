@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import multiprocessing
 import os
 import re
@@ -53,16 +54,21 @@ def equal(truth: str, answer: str, decimals: int = 6, relative: float = 0.0) -> 
 
 
 class _Apart(multiprocessing.context.SpawnContext):
-    """Workers that start anew and do not run the caller's script once more, guarded by `__main__` or not."""
+    """Workers that start anew and do not run the caller's script once more, guarded by `__main__` or not.
+
+    All of them hash alike: sympy goes through sets, and what it finds in time must not depend on the process.
+    """
 
     class Process(multiprocessing.context.SpawnProcess):
         def start(self) -> None:
-            main = sys.modules["__main__"]
-            sys.modules["__main__"] = ModuleType("__main__")
+            main, seed = sys.modules["__main__"], os.environ.pop("PYTHONHASHSEED", None)
+            sys.modules["__main__"], os.environ["PYTHONHASHSEED"] = ModuleType("__main__"), "0"
             try:
                 super().start()
             finally:
                 sys.modules["__main__"] = main
+                os.environ.pop("PYTHONHASHSEED")
+                os.environ.update({} if seed is None else {"PYTHONHASHSEED": seed})
 
 
 def _after_fork() -> None:
@@ -88,7 +94,10 @@ def _prepare() -> None:
 
 
 def _equal(truth: str, answer: str, decimals: int, relative: float) -> bool | None:
+    from sympy.core import random
+
     try:
+        random.seed(0)  # sympy asks for assumptions in a random order
         # SIGPROF's default action ends the process, also inside a long operation on big integers.
         signal.setitimer(signal.ITIMER_PROF, CPU_S)
         return _compare(truth, answer, decimals, relative)
@@ -108,8 +117,7 @@ def _compare(truth: str, answer: str, decimals: int, relative: float) -> bool | 
     interval = bool(re.search(r"[\[\]]|\\in(?:fty)?\b|\\cup", truth))
     if verify(gold, pred, float_rounding=decimals, allow_set_relation_comp=interval, timeout_seconds=None):
         return True
-    values = [_value(parsed) for parsed in (gold, pred)] if relative else [None]
-    return None not in values and abs(values[1] - values[0]) <= relative * abs(values[0])
+    return relative > 0 and abs(_value(pred) - _value(gold)) <= relative * abs(_value(gold))
 
 
 def _understood(text: str) -> list:
@@ -123,7 +131,8 @@ def _understood(text: str) -> list:
     return []
 
 
-def _value(parsed: list) -> float | None:
-    """What an expression is worth, of an equation its right side; None when it is no real number."""
+def _value(parsed: list) -> float:
+    """What an expression is worth, of an equation its right side; nan when it is no real number, or beyond floats."""
     expression = getattr(parsed[0], "rhs", parsed[0])
-    return float(expression) if getattr(expression, "is_real", False) and expression.is_number else None
+    value = float(expression) if getattr(expression, "is_real", False) and expression.is_number else math.nan
+    return value if math.isfinite(value) else math.nan

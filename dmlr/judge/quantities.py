@@ -14,9 +14,9 @@ _MAX_CHARACTERS = 400  # of a number: exact arithmetic on longer ones helps nobo
 _LATEX_THOUSANDS = re.compile(r"(?<=\d)\s?(?:\{,\}|,\\[!,;:]|\\[,!;: ]|~)\s?(?=\d{3}(?!\d))")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{(\d{1,20})\}")
 _BLANK = r"[ \u00a0\u2009\u202f'’_]"
-_GROUPED = re.compile(  # 1,234 and 1 234 and 1.234,5
-    rf"(?<![\w.,])[1-9]\d{{0,2}}(?:(?:,\d{{3}})+(?!\d)|(?:{_BLANK}\d{{3}})+(?![\d/^]|{_BLANK}\d)"
-    r"|(?:\.\d{3})+(?=,\d)|(?:\.\d{3}){2,}(?!\.?\d))"
+_SET_APART = re.compile(rf"(?<![\w.,])[1-9]\d{{0,2}}(?:{_BLANK}\d{{3}})+(?![\d/^]|{_BLANK}\d)")
+_GROUPED = re.compile(  # 1,234 and 1.234,5
+    r"(?<![\w.,])[1-9]\d{0,2}(?:(?:,\d{3})+(?!\d)|(?:\.\d{3})+(?=,\d)|(?:\.\d{3}){2,}(?!\.?\d))"
 )
 _DECIMAL_COMMA = re.compile(r"(?<![\d.,])(\d+),(?=\d{2}(?!,?\d))|(?<![\d.,])(0|\d{4,}),(?=\d+(?!,?\d))")
 
@@ -33,6 +33,11 @@ _NUMBER = (
     rf"|{_POWER})?|\.\d+)(?P<times>\s?(?:thousand|million|billion|trillion)\b|k\b|\s?\\(?:times|cdot)\s*10{_POWER})?"
 )
 _IN_PROSE = re.compile(rf"(?<![A-Za-z0-9_.,^{{}}\\]){_NUMBER}(?P<unit>\s*(?:\\?%|percent\b|pct\b))?")
+# Digits that are no number by themselves: of (1, 12), and of 2^n and 3^{1/2}, but not of the 20^{th}.
+_WITHIN = re.compile(
+    r"[\[({][^\[\](){}]*,[^\[\](){}]*[\])}]"
+    rf"|\d[\d.]*(?!{_POWER})\^(?:[a-z]\b|\{{(?![a-z]{{2}})[^{{}}\\]*\}})"
+)
 _UNIT = rf"[A-Za-zµμΩ\u4e00-\u9fff]+\.?(?:{_POWER})?(?:(?:[/ *]|\\cdot )[A-Za-z]+\.?(?:{_POWER})?){{0,3}}"
 _SYMBOL = r"\\?%|\^\\circ(?: [CF])?|\\circ|\\Omega|\\?[$€£¥₹¢]|[\u4e00-\u9fff]+"
 _ALONE = re.compile(rf"{_NUMBER}(?P<space>\s*)(?P<unit>{_SYMBOL}|{_UNIT})?")
@@ -73,10 +78,10 @@ _SPELLINGS = [
     (re.compile("°"), r"^\\circ"),
     (_SIGN_APART, r"\1-"),
     (_LATEX_THOUSANDS, ""),
+    (_SET_APART, lambda match: re.sub(r"\D", "", match[0])),
     (_REPEATING, _fraction),
     # one operation, in code and in handwriting
     (re.compile(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)|√\s*\(([^()]*)\)|√\s*(\w+)"), r"\\sqrt{\1\2\3}"),
-    (re.compile(r"!="), r"\\neq "),
     (re.compile(r"\*\*"), "^"),
     (re.compile(r"(?<=[\w)}])\s*\*\s*(?=[\w(\\])"), r"\\cdot "),
     (re.compile(r"(?<=\d)\s+x\s+(?=\d)"), r"\\times "),
@@ -165,11 +170,10 @@ def find_number(text: str, last: bool) -> Number | None:
     """The first or last number in prose that is not denied ("not 5"); None without one, or if it is one of several
     ("5 or 12").
 
-    Members of a tuple, set or list in brackets are not looked at. A number written as a word counts where there are
-    no digits.
+    Members of a tuple, set or list in brackets, and powers that stand for no number, are not looked at. A number
+    written as a word counts where there are no digits.
     """
-    text = western(spelled(text))
-    text = re.sub(r"[\[({][^\[\](){}]*,[^\[\](){}]*[\])}]", lambda match: " " * len(match[0]), text)
+    text = _WITHIN.sub(lambda match: " " * len(match[0]), western(spelled(text)))
     if not (found := _found(text)):
         return _number_in_words(text)
     match, alone = stated(text, list(found), last)

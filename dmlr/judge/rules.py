@@ -15,7 +15,7 @@ from typing import Any
 
 from dmlr.judge.choice import as_choice, compare_choice, compare_yes_no
 from dmlr.judge.expressions import LATEX, equal, formulas_in, is_prose, looks_like_math
-from dmlr.judge.extract import Candidate, as_text, candidates, normalize_text, options_of, unbox
+from dmlr.judge.extract import DENIES, Candidate, as_text, candidates, normalize_text, options_of, unbox
 from dmlr.judge.quantities import Number, Tolerance, find_number, find_numbers, parse_number
 
 MAX_CHARACTERS = 20_000  # of a prediction, its end, where answers stand; and of a ground truth
@@ -147,7 +147,7 @@ _FRACTION = re.compile(r"\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}|\\[dt]?frac\s*(\d)(
 
 def _compare_number(candidate: Candidate, truth: Number, shown: str, tolerance: Tolerance):
     text = candidate.text
-    assigned = _ASSIGNED.fullmatch(text)
+    assigned = None if DENIES.search(text) else _ASSIGNED.fullmatch(text)
     answer = parse_number(text) or (parse_number(assigned[1]) if assigned else None)
     if answer is None and re.fullmatch(r"[-+−]?\d+,\d+\.?", text):
         answer = parse_number(text.replace(",", "."))  # where one number is asked for: a decimal comma
