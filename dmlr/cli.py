@@ -88,7 +88,7 @@ def judge(args: argparse.Namespace) -> int:
         by_rules(case.get("prediction"), case.get("ground_truth"), **{k: case.get(k) for k in hints}) for case in cases
     )
     if args.llm or args.llm_all:
-        from dmlr.judge.llm_judge import JudgeError, judge_cases  # the client takes a second to import
+        from dmlr.judge.llm_judge import JudgeError, judge_cases
 
         try:
             verdicts = judge_cases(cases, verdicts, always=args.llm_all)

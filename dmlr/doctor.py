@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from dmlr.config import Config
 from dmlr.data.check import check_dataset
 from dmlr.data.examples import DatasetError
-from dmlr.judge.llm_settings import JudgeError, JudgeSettings
+from dmlr.judge.llm_judge import JudgeError, JudgeSettings
 from dmlr.machine import environment
 from dmlr.methods.workload import PROMPT
 from dmlr.model.families import ModelError

@@ -21,7 +21,7 @@ from dmlr import index as report_index
 from dmlr import notebooks
 from dmlr.config import ConfigError, check_names, root, shown
 from dmlr.data.examples import DatasetError
-from dmlr.judge.llm_settings import JudgeError
+from dmlr.judge.llm_judge import JudgeError
 from dmlr.model.families import ModelError
 from dmlr.parameters import check_parameters, read_parameters
 from dmlr.planning import Plan, as_text, plan_of, time_of

@@ -10,7 +10,7 @@ from tiny import tiny_vlm
 
 from dmlr import doctor
 from dmlr.cli import main
-from dmlr.judge.llm_settings import JudgeError
+from dmlr.judge.llm_judge import JudgeError
 from dmlr.planning import PAPER_MODELS, dry_run
 
 SECRET = "sk-do-not-print-me"
@@ -84,7 +84,7 @@ def test_a_dry_run_finds_the_key_where_the_run_will_look(tmp_path, monkeypatch):
     """In the notebook's folder, in which its kernel works."""
     shutil.copy(Path(__file__).parents[1] / "notebooks" / "03_benchmark.ipynb", tmp_path)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr("dmlr.judge.llm_settings.root", lambda: tmp_path / "elsewhere")
+    monkeypatch.setattr("dmlr.judge.llm_judge.root", lambda: tmp_path / "elsewhere")
     given = {"use_llm_verify": True, "output_dir": str(tmp_path / "run"), "end_data_idx": 2}
     with pytest.raises(JudgeError, match="OPENAI_API_KEY"):
         dry_run(tmp_path / "03_benchmark.ipynb", given)

@@ -2,8 +2,9 @@
 
 A verdict is correct, wrong or unparsed when the server gave one, and judge_failed for everything else that can happen
 (no key accepted, no capacity, time-outs, a reply that is none): never wrong for the judge's own fault. Verdicts are
-kept on disk by model and content, failures are not, so asking again costs nothing and mends what failed. The API key
-goes into the request's header and nowhere else. What is asked stands in llm_prompt.py.
+kept on disk by model and content, failures are not, so asking again costs nothing and mends what failed. Whose key and
+which server come from the environment or `.env`; the key goes into the request's header and nowhere else. What is asked
+stands in llm_prompt.py. The client takes a second to import and is imported when something is asked.
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import anyio
 import diskcache
-import openai
 from anyio.from_thread import start_blocking_portal
+from pydantic import AfterValidator, BeforeValidator, Field, HttpUrl, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from dmlr.config import locate
+from dmlr.config import locate, root
 from dmlr.judge import Verdict
 from dmlr.judge.llm_prompt import RESPONSE_FORMAT, Reply, clean, data_message, messages, output_of, read_reply
-from dmlr.judge.llm_settings import JudgeError, JudgeSettings
+
+if TYPE_CHECKING:
+    import openai
 
 STATUSES = ("correct", "wrong", "unparsed", "judge_failed")
 
@@ -40,6 +44,53 @@ _ASK_OTHERWISE = ("http_400", "http_404", "http_415", "http_422", "unreadable_re
 _UNANSWERED = re.compile(r"timeout|connection|http_(?:403|408|429|5\d\d)")  # reasons that lie with the server alone
 _CACHE_ERRORS = (OSError, ValueError, sqlite3.Error, zlib.error, diskcache.Timeout)
 _SHOWN = 300
+
+
+class JudgeError(RuntimeError):
+    """Settings or a cache folder that no judging can start with; the message says what is missing, never the key."""
+
+
+def _printable(key: SecretStr) -> SecretStr:
+    if not all("!" <= character <= "~" for character in key.get_secret_value()):
+        raise ValueError("holds blanks or characters that no key has")
+    return key
+
+
+Address = Annotated[str, AfterValidator(lambda url: HttpUrl(url) and url)]  # checked, and kept as it was written
+Dollars = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Price = Annotated[tuple[Dollars, Dollars], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
+
+
+class JudgeSettings(BaseSettings):
+    """Where the judge is and what it is called. The key is a SecretStr: printed, logged or dumped, it is stars.
+
+    `price` is in US dollars per million tokens, (prompt, completion), "2,8" in the environment; None when nobody said
+    it: prices change, and this code knows none.
+    """
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True, populate_by_name=True)
+
+    key: Annotated[SecretStr, AfterValidator(_printable)] = Field(validation_alias="OPENAI_API_KEY")
+    base_url: Address = Field("https://api.openai.com/v1", validation_alias="OPENAI_API_BASE_URL")
+    model: str = Field("gpt-4.1-2025-04-14", validation_alias="MODEL_TYPE")
+    price: Annotated[Price | None, NoDecode] = Field(None, validation_alias="MODEL_PRICE")
+
+    @classmethod
+    def from_environment(cls) -> JudgeSettings:
+        """From the environment, else from `.env` in the project's root, else from one in the working folder.
+
+        JudgeError when the key is missing, or a value cannot be one.
+        """
+        try:
+            return cls(_env_file=(".env", root() / ".env"))  # the later one wins
+        except ValidationError as error:
+            wrong = "; ".join(f"{each['loc'][0]}: {each['msg']}" for each in error.errors(include_input=False))
+        except (OSError, ValueError) as error:
+            wrong = f".env: {type(error).__name__}"
+        raise JudgeError(
+            f"the LLM judge cannot be asked, {wrong} (OPENAI_API_KEY, any word for a server that checks none, and "
+            'MODEL_PRICE, such as "2,8", are read from the environment or from .env in the project\'s root or here)'
+        )
 
 
 class LLMJudge:
@@ -80,9 +131,7 @@ class LLMJudge:
         """
         asked = [data_message(case) for case in cases]
         verdicts = {data: self._known(data, case) for data, case in zip(asked, cases, strict=True)}
-        waiting = [data for data, verdict in verdicts.items() if verdict is None]
-        self.usage["cached"] += sum(bool(verdicts[data] and verdicts[data].rule.startswith("llm:")) for data in asked)
-        if waiting:
+        if waiting := [data for data, verdict in verdicts.items() if verdict is None]:
             # A thread with an event loop of its own: notebooks already run one in this thread.
             with start_blocking_portal() as portal:
                 portal.call(self._ask_all, waiting, verdicts)
@@ -97,6 +146,8 @@ class LLMJudge:
         return {"model": self.settings.model, **self.usage, "cost_usd": cost, "failures": dict(self.failures)}
 
     async def _ask_all(self, waiting: Sequence[str], verdicts: dict[str, Verdict | None]) -> None:
+        import openai
+
         free = anyio.Semaphore(self.concurrency)
         self._fruitless = 0
 
@@ -183,9 +234,11 @@ class LLMJudge:
         if not output_of(case):
             return Verdict("unparsed", "no_answer", "")
         try:
-            return self._verdict(Reply.model_validate(self._cache[self._key(data)]))
+            reply = Reply.model_validate(self._cache[self._key(data)])
         except (KeyError, *_CACHE_ERRORS):  # not there, or damaged: it is asked again
             return None
+        self.usage["cached"] += 1
+        return self._verdict(reply)
 
     def _keep(self, data: str, reply: Reply) -> None:
         try:
@@ -196,6 +249,8 @@ class LLMJudge:
 
 def _reason(error: Exception) -> tuple[str, str]:
     """Why there is no verdict, as one word and as a message."""
+    import openai
+
     match error:
         case openai.APIStatusError():
             return f"http_{error.status_code}", error.message

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from dmlr.config import Config, ConfigError, check_names, locate
 from dmlr.data.examples import Example, ImageError, Problem, load_dataset, open_image
 from dmlr.data.images import without_password
+from dmlr.judge.llm_judge import JudgeSettings
 from dmlr.machine import environment  # noqa: F401 (notebooks take it from here)
 from dmlr.methods import METHODS, Answer
 from dmlr.methods.prompting import prompts_of
@@ -35,7 +36,6 @@ from dmlr.stats.metrics import efficiency
 from dmlr.stats.outcomes import tally
 
 if TYPE_CHECKING:
-    from dmlr.judge.llm_settings import JudgeSettings
     from dmlr.run.workers import Workers
 
 # What metrics group records by, copied from the dataset where it is there, as text where it is no single value.

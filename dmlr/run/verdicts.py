@@ -7,15 +7,12 @@ how often the two agree.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dmlr.config import Config
 from dmlr.data.examples import Example
-from dmlr.judge import Verdict, judge
+from dmlr.judge import Verdict, judge, llm_judge
 from dmlr.run.records import RunLog
-
-if TYPE_CHECKING:
-    from dmlr.judge.llm_settings import JudgeSettings
 
 NOT_JUDGED = ("error", "skipped_no_ground_truth")  # stop reasons
 
@@ -61,17 +58,13 @@ def fields_of(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def llm_settings(config: Config) -> JudgeSettings | None:
+def llm_settings(config: Config) -> llm_judge.JudgeSettings | None:
     """Where the LLM judge is; None when none is wanted. JudgeError when one is and cannot be asked."""
-    if not config.use_llm_verify:
-        return None
-    from dmlr.judge.llm_settings import JudgeSettings
-
-    return JudgeSettings.from_environment()
+    return llm_judge.JudgeSettings.from_environment() if config.use_llm_verify else None
 
 
 def ask_llm(
-    log: RunLog, examples: Iterable[Example], settings: JudgeSettings | None, *, every: bool
+    log: RunLog, examples: Iterable[Example], settings: llm_judge.JudgeSettings | None, *, every: bool
 ) -> dict[str, Any] | None:
     """Logs an LLM's verdict on what the rules could not decide (`every`: on all of it) in place of theirs.
 
@@ -90,13 +83,11 @@ def ask_llm(
             log.append(old | verdict_of(by_row[old["row"]], old["model_output"], old["stop_reason"]))
     if settings is None:
         return None
-    from dmlr.judge.llm_judge import LLMJudge, agreement, shared_cache  # the client takes a second to import
-
-    cases = []
-    for record in records:
-        example = by_row[record["row"]]
-        cases.append({"prediction": record["model_output"], "ground_truth": example.solution, **hints(example)})
-    llm = LLMJudge(settings, shared_cache())
+    cases = [
+        {"prediction": r["model_output"], "ground_truth": by_row[r["row"]].solution, **hints(by_row[r["row"]])}
+        for r in records
+    ]
+    llm = llm_judge.LLMJudge(settings, llm_judge.shared_cache())
     verdicts = []
     for record, verdict in zip(records, llm.judge_many(cases), strict=True):
         if verdict.status == "judge_failed" and by_llm(record) and record["verdict"] != "judge_failed":
@@ -104,5 +95,5 @@ def ask_llm(
         elif (changed := record | fields_of(verdict)) != record:
             log.append(changed)
         verdicts.append(verdict.status)
-    table = agreement([record["rule_verdict"] for record in records], verdicts)
+    table = llm_judge.agreement([record["rule_verdict"] for record in records], verdicts)
     return llm.report() | {"every": every, "agreement": table}
