@@ -69,7 +69,7 @@ def test_runs_stand_in_order_with_everything_that_is_no_plain_right_or_wrong(tmp
     assert first["method"] == "vanilla"
     assert second == names | {"seed": "42", "accuracy": "50.0%", "95 % interval": interval, "n": 4}, "one setting"
     counts = {"judged": 4, "abstained": 0, "unparsed": 1, "judge failed": 1, "errors": 1, "skipped": 0}
-    assert tables.outcomes[1] == names | counts | {"seconds": "0.50"}
+    assert tables.outcomes[1] == names | counts | {"s each": "0.50"}
     assert tables.seeds == tables.groups == tables.calibration == []
 
 

@@ -81,7 +81,7 @@ def strip(image: Image.Image | None, grid: Grid, heats: Sequence[Heat], columns:
     limit = brightest(heats, grid)
     for axis, heat in zip(axes.flat, heats, strict=False):
         over_image(axis, image, grid, heat, limit)
-        axis.title.set(fontsize=8.5, fontweight="normal")
+        axis.set_title(heat.title, fontsize=8.5, fontweight="normal")
     for axis in axes.flat[len(heats) :]:
         axis.set_axis_off()
     return fig
