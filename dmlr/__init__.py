@@ -13,10 +13,6 @@ from importlib import import_module
 # does other work too they take its cores from whoever works.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# oneDNN and torch's layer over it each keep what they made for the last 1024 shapes, of which a batch has a few dozen:
-# a process that answers many batches grew by 100 MiB and more.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
 _HOME = {"load": "api", "wrap": "api", "Config": "config", "METHODS": "methods"}
 __all__ = list(_HOME)

@@ -125,6 +125,10 @@ def table1(args: argparse.Namespace) -> int:
 
 def serve(args: argparse.Namespace) -> None:
     """a model behind OpenAI's chat completions; a DMLR_API_KEY in the environment is demanded of clients"""
+    # Read when torch is loaded. oneDNN and torch's layer over it each keep what they made for 1024 shapes; a server
+    # sees ever new ones, and grew by 100 MiB and more.
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")
     from dmlr.api import load
     from dmlr.serve import Limits, serve
 
