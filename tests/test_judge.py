@@ -318,7 +318,7 @@ def test_any_text_gets_a_verdict(prediction, truth, question):
     assert status(prediction, truth, question=question) in ("correct", "wrong", "unparsed")
 
 
-LONG = ["{", "\\boxed{", "\\frac{", "1,", " ", "answer is ", "1 and ", "(,", "$", "\\(", "**", "not A "]
+LONG = ["{", "\\boxed{", "\\frac{", "1,", " ", "answer is ", "1 and ", "(,", "$", "\\(", "**", "`", "not A ", "1"]
 
 
 def test_a_megabyte_of_anything_returns_at_once():

@@ -12,7 +12,7 @@ from dmlr.judge.extract import MACRO, plain, stated
 
 _MAX_CHARACTERS = 400  # of a number: exact arithmetic on longer ones helps nobody
 _LATEX_THOUSANDS = re.compile(r"(?<=\d)\s?(?:\{,\}|,\\[!,;:]|\\[,!;: ]|~)\s?(?=\d{3}(?!\d))")
-_REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{(\d{1,20})\}")
+_REPEATING = re.compile(r"(?<!\d)(\d*)\.(\d*)\\overline\s*\{(\d{1,20})\}")
 _BLANK = r"[ \u00a0\u2009\u202f'’_]"
 _SET_APART = re.compile(rf"(?<![\w.,])[1-9]\d{{0,2}}(?:{_BLANK}\d{{3}})+(?![\d/^]|{_BLANK}\d)")
 _GROUPED = re.compile(  # 1,234 and 1.234,5
@@ -36,7 +36,7 @@ _IN_PROSE = re.compile(rf"(?<![A-Za-z0-9_.,^{{}}\\]){_NUMBER}(?P<unit>\s*(?:\\?%
 # Digits that are no number by themselves: of (1, 12), and of 2^n and 3^{1/2}, but not of the 20^{th}.
 _WITHIN = re.compile(
     r"[\[({][^\[\](){}]*,[^\[\](){}]*[\])}]"
-    rf"|\d[\d.]*(?!{_POWER})\^(?:[a-z]\b|\{{(?![a-z]{{2}})[^{{}}\\]*\}})"
+    rf"|(?<![\d.])\d[\d.]*(?!{_POWER})\^(?:[a-z]\b|\{{(?![a-z]{{2}})[^{{}}\\]*\}})"
 )
 _UNIT = rf"[A-Za-zµμΩ\u4e00-\u9fff]+\.?(?:{_POWER})?(?:(?:[/ *]|\\cdot )[A-Za-z]+\.?(?:{_POWER})?){{0,3}}"
 _SYMBOL = r"\\?%|\^\\circ(?: [CF])?|\\circ|\\Omega|\\?[$€£¥₹¢]|[\u4e00-\u9fff]+"
