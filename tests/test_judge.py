@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import time
@@ -347,6 +348,15 @@ def test_every_worker_hashes_alike():
         with pytest.raises(ProcessExpired):
             mathcheck._pool.schedule(os._exit, (1,)).result()
     assert len(hashes) == 1
+
+
+def test_a_process_that_has_judged_ends():
+    child = multiprocessing.get_context("spawn").Process(target=mathcheck.equal, args=("1/2", "2/4"))
+    child.start()
+    child.join(60)
+    ended = child.exitcode
+    child.kill()
+    assert ended == 0
 
 
 def test_threads_may_judge_at_once():

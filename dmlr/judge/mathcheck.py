@@ -19,6 +19,7 @@ import sys
 import threading
 from concurrent import futures
 from functools import lru_cache
+from multiprocessing.util import Finalize
 from types import ModuleType
 
 from pebble import ProcessExpired, ProcessPool
@@ -46,11 +47,19 @@ def equal(truth: str, answer: str, decimals: int = 6, relative: float = 0.0) -> 
     with _lock:
         if _pool is None or not _pool.active:
             _pool = ProcessPool(max_workers=1, initializer=_prepare, context=_Apart())
+            Finalize(None, _end, exitpriority=10)
         future = _pool.schedule(_equal, (truth, answer, decimals, relative), timeout=TIMEOUT_S)
     try:
         return future.result()
     except (futures.TimeoutError, futures.BrokenExecutor, ProcessExpired):
         return None
+
+
+def _end() -> None:
+    """Before multiprocessing waits for its children: pebble would replace the worker that ended."""
+    if _pool is not None:
+        _pool.stop()
+        _pool.join()
 
 
 class _Apart(multiprocessing.context.SpawnContext):
