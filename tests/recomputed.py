@@ -43,7 +43,8 @@ def equals_full_recomputation(vlm, config, encoded):
         wanted = [expected.start_reward, *(r for step in expected.steps for r in (step.reward, step.explored))]
         if ran:
             assert_close(rewards, wanted, 1e-3)
-        assert rewards[0].item() == pytest.approx(expected.start_reward, rel=1e-4)
+        # one minus an entropy of nearly one: a few of its last bits
+        assert rewards[0].item() == pytest.approx(expected.start_reward, rel=1e-4, abs=1e-6)
         assert trace.best_reward[row].item() == pytest.approx(expected.best_reward, rel=1e-3)
         assert trace.best_step[row].item() == expected.best_step
         assert_close(trace.final.latents[row], expected.best_latents, 1e-3)

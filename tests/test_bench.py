@@ -13,6 +13,7 @@ from test_cuda_graphs import record_on_a_cpu
 from dmlr import bench, random_weights
 from dmlr.config import Config, ConfigError, locate
 from dmlr.loop.reference import eager
+from dmlr.model import cpu_linear
 from dmlr.model import graphs as cuda_graphs
 from dmlr.model.vlm import VLM
 from dmlr.random_weights import random_prompt
@@ -130,6 +131,7 @@ def like_a_gpu(monkeypatch, brief):
     build = bench.random_vlm
     monkeypatch.setattr(bench, "random_vlm", lambda shape, dtype, device: build(shape, dtype))
     monkeypatch.setattr(VLM, "on_one_gpu", True)
+    monkeypatch.setattr(cpu_linear, "FEW", 0)
 
     def record(function, inputs, flags, pool):
         return record_on_a_cpu(lambda *x: function(*x, **flags), inputs)

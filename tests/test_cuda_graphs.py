@@ -18,6 +18,7 @@ from dmlr.loop.injection import Patches
 from dmlr.loop.optimize import optimize
 from dmlr.loop.score import confidence
 from dmlr.methods.answers import Question
+from dmlr.model import cpu_linear
 from dmlr.model import graphs as cuda_graphs
 from dmlr.model.decode import decode
 from dmlr.model.graphs import MOST, ROUNDED, Recording
@@ -69,6 +70,7 @@ def as_on_a_gpu(monkeypatch):
 
     monkeypatch.setattr(cuda_graphs, "record", record)
     monkeypatch.setattr(VLM, "on_one_gpu", True)
+    monkeypatch.setattr(cpu_linear, "FEW", 0)  # packed weights are a CPU's alone
     return recorded
 
 
