@@ -381,7 +381,7 @@ def test_nothing_is_lost_and_memory_does_not_grow(tmp_path):
             memory.append(process.memory_info().rss / 2**20)
     print("MiB after each round of 200:", *(f"{size:.0f}" for size in memory))
     assert all(answers == rounds[0] for answers in rounds) and rounds[0][3::10] == [400] * 20
-    assert max(memory[2:]) - memory[1] < 25, memory
+    assert max(memory[2:]) - memory[1] < 40, memory
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
