@@ -87,7 +87,7 @@ def fits(models: Iterable[str], free: int, kind: str) -> tuple[str, list[str]]:
         cells = [f"{model.parameters.total / 1e9:.3g} G", size(1000 * model.shape.cache(2))]
         for itemsize, bits in PRECISIONS.values():
             batch = model.batch(Config.make("paper"), itemsize, free, kind, bits)
-            held = f"{size(model.weights(itemsize, kind, bits))}, {f'batch {batch}' if batch else 'too large'}"
+            held = f"{size(model.parameters.bytes(itemsize, bits))}, {f'batch {batch}' if batch else 'too large'}"
             cells.append("GPUs only" if bits and kind != "cuda" else held)  # bitsandbytes computes on GPUs
         rows.append([name, *cells, model.source])
     return (

@@ -97,15 +97,9 @@ class Model:
         context = getattr(settings.get_text_config(), "max_position_embeddings", None)
         return cls(source, Shape.of(settings), Parameters.of(settings), context)
 
-    def weights(self, itemsize: int, device: str, bits: int | None = None) -> int:
-        """Their bytes; float32 on a CPU has a copy of what few rows go through (model/cpu_linear.py)."""
-        twice = device == "cpu" and itemsize == 4 and bits is None
-        packed = itemsize * (self.parameters.language + self.parameters.head) if twice else 0
-        return self.parameters.bytes(itemsize, bits) + packed
-
     def batch(self, config: Config, itemsize: int, free: int, device: str, bits: int | None = None) -> int:
         """Examples of such a run that go through together in what the weights leave of `free` bytes; 0: not one."""
-        left = free - self.weights(itemsize, device, bits)
+        left = free - self.parameters.bytes(itemsize, bits)
         return fitting_batch(self.shape, itemsize, workload(config, self.context), left, device)
 
 
@@ -142,7 +136,7 @@ class Needs:
         if device == "cuda":
             batch = max(1, model.batch(config, itemsize, free, device, config.load_in_bits)) if free else None
         batch = config.batch_size or (batch and min(batch, max(1, math.ceil(examples / config.num_workers))))
-        weights = model.weights(itemsize, device, config.load_in_bits)
+        weights = model.parameters.bytes(itemsize, config.load_in_bits)
         each = peak(model.shape, itemsize, workload(config, model.context), 1)
         return cls(device, itemsize, free, batch, model, weights, each)
 

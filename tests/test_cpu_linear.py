@@ -1,6 +1,7 @@
 """Linear layers through oneDNN: the same product, the same gradients, torch's own class wherever it does not apply."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,14 @@ from dmlr.model import cpu_linear
 from dmlr.model.cpu_linear import Linear, through_onednn, through_torch
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+def test_only_a_model_that_is_small_beside_the_memory_is_packed(monkeypatch):
+    for total, packs in ((4 * 16 * 16, False), (4 * 4 * 16 * 16, True)):
+        monkeypatch.setattr(cpu_linear.psutil, "virtual_memory", lambda total=total: SimpleNamespace(total=total))
+        layer = through_onednn(torch.nn.Linear(16, 16, bias=False).requires_grad_(False))
+        layer(torch.ones(2, 16))
+        assert layer.packs == packs == (layer._packed is not None)
 
 
 def pair(bias=True, dtype=torch.float32):

@@ -2,20 +2,23 @@
 
 torch multiplies float32 matrices with MKL. oneDNN, which torch brings too, takes half of its time on this project's
 machines (AMD), and for the few rows of an iteration another third less with weights laid out in its own blocks: a
-second copy of the layers that few rows go through (the language model's). The sums differ in their last bits. Knows
-nothing about models.
+second copy of the layers that few rows go through (the language model's), which only models get that are small beside
+this machine's memory. The sums differ in their last bits. Knows nothing about what a model is.
 """
 
 from __future__ import annotations
 
+import psutil
 import torch
 
+SMALL = 4  # models that fit so often into this machine's memory get a second copy
 FEW = 256  # rows, up to which a packed copy is worth its memory; it saves a tenth at most beyond
 
 
 class Linear(torch.nn.Linear):
     """torch.nn.Linear; float32 on a CPU goes through oneDNN where no gradient is wanted."""
 
+    packs = False  # whether few rows are worth a second copy of the weight
     _packed: tuple[int, torch.Tensor] | None = None  # of which version of the weight, and its copy in oneDNN's blocks
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -23,7 +26,7 @@ class Linear(torch.nn.Linear):
         wants_gradient = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         if wants_gradient or x.device.type != "cpu" or x.dtype != torch.float32 or self.weight.dtype != x.dtype:
             return super().forward(x)
-        few = x.numel() <= FEW * self.in_features
+        few = self.packs and x.numel() <= FEW * self.in_features
         return multiply(x, self._blocks() if few else self.weight, self.bias)
 
     def _blocks(self) -> torch.Tensor:
@@ -45,7 +48,13 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
 
 def through_onednn(model: torch.nn.Module) -> torch.nn.Module:
     """The model with its linear layers in that class, in place; weights stay what and where they are."""
-    return _reclassed(model, torch.nn.Linear, Linear) if torch.backends.mkldnn.is_available() else model
+    if not torch.backends.mkldnn.is_available():
+        return model
+    small = SMALL * sum(p.nbytes for p in model.parameters()) <= psutil.virtual_memory().total
+    for module in _reclassed(model, torch.nn.Linear, Linear).modules():
+        if type(module) is Linear:
+            module.packs = small
+    return model
 
 
 def through_torch(model: torch.nn.Module) -> torch.nn.Module:

@@ -3,8 +3,8 @@
 All memory is in bytes. With b bytes per number, H heads and K key heads of size d, hidden size D, MLP size I, one layer
 at a time without gradient, the terms are
 
-    weights        b · parameters (linear layers in 4 or 8 bits where the run asks for that); float32 on a CPU: those of
-                   the language model and its head twice (cpu_linear.py)
+    weights        b · parameters (linear layers in 4 or 8 bits where the run asks for that); of a model that is small
+                   beside a CPU's memory those of the language model twice (cpu_linear.py), which is not counted
     cache          2 · layers · K · d · b                    a position: keys and values
     activations    b · (3 · max(I, 2 · H · d) + 4 · D)       a position: MLP or attention, residuals beside it
     attention map  (8 · H + 4 · H / K) · S · (P + S)         S slots of the loop over P prompt positions: scores and
