@@ -66,7 +66,7 @@ compared:
 	@HF_HUB_OFFLINE=1 $(RUN) table1 shapes-seek shapes-vl --benchmarks shapes-seek,shapes-visual --seeds 0,1 \
 	  -p methods vanilla,unoptimised,displaced,dmlr -p end_data_idx 48
 
-table1: $(INSTALLED)  ## every method on the embedded benchmark, in the form of Table 1; six minutes on two cores
+table1: $(INSTALLED)  ## every method on the embedded benchmark, in the form of Table 1; a quarter of an hour on two cores
 	@HF_HUB_OFFLINE=1 $(RUN) table1 shapes-vl --benchmarks shapes-mathematics,shapes-visual,shapes-composition \
 	  -p methods vanilla,multimodal-cot,ccot,icot,self-consistency,ltpo,ulr,unoptimised,random,dmlr
 
