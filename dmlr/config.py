@@ -244,10 +244,6 @@ class Config(BaseModel):
         with "candidate", M that rank the patches."""
         return self.num_samples + (1 if self.accept_at == "updated" else self.num_samples)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values by name, in declaration order, as written into results.json."""
-        return dict(self)
-
 
 def root() -> Path:
     """The project's folder, wherever a notebook or a command is started."""

@@ -170,3 +170,6 @@ def test_the_readme_says_what_was_measured():
         cells = [f"shape {row['shape']}, {row['parameters'] / 1e6:.0f} million parameters"]
         cells += [f"{row['ratios'][name]:.0f}×" for name in names]
         assert f"| {' | '.join(cells)} |" in readme
+    one, eight = ([f"{row['ratios'][f'forward_batch_{batch}']:.1f}×" for row in rows] for batch in (1, 8))
+    peer = f"forward of equal slots: {' and '.join(one)} at batch 1, {' and '.join(eight)} per example in a batch of 8"
+    assert peer in " ".join(readme.split())

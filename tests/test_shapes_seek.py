@@ -170,3 +170,6 @@ def vlm_of(model):
 def test_the_readmes_table_is_what_was_measured():
     text = Path(locate("README.md")).read_text(encoding="utf-8")
     assert f"{MARKS[0]}\n{readme_table(Path(locate('data/models')))}\n{MARKS[1]}" in text
+    measured = json.loads(Path(locate("data/models/shapes-seek/measured.json")).read_text(encoding="utf-8"))
+    half = measured["rows"]["random by reward, as many evaluations"]["right"]
+    assert f"gets half way ({half:.0f} %)" in " ".join(text.split())

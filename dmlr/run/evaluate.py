@@ -307,4 +307,4 @@ def save_results(job: Job, log: RunLog, config: Config, peak_memory: int | None,
     """results.json from the log; `peak_memory` (bytes) and the `environment` in `more` are those of the answers."""
     speed = efficiency(log.records()) | {"peak_memory_bytes": peak_memory}
     about = {"model": config.model_name_or_path, "dataset": job.dataset, "method": job.method, "efficiency": speed}
-    return write_results(job.folder, log.records(), config=config.as_dict(), **about, **more)
+    return write_results(job.folder, log.records(), config=dict(config), **about, **more)
