@@ -374,7 +374,8 @@ def server():
 
 def test_an_image_comes_from_a_server_within_a_time_or_not_at_all(server, monkeypatch):
     assert open_image(f"{server}/good.png").getpixel((0, 0)) == (0, 255, 0)
-    for url, reason in ((f"{server}/none.png", "404"), ("http://127.0.0.1:9/good.png", "cannot be fetched")):
+    bad = {f"{server}/none.png": "404", "http://127.0.0.1:9/good.png": "cannot be fetched"}
+    for url, reason in (bad | {"http://127.0.0.1:99999/good.png": "Port out of range"}).items():
         with pytest.raises(ImageError, match=reason):
             open_image(url)
     monkeypatch.setattr(images, "_DOWNLOAD_SECONDS", 0.2)

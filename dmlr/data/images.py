@@ -115,6 +115,10 @@ def _read(source: str, name: str) -> bytes:
 
 
 def _download(url: str, name: str) -> bytes:
+    try:
+        urlparse(url).port  # noqa: B018 (raises; the client finds it while it connects, and says nothing)
+    except ValueError as error:
+        raise ImageError(f"{name}: cannot be fetched ({error})") from None
     # A thread with an event loop of its own: notebooks already run one in this thread.
     with start_blocking_portal() as portal:
         return portal.call(_fetch, url, name)
