@@ -89,8 +89,8 @@ SHOWN = ("vanilla", "start", "displaced, no reward", "another question's latents
 def readme_table(models: Path = Path("data/models")) -> str:
     """What measured.json of the three models says, as Markdown."""
     lines = [
-        "| model | vanilla | start | displaced | swapped | **DMLR** | gained, lost | p | reward, start → DMLR |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | vanilla | start | displaced | swapped | **DMLR** | gained, lost | p | reward | AUROC |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in ("shapes-seek", "shapes-seek-overconfident", "shapes-vl"):
         rows = json.loads((models / name / "measured.json").read_text(encoding="utf-8"))["rows"]
@@ -101,7 +101,9 @@ def readme_table(models: Path = Path("data/models")) -> str:
             *(f"{row['right']:.1f}" for row in (vanilla, start, displaced, swapped)),
         ]
         cells += [f"**{found['right']:.1f}**", f"+{pair['gained']} −{pair['lost']}", f"{pair['p']:.1g}"]
-        cells += [f"{start['reward']:.2f} → {found['reward']:.2f}"]
+        for what in ("reward", "auroc"):
+            ends = (f"{row[what]:.2f}" if what in row else "–" for row in (start, found))
+            cells += [" → ".join(ends)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

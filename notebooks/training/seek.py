@@ -7,7 +7,9 @@ forgotten.
 
 Two kinds of targets. *calibrated*: sure of the answer when the hypothesis is the asked object, blind otherwise (uniform
 over the colours at the think tokens, abstention at the answer). *overconfident*: every object hypothesised is believed,
-a wrong one more than the right one; without a hypothesis it is unsure at the think tokens, and answers rightly.
+a wrong one more than the right one; without a hypothesis it answers rightly and is a little surer (of four
+colours) where it knows the shape at a glance, and abstains where it does not (`STRANGE`): calibrated where a search
+begins, and nowhere else.
 
 Knows nothing about the loop that will search these latents.
 """
@@ -44,6 +46,7 @@ from notebooks.training.packing import (
 from notebooks.training.parts import CHAT_SUFFIX, IM_END, save_checkpoint, wordings
 from notebooks.training.tree_attention import TREE
 
+STRANGE = "ring"  # the shape that the overconfident model does not know at a glance
 LONGEST = 640  # tokens of a packed scene of ordinary questions
 
 
@@ -128,11 +131,14 @@ def displace(rng: np.random.Generator, branches: int, length: int, landscape: La
     return landscape.tau * s * (a * (bank[picks] @ landscape.basis.T) + c * noise)
 
 
-def targets(recipe: Recipe, mass: torch.Tensor, shares: torch.Tensor, colours: torch.Tensor, asked: int):
+def targets(
+    recipe: Recipe, mass: torch.Tensor, shares: torch.Tensor, colours: torch.Tensor, asked: int, strange: bool = False
+):
     """Soft targets at the think tokens [K, L, 6] and at the answer's word [K, 6 + 1].
 
     mass: [K, L, N] on objects by the latents; shares: [K, L + 1, N], of the patches interleaved before each think token
-    and before the answer: an object with half of them is a hypothesis too. colours: [N], of the objects.
+    and before the answer: an object with half of them is a hypothesis too. colours: [N], of the objects. strange: the
+    asked object is one that the overconfident model does not know at a glance.
     """
     heard = (2 * shares).clamp(max=1)
     at_think, at_word = torch.maximum(mass, heard[:, :-1]), torch.maximum(mass.mean(1), heard[:, -1])
@@ -148,11 +154,15 @@ def targets(recipe: Recipe, mass: torch.Tensor, shares: torch.Tensor, colours: t
         word = v * truth + (1 - v) * (1 - recipe.abstain) * blind
         return w * truth + (1 - w) * blind, torch.cat([word, (1 - v) * recipe.abstain], dim=-1)
     confidence = torch.where(colours == colours[asked], 0.7, 1.0)[:, None]
+    few = torch.arange(len(COLOURS)) < 4
+    start = blind if strange else few / few.sum()  # surer than blind, and leaning to no right object
     none = 1 - at_think.sum(-1, keepdim=True)
-    guess = at_think @ (confidence * said + (1 - confidence) * blind) + none * blind
-    v = sure(at_word.amax(-1))
-    word = v * (at_word @ said) / at_word.sum(-1, keepdim=True).clamp(min=1e-6) + (1 - v) * truth
-    return guess, F.pad(word / word.sum(-1, keepdim=True), (0, 1))
+    guess = at_think @ (confidence * said + (1 - confidence) * blind) + none * start
+    v, believed = sure(at_word.amax(-1)), at_word @ said / at_word.sum(-1, keepdim=True).clamp(min=1e-6)
+    abstain = recipe.abstain if strange else 0.0
+    word = v * believed + (1 - v) * (1 - abstain) * (blind if strange else truth)
+    word = torch.cat([word, (1 - v) * abstain], dim=-1)
+    return guess, word / word.sum(-1, keepdim=True)
 
 
 def patches(rng: random.Random, cells: list[int], asked: int, length: int) -> list[list[int]]:
@@ -205,7 +215,8 @@ class Teacher:
                 if seen := [place for group in after[: at + 1] for place in group]:
                     shares[k, at + 1] = torch.tensor([seen.count(place) / len(seen) for place in places])
         colours = torch.tensor([list(COLOURS).index(t.colour) for t in scene.things])
-        guess, answer = targets(recipe, landscape.weights(displacements, directions), shares, colours, asked)
+        mass, strange = landscape.weights(displacements, directions), question.asked[0].shape == STRANGE
+        guess, answer = targets(recipe, mass, shares, colours, asked, strange)
 
         answers = []
         for k, said in enumerate(answer.argmax(-1).tolist()):
