@@ -10,16 +10,17 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 from judge_server import JudgeServer, says
-from notebook_files import external_requests
+from notebook_files import defined, external_requests
 
 from dmlr import notebooks
 from dmlr.run.records import find_runs, read_results
-from dmlr.show import llm_report
+from dmlr.stats import metrics
 
 BENCHMARK = Path(__file__).parents[1] / "notebooks" / "03_benchmark.ipynb"
 SMALL = {"end_data_idx": 4, "max_num_steps": 1, "batch_size": 4, "max_new_tokens": 48}
 ATTACK = "<script>alert('judge')</script>"
 COLUMNS = ("correct", "wrong", "unparsed", "judge_failed")
+SECTION = defined(BENCHMARK, ["costs"], pd=pd, metrics=metrics, results={})
 
 
 @pytest.fixture
@@ -39,11 +40,12 @@ def shown(page):
     """Of the LLM's section: rows of its first and its last table, the sentence between them; and the page's text."""
     soup = BeautifulSoup(page, "html.parser")
     assert external_requests(page) == []
-    first = soup.find("h3", string="The LLM judge")
-    rows = [[cell.get_text() for cell in row.find_all("td")] for row in first.find_next("table").find("tbody")("tr")]
-    second = soup.find("h3", string="Rules against LLM")
-    table = [[cell.get_text() for cell in row("td")] for row in second.find_next("table").find("tbody")("tr")]
-    return rows, second.find_next("p").get_text(), table, soup.get_text()
+    (first,), (last,) = (
+        [t for t in soup("table") if t.caption and t.caption.get_text().startswith(title)]
+        for title in ("The LLM judge: ", "Rules against LLM")
+    )
+    rows, table = ([[cell.get_text() for cell in row("td")] for row in t.find("tbody")("tr")] for t in (first, last))
+    return rows, last.find_previous("p").get_text(), table, soup.get_text()
 
 
 def test_the_report_shows_what_the_judge_did_and_cost_and_where_the_rules_disagree(server, monkeypatch, tmp_path):
@@ -79,21 +81,18 @@ def test_the_report_shows_what_the_judge_did_and_cost_and_where_the_rules_disagr
     assert f"no capacity {ATTACK}" in text and "http_403" in text and "sk-very-secret" not in text
 
 
-def test_without_a_price_failures_or_an_llm_the_section_says_so():
+def test_without_a_price_the_table_says_so():
     agreement = {rules: {llm: int(rules == llm) for llm in COLUMNS} for rules in COLUMNS[:3]}
     asked = {"model": "m", "requests": 3, "cached": 1, "failed": 0, "prompt_tokens": 300, "completion_tokens": 30}
-    asked |= {"cost_usd": None, "failures": {}, "agreement": agreement}
-    rows, sentence, table, text = shown(llm_report.llm_report({("d", "vanilla"): {"llm_judge": asked}}))
-    assert rows == [["d", "vanilla", "m", "3", "1", "3", "0", "300", "30", "price not given"]]
-    assert "same verdict on 3 of 3" in sentence and table[0][1:] == ["1", "0", "0", "0"]
-    assert "Why calls failed" not in text
-    assert llm_report.llm_report({("d", "vanilla"): {"llm_judge": None}, ("d", "dmlr"): {}}) == ""
+    asked |= {"dataset": "d", "method": "vanilla", "cost_usd": None, "failures": {}, "agreement": agreement}
+    told = SECTION.costs([asked]).iloc[0].astype(str).tolist()
+    assert told == ["d", "vanilla", "m", "3", "1", "3", "0", "300", "30", "price not given"]
+    assert "same verdict on 3 of 3" in SECTION.agreement(pd.DataFrame(agreement).T)
 
 
 def test_where_only_the_undecided_is_asked_the_sentence_says_so():
     counts = pd.DataFrame(0, index=COLUMNS[:3], columns=COLUMNS)
     counts.loc["unparsed", "judge_failed"] = 4
-    assert llm_report.agreement_in_words(counts) == "No answer has a verdict of both."
+    assert SECTION.agreement(counts) == "No answer has a verdict of both."
     counts.loc["unparsed"] = [3, 2, 1, 4]
-    told = llm_report.agreement_in_words(counts)
-    assert "found 3 of 6 answers correct, 2 wrong, and no answer in 1" in told
+    assert "found 3 of 6 answers correct, 2 wrong, and no answer in 1" in SECTION.agreement(counts)

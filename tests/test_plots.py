@@ -3,6 +3,7 @@
 import nbformat
 import numpy as np
 import pandas as pd
+import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
@@ -21,18 +22,34 @@ def test_kept_patches_are_outlined_in_their_cells_and_colours():
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ["think token 1", "think token 2"]
 
 
-def test_accuracy_bars_have_heights_intervals_and_the_baselines_line():
-    rows = [("a", "vanilla", 0.5, 0.4, 0.6), ("a", "dmlr", 0.75, 0.65, 0.8)]
-    table = pd.DataFrame(rows, columns=["dataset", "method", "accuracy", "low", "high"])
-    own = {"np": np, "plots": plots, "datasets": ["a"], "methods": ["vanilla", "dmlr"], "baseline": "vanilla"}
+def accuracy_bars(table):
+    """The figure of notebook 03 for one dataset; the first method is the baseline."""
+    methods = table["method"].tolist()
+    own = {"np": np, "plots": plots, "datasets": ["a"], "methods": methods, "baseline": methods[0]}
     (cell,) = (c.source for c in nbformat.read(BENCHMARK, as_version=4).cells if "def accuracy_bars" in c.source)
     exec(cell.partition("\n\n\n")[0], own)
-    axis = own["accuracy_bars"](table).axes[0]
+    return own["accuracy_bars"](table)
+
+
+def test_accuracy_bars_have_heights_intervals_and_the_baselines_line():
+    rows = [("a", "vanilla", 0.5, 0.4, 0.6), ("a", "dmlr", 0.75, 0.65, 0.8)]
+    axis = accuracy_bars(pd.DataFrame(rows, columns=["dataset", "method", "accuracy", "low", "high"])).axes[0]
     assert [bar.get_height() for bar in axis.patches] == [50, 75] and axis.get_axisbelow() is True
     (dashed,) = [c for c in axis.collections if c.get_linestyle()[0][1]]
     assert dashed.get_segments()[0][:, 1].tolist() == [50, 50]
     bars = [seg[:, 1].tolist() for c in axis.collections if c is not dashed for seg in c.get_segments()]
     assert np.allclose(bars, [[40, 60], [65, 80]])
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 10])
+def test_accuracy_bars_of_any_number_of_methods_fit_their_figure(count, recwarn):
+    names = ("vanilla", "multimodal-cot", "self-consistency", "unoptimised", "latents-only", "patches-only")
+    methods = [*names, "ltpo", "random", "displaced", "dmlr"][:count]
+    table = pd.DataFrame({"method": methods, "dataset": "a", "accuracy": 0.5, "low": 0.4, "high": 0.6})
+    fig = accuracy_bars(table)
+    fig.canvas.draw()
+    assert fig.axes[0].get_legend().get_window_extent().width < fig.bbox.width
+    assert fig.axes[0].get_window_extent().width > 0.7 * fig.bbox.width and not list(recwarn)
 
 
 def test_a_saved_drawing_is_a_picture(tmp_path):

@@ -96,7 +96,7 @@ def over_image(axis: Axes, image: Image.Image | None, grid: Grid, heat: Heat, li
         return
     draw_image(axis, image)
     shade = np.zeros((*grid, 4))
-    shade[..., 3] = 0.66 * (1 - np.clip(heat.on(grid) / (limit or 1.0), 0, 1))
+    shade[..., 3] = 0.5 * (1 - np.clip(heat.on(grid) / (limit or 1.0), 0, 1))
     axis.imshow(shade, extent=(0, image.width, image.height, 0), interpolation="nearest")
     patches = [some if heat.token in (None, token) else [] for token, some in enumerate(heat.patches)]
     outline(axis, image, patches, grid, "-" if heat.solid else (0, (2, 1.2)))
