@@ -47,6 +47,7 @@ CASES = [
     (r"\boxed{No}", {}, r"\boxed{\text{No}}", "", "There is no dog.|I would not say yes|yes and no"),
     ("(b) No", YES_NO, "No, it is not.", "Yes, it is.", ""),
     # a sentence that repeats the question answers it
+    ("Yes", {}, "Yes, or so.", "", "yes or no"),
     ("Yes", HELLO, "The word in this image is 'Hello'.|It says \"Hello\".", "It says 'Help'.", "The sign is old."),
     ("No", HELLO, "The word in this image is not 'Hello'.", "", "There is a word.|The word 'Hello' may be there."),
     ("Yes", CAT, "A cat is on the table.", "There isn't a cat on the table.", "A table is on the cat.|There is a dog."),
@@ -75,6 +76,10 @@ CASES = [
     ("5", {}, "", "It is not 5, it is 6.|So there are 6 cups, not 5.", "It is not 5.|I don't think it's 5."),
     ("5", {}, "", "", "I would not say x=5"),
     ("2", {}, "It is 2^1, or so.", "", "不是2^{2025}"),
+    # what denies a number, explains it or counts items is no answer
+    ("12", {}, "It is 12 since there are 8 of them.", "The answer is 7 because 3 + 9 = 12.", "Up to:\n12. y"),
+    ("12", {}, "The answer is $12$, not $5$.", "", "It is more than 12.|It is impossible to give the 12 points."),
+    ("0.75", {}, "0.75 or 75%", "", "0.75 or 7.5%"),
     # a tolerance in shares of the truth, for numbers alone
     ("3.14159", PERCENT, "3.17", "3.18", ""),
     ("100", PERCENT, "99", "-100|98.9", ""),

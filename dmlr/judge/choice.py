@@ -147,7 +147,7 @@ def compare_yes_no(candidate: Candidate, truth: str, question: str = "") -> tupl
     """
     names = {"yes": "yes", "no": "no"} if truth in ("yes", "no") else {"yes": "true", "no": "false"}
     text = plain(candidate.text).strip()
-    opening = re.match(r"\W*([^\W\d_]+)(\s*[,.;:!\n–—-]|\W*$|\s+(?:it|they|he|she|there)\s)?", text)
+    opening = re.match(r"\W*([^\W\d_]+)(?!\s+(?:or|and)\s)(\s*[,.;:!\n–—-]|\W*$|\s+(?:it|they|he|she|there)\s)?", text)
     said = opening and (opening[2] is not None or candidate.explicit) and _SAID.get(opening[1].lower())
     if not said:
         words = _STATED.findall(text)

@@ -28,6 +28,8 @@ _ANCHORS = {
     ),
 }
 _AFTERTHOUGHT = re.compile(r"(?i)\.?\s*I hope (?:it|this) is correct")
+_LAST_REASON = re.compile(r"(?<=[^\s.!?:]) (?:because|since) [^.,\n]*\.?\s*\Z")
+_REASON = re.compile(r"(?i),?\s+(?:because|since)\b|,\s*(?:not|rather than|instead of)\b")
 # Where a chat goes on after the answer: control tokens of chat templates, or a user's turn that the model wrote itself.
 _MARKER = r"(?:<\|(?!begin_of_box|end_of_box)[\w ]{1,30}\|>|</?s>|<(?:eos|pad|(?:start|end)_of_turn)>|\[/?INST\])"
 _NEXT_TURN = re.compile(rf"{_MARKER}|\n\s*(?:#+\s*)?(?:Human|User)\s*:")
@@ -73,7 +75,8 @@ def candidates(prediction: str) -> list[Candidate]:
     found += [candidate for _, candidate in _after_last("anchor", text)]
     if complete and not boxes:
         found.append(Candidate(_last_formula(text), "formula"))
-        found.append(Candidate(_AFTERTHOUGHT.split(text, maxsplit=1)[0].strip() or text, "text"))
+        whole = _AFTERTHOUGHT.split(text, maxsplit=1)[0].strip() or text
+        found += [Candidate(part, "text") for part in dict.fromkeys((_LAST_REASON.sub("", whole), whole))]
     return [candidate for candidate in found if candidate.text.strip()]
 
 
@@ -96,7 +99,8 @@ def _after_last(rule: str, text: str) -> list[tuple[int, Candidate]]:
     """(position, rest of the line) after the last anchor; the next line when nothing follows on its own."""
     for match in reversed(list(_ANCHORS[rule].finditer(text))):
         rest = _AFTERTHOUGHT.split(text[match.end() : match.end() + 4000], maxsplit=1)[0].strip()
-        rest = rest.split("\n\n" if re.match(r"\$|\\\[", rest) else "\n", 1)[0].strip()
+        rest = rest.split("\n\n" if re.match(r"\$|\\\[", rest) else "\n", 1)[0]
+        rest = _REASON.split(rest, maxsplit=1)[0].strip()
         if rest.strip("*: ."):
             return [(match.start(), Candidate(rest, rule))]
     return []
@@ -212,12 +216,15 @@ _QUOTES = re.compile("[\"“”'‘’]")
 
 # Words that deny what follows, in the languages that models answer in.
 _NOT = (
-    r"(?:(?<!\w)(?:not|neither|nor|never|cannot|without|nicht|kein|pas|non|no|não|nao|niet|geen|nie|hindi|ne|не|нет)(?!\w)"
+    r"(?:(?<!\w)(?:not|neither|nor|never|cannot|impossible|unable|without|nicht|kein|pas|non|no|não|nao|niet|geen|nie|hindi|ne|не|нет)(?!\w)"
     r"|n['’]t(?!\w)|rather than|instead of|except|excluding|other than|all but|không phải|không|değil|ليس|وليس|ليست"
     r"|不是|不选|不選|不为|不能|并非|並非|而非|不會|不会)"
 )
 DENIES = re.compile(rf"(?i){_NOT}")
-_NOT_BEFORE = re.compile(rf"(?i){_NOT}(?:(?!\b(?:but|doubt|more|less|only)\b)[^.,;:!?\n\d]){{0,20}}$")
+_NOT_BEFORE = re.compile(
+    rf"(?i){_NOT}(?:(?!\b(?:but|doubt|more|less|only)\b)[^.,;:!?\n\d]){{0,40}}$"
+    r"|\b(?:more|greater|larger|bigger|higher|less|fewer|smaller|lower) than\s+\W?$"
+)
 # "does not stop for 20 minutes" denies the stop, not the number.
 _NOT_THE_VERB = re.compile(
     r"(?i)(?:not|n['’]t|cannot|never) (?!be |think |believe |go |opt )[a-z]+ "
@@ -241,7 +248,7 @@ def stated(text: str, found: Sequence[re.Match], last: bool) -> tuple[re.Match |
     denied = False
     for before, match in zip([None, *found], found, strict=False):
         joined = before is not None and bool(_JOIN.fullmatch(text[before.end() : match.start()]))
-        ahead = text[max(0, match.start() - 40) : match.start()]
+        ahead = text[max(0, match.start() - 60) : match.start()]
         letter = match[0].strip(" ()").isalpha()
         denied_here = _NOT_BEFORE.search(ahead) and (letter or not _NOT_THE_VERB.search(ahead))
         denied = (denied and joined) or bool(denied_here)

@@ -33,13 +33,14 @@ _NUMBER = (
     rf"|{_POWER})?|\.\d+)(?P<times>\s?(?:thousand|million|billion|trillion)\b|k\b|\s?\\(?:times|cdot)\s*10{_POWER})?"
 )
 _IN_PROSE = re.compile(rf"(?<![A-Za-z0-9_.,^{{}}\\]){_NUMBER}(?P<unit>\s*(?:\\?%|percent\b|pct\b))?")
-# Digits that are no number by themselves: of (1, 12), and of 2^n and 3^{1/2}, but not of the 20^{th}.
+# Digits that are no number by themselves: of (1, 12), of 2^n and 3^{1/2}, but not of the 20^{th}, and of items "2. ".
 _WITHIN = re.compile(
     r"[\[({][^\[\](){}]*,[^\[\](){}]*[\])}]"
     rf"|(?<![\d.])\d[\d.]*(?!{_POWER})\^(?:[a-z]\b|\{{(?![a-z]{{2}})[^{{}}\\]*\}})"
+    r"|(?:\n|\A(?=1[.)]\s))[^\w\n]*\d{1,2}[.)]\s+(?=\S)"
 )
 _UNIT = rf"[A-Za-zµμΩ\u4e00-\u9fff]+\.?(?:{_POWER})?(?:(?:[/ *]|\\cdot )[A-Za-z]+\.?(?:{_POWER})?){{0,3}}"
-_SYMBOL = r"\\?%|\^\\circ(?: [CF])?|\\circ|\\Omega|\\?[$€£¥₹¢]|[\u4e00-\u9fff]+"
+_SYMBOL = r"\\?%|\^\\circ(?: [CF])?|\\circ|\\Omega|\\?[$€£¥₹¢]|(?:st|nd|rd|th)\b|[\u4e00-\u9fff]+"
 _ALONE = re.compile(rf"{_NUMBER}(?P<space>\s*)(?P<unit>{_SYMBOL}|{_UNIT})?")
 
 _TIMES = {"thousand": 10**3, "k": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
@@ -177,7 +178,7 @@ def find_number(text: str, last: bool) -> Number | None:
     if not (found := _found(text)):
         return _number_in_words(text)
     match, alone = stated(text, list(found), last)
-    return found[match] if match and alone else None
+    return found[match] if match and (alone or all(map(found[match].matches, found.values()))) else None
 
 
 def _found(text: str) -> dict[re.Match, Number]:
