@@ -127,6 +127,7 @@ CASES = [
     ("B. dark red", COLOURS, "dark red|B|(b)", "A. dark red", ""),
     (r"\boxed{B}", COLOURS, r"dark red|\boxed{B}|The answer is (B) dark red.", "", ""),
     ("b", COLOURS, "dark red|(b)|B. dark red", "", ""),
+    ("B", COLOURS, "Red is no dark red, so it is dark red.|B because A is bad", "Dark red is not it, so red", ""),
     ("C", COLOURS, "A cat is on the mat, so it must be C.", "either C or D", "It is not A, B or C."),
     ("B", COLOURS, "B\n\nExplanation: A is bad, C is bad.|B is the best of A, B, C, D", "", ""),
     ("D", {}, "The answer is surely D, it can't be A or B", "It is C or D", ""),
@@ -145,6 +146,9 @@ CASES = [
     # free text
     ("Paris", {}, "The capital is Paris.|paris.", "London", "The capital is not Paris.|I think of the city of Paris"),
     ("red, blue", {}, "red and blue", "", ""),
+    ("left", {}, "The dog is on the left.|It is not right, it is left.", "", "The dog is not on the left."),
+    ("ice cream", {}, "Ice-cream", "icecream", ""),
+    ("U.S.", {"kind": "text"}, "US", "U.K.", ""),
     # where the answer stands
     ("42", {}, r"\boxed{41}? No, \boxed{42}|<think>41</think><answer>42</answer>|**Answer:** 42|答案是42。", "", ""),
     ("42", {}, "", r"\boxed{42}? No, \boxed{41}|\boxed{42} and \boxed{43}", r"<think>perhaps 42|\boxed{42"),

@@ -79,7 +79,8 @@ def _picked(candidate: Candidate, known: dict[str, str], letters: str) -> str | 
         return words[outcome[1]]
     if candidate.explicit and looks_like_math(answer) and not is_prose(answer):
         return _only(letter for letter, text in known.items() if text and equal(text, answer))
-    return _named_in(answer.split("\n")[0] if candidate.explicit else sentences[-1], known)
+    last = answer.split("\n")[0] if candidate.explicit else sentences[-1]
+    return _named_in(re.split(r"\b(?:so|thus|hence|therefore)\b", last)[-1], known) or _named_in(last, known)
 
 
 def _letter_of_text(answer: str, known: dict[str, str]) -> str | None:

@@ -212,7 +212,7 @@ _MARKUP = re.compile(  # but not the stars of 2*3, 2 * 3 and x**2
     r"|(?<![A-Za-z0-9])_+|_+(?![A-Za-z0-9{(])"
 )
 _PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3002: ". ", 0x2212: "-", 0x3000: " "}
-_QUOTES = re.compile("[\"“”'‘’]")
+_QUOTES = re.compile("[\"“”'‘’]|(?<=\\b[a-z])[.](?=[a-z]\\b)")  # and the dots of U.S.
 
 # Words that deny what follows, in the languages that models answer in.
 _NOT = (
@@ -271,7 +271,7 @@ def plain(text: str) -> str:
 
 
 def normalize_text(text: str) -> str:
-    """Text for comparison: lower case, no Markdown, quotes, articles or sentence punctuation, single spaces."""
+    """Text for comparison: lower case, no Markdown, quotes, articles, hyphens or punctuation, single spaces."""
     text = re.sub(r"\$|\\[()\[\]]", "", MACRO.sub(r"\1", plain(text)).casefold())
     text = _QUOTES.sub("", re.sub(r"(?<!\w)(?:a|an|the)\s+(?=\w)", "", text))
-    return " ".join(re.sub(r"[,;:!?.]+(?=\s|$)", " ", text).split())
+    return " ".join(re.sub(r"[,;:!?.]+(?=\s|$)|(?<=[^\W\d_])-(?=[^\W\d_])", " ", text).split())

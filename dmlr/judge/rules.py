@@ -180,8 +180,8 @@ def _compare_math(candidate: Candidate, truth: str, tolerance: Tolerance):
 
 # "The capital is Paris": what the only sentence, or the last one, says of its subject.
 _COPULA = re.compile(
-    r"(?:^|[.!?\n])(?:(?!\b(?:not|no)\b|n['’]t\b)[^.!?\n])*?"
-    r"(?:\b(?:is|are|was|were|says|reads)|['’]s)\s+([^.!?\n]+)[.!]?\s*$"
+    r"(?:^|[.!?,;\n])(?:(?!\b(?:not|no)\b|n['’]t\b)[^.!?,;\n])*?"
+    r"(?:\b(?:is|are|was|were|says|reads)|['’]s)\s+(?!not\b)((?:(?:in|on|at|to)\s)?([^.!?\n]+))[.!]?\s*$"
 )
 
 
@@ -190,7 +190,7 @@ def _compare_text(candidate: Candidate, truth: str):
     merely does not equal the truth says nothing."""
     text, expected = candidate.text, _as_words(truth)
     said = _COPULA.search(text)
-    if _as_words(text) == expected or (said and _as_words(said[1]) == expected):
+    if expected in map(_as_words, (text, *(said.groups() if said else ()))):
         return True, text
     if candidate.rule != "formula" and (candidate.explicit or len(text.split()) <= max(3, len(expected.split()))):
         return False, text
