@@ -14,9 +14,9 @@ _FUNCTIONS = (
 )
 _WORD = re.compile(
     rf"(?<![A-Za-z0-9])(?!(?:{_FUNCTIONS})(?![A-Za-z]))(?:[A-Za-zÀ-ÿ]{{2,}}(?=[\s:,])|[A-Za-zÀ-ÿ]{{3,}}|[A-Za-z]+['’][a-z]+\s)"
-    r"|[\u0400-\u04ff\u3040-\u9fff]"
+    r"|(?<![A-Za-z])(?:[mckd]m|in|ft)[²³]|[\u0400-\u04ff\u3040-\u9fff]"
 )
-_AND = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b(?!\s*\}))\s*")
+AND = re.compile(r"\s*,?\s*(?:[或和]|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b(?!\s*\}))\s*")
 
 
 def is_prose(text: str) -> bool:
@@ -29,7 +29,7 @@ def looks_like_math(text: str) -> bool:
     return bool(
         LATEX.search(text)
         or re.search(r"[=<>^√π±≤≥≠×÷∞∅]|[)\]}]\s*$", text)
-        or (not is_prose(text) and re.search(r"[-+*/,;|_]|\d[A-Za-z]|[A-Za-z0-9)]!", text))
+        or (not is_prose(text) and re.search(r"[-+*/,;|_]|\d:\d|\d[A-Za-z]|[A-Za-z0-9)]!", text))
     )
 
 
@@ -38,7 +38,7 @@ def formulas_in(text: str) -> list[str]:
 
     Not those that the text denies; none of a text that is mathematics as a whole, or nearly: "x = 1 or x = 2".
     """
-    if not is_prose(_AND.sub(", ", text)):
+    if not is_prose(AND.sub(", ", text)):
         return []
     found, word, run = [], "", []  # a run of mathematics, and the word before it, which may deny it
     for token in [*text.split(), "end"]:
@@ -68,6 +68,8 @@ def equal(truth: str, answer: str, tolerance: Tolerance = EXACT) -> bool | None:
     if all(re.fullmatch(r"[A-Za-z ]{3,}", key) for key in keys):
         # Words: an algebra system takes them for products of letters, in which their order does not count.
         return keys[0].casefold() == keys[1].casefold()
+    if all(re.fullmatch(r"\d+(?::\d+){2,}", key) for key in keys):
+        return False  # of 1:2:3 and 1:3:2 the algebra would make one quotient
     decimals = 6 if tolerance.decimals is None else tolerance.decimals
     return mathcheck.equal(as_latex(truth), as_latex(answer), decimals, tolerance.relative)
 
@@ -75,7 +77,7 @@ def equal(truth: str, answer: str, tolerance: Tolerance = EXACT) -> bool | None:
 def as_latex(text: str) -> str:
     """An expression without dollars gets them (math-verify reads bare LaTeX as prose); prose stays prose."""
     text = text.strip()
-    if is_prose(joined := _AND.sub(", ", text)):
+    if is_prose(joined := AND.sub(", ", text)):
         return text
     text = spelled(joined)
     return text if not text or re.search(r"\$|\\\(|\\\[", text) else f"${text.rstrip('.')}$"

@@ -123,8 +123,8 @@ def _compare(truth: str, answer: str, decimals: int, relative: float) -> bool | 
     if not gold or not pred:
         return None
     # "1 < x < 2" answers (1, 2] or (-∞, 2), but (1, 2) may as well be a point.
-    interval = bool(re.search(r"[\[\]]|\\in(?:fty)?\b|\\cup", truth))
-    if verify(gold, pred, float_rounding=decimals, allow_set_relation_comp=interval, timeout_seconds=None):
+    interval = re.search(r"[\[\]]|\\in(?:fty)?\b|\\cup", truth) or re.search(r"[<>]|\\[lg]e", answer)
+    if verify(gold, pred, float_rounding=decimals, allow_set_relation_comp=bool(interval), timeout_seconds=None):
         return True
     return relative > 0 and abs(_value(pred) - _value(gold)) <= relative * abs(_value(gold))
 

@@ -18,6 +18,7 @@ _SET_APART = re.compile(rf"(?<![\w.,])[1-9]\d{{0,2}}(?:{_BLANK}\d{{3}})+(?![\d/^
 _GROUPED = re.compile(  # 1,234 and 1.234,5
     r"(?<![\w.,])[1-9]\d{0,2}(?:(?:,\d{3})+(?!\d)|(?:\.\d{3})+(?=,\d)|(?:\.\d{3}){2,}(?!\.?\d))"
 )
+_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)\s*(\d))(?!\d)")
 _DECIMAL_COMMA = re.compile(r"(?<![\d.,])(\d+),(?=\d{2}(?!,?\d))|(?<![\d.,])(0|\d{4,}),(?=\d+(?!,?\d))")
 
 _MONEY = r"(?:USD|EUR|GBP|US)?\s?\\?[$€£¥₹¢]|(?:USD|EUR|GBP)\s"
@@ -66,7 +67,8 @@ _SYMBOLS = dict(
     pair.split()
     for pair in (
         r"≤ \le,≥ \ge,≠ \neq,≈ \approx,∈ \in,∪ \cup,∩ \cap,× \times,· \cdot,⋅ \cdot,± \pm,∓ \mp,∞ \infty,π \pi,"
-        r"θ \theta,α \alpha,β \beta,∅ \emptyset,÷ /,– -"
+        r"θ \theta,α \alpha,β \beta,∅ \emptyset,÷ /,– -,"
+        r"⁄ /,∶ :,∠ \angle,△ \triangle,∥ \parallel,⊥ \perp,≅ \cong,∽ \sim"
     ).split(",")
 )
 _TRANSLATED = str.maketrans({symbol: macro + " " * macro[-1].isalpha() for symbol, macro in _SYMBOLS.items()})
@@ -75,7 +77,7 @@ _SPELLINGS = [
     (re.compile("[¼-¾⅐-⅞]"), lambda match: unicodedata.normalize("NFKC", match[0]).replace("⁄", "/")),
     (re.compile("[⁰¹²³⁴-⁹]+"), lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}"),
     (re.compile(r"\^\{(\d|\\circ)\}(?![A-Za-z])"), r"^\1"),
-    (re.compile(r"°(?=[A-Za-z])"), r"^\\circ "),
+    (re.compile(r"(?:°|\^\{\\circ\})(?=[A-Za-z])"), r"^\\circ "),
     (re.compile("°"), r"^\\circ"),
     (_SIGN_APART, r"\1-"),
     (_LATEX_THOUSANDS, ""),
@@ -88,6 +90,11 @@ _SPELLINGS = [
     (re.compile(r"(?<=\d)\s+x\s+(?=\d)"), r"\\times "),
     (re.compile(r"(?<![A-Za-z\\])(pi|infty)(?![A-Za-z])"), r"\\\1 "),
     (re.compile(r"\\varnothing"), r"\\emptyset "),
+    # what math-verify does not know: a system of equations, the set of all x that ..., an option with its text
+    (re.compile(r"\\left\s*\\\{\s*(?=\\begin)|(?<=\})\s*\\right\s*\."), ""),
+    (re.compile(r"\\begin\{(cases|array)\}(?:\{[lcr]\})?([^&]*?)\\end\{\1\}"), lambda m: m[2].replace(r"\\", ",")),
+    (re.compile(r"\\\{\s*[a-z]\s*(?:\\in\s*\\mathbb\s*\{?[A-Z]\}?\s*)?(?:\\mid|\\vert|[|:])(.*)\\\}"), r"\1"),
+    (re.compile(r"\\text(?:bf|rm)?\s*\{\s*\(([A-E])\)\s*\}.*"), r"\1"),
 ]
 
 _SMALL = (
@@ -135,7 +142,8 @@ class Number:
 
 
 def _same(a: Fraction, b: Fraction, tolerance: Tolerance) -> bool:
-    if abs(a - b) <= Fraction(tolerance.relative) * abs(b):
+    inexact = 2e-6 if 10**30 % b.denominator else 0.0  # no decimals write a third exactly
+    if abs(a - b) <= Fraction(max(tolerance.relative, inexact)) * abs(b):
         return True
     if (decimals := tolerance.decimals) is None:
         return False
@@ -155,7 +163,7 @@ def parse_number(text: str) -> Number | None:
     unit = re.sub(r"(?<=[A-Za-z])\^\{?(\d)\}?", r"\1", match["unit"] or "").rstrip(".")
     name = _UNITS.get(unit) or _UNITS.get(unit.removesuffix("s"), "")
     # "2x" and "3 i" are expressions; a unit is known, a symbol, or a word or a capital after a space.
-    word = match["space"] and (len(unit) > 1 or unit.isupper())
+    word = match["space"] and re.match(r"[^\W\d_]{2}|[A-Z]|[a-zµμ][/ ]", unit)
     value = _value(match)
     if value is None or not (name or word or not unit or re.fullmatch(_SYMBOL, unit)):
         return None
@@ -209,9 +217,14 @@ def spelled(text: str) -> str:
 
 
 def western(text: str) -> str:
-    """Numbers without separators, and with a decimal point: of 1,234.5 and 1 234,5 and 1.234,5 the same text."""
-    text = _GROUPED.sub(lambda match: re.sub(r"\D", "", match[0]), text)
+    """Numbers without separators, 1/2, and a decimal point: of 1,234.5 and 1 234,5 and 1.234,5 the same."""
+    text = _GROUPED.sub(lambda match: re.sub(r"\D", "", match[0]), divided(text))
     return _DECIMAL_COMMA.sub(r"\1\2.", text)
+
+
+def divided(text: str) -> str:
+    """Fractions of integers as 1/2, and after a whole number as 2 1/2."""
+    return _FRACTION.sub(r"\1\3/\2\4", re.sub(r"(?<=\d)\s*(?=\\[dt]?frac)", " ", text))
 
 
 def _value(match: re.Match) -> Fraction | None:

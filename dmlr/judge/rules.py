@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmlr.judge.choice import as_choice, compare_choice, compare_yes_no
-from dmlr.judge.expressions import LATEX, equal, formulas_in, is_prose, looks_like_math
-from dmlr.judge.extract import DENIES, Candidate, as_text, candidates, normalize_text, options_of, unbox
-from dmlr.judge.quantities import Number, Tolerance, find_number, find_numbers, parse_number
+from dmlr.judge.expressions import AND, LATEX, equal, formulas_in, is_prose, looks_like_math
+from dmlr.judge.extract import DENIES, MACRO, Candidate, as_text, candidates, normalize_text, options_of, unbox
+from dmlr.judge.quantities import Number, Tolerance, divided, find_number, find_numbers, parse_number
 
 MAX_CHARACTERS = 20_000  # of a prediction, its end, where answers stand; and of a ground truth
 _SHOWN = 300
@@ -142,17 +142,21 @@ def _same_item(answer: str | Number, expected: str, tolerance: Tolerance) -> boo
 
 
 _ASSIGNED = re.compile(r"[$\s]*(?:so\s+)?(?:\\?[A-Za-z∠][\w\\{}()'∠ ]{0,20})?[=≈]\s*([^=]+)")
-_FRACTION = re.compile(r"\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}|\\[dt]?frac\s*(\d)(\d)")
+
+
+def _assigned(text: str) -> str:
+    """The right side of "BC = 5", or the text itself."""
+    assigned = None if DENIES.search(text) else _ASSIGNED.fullmatch(text)
+    return assigned[1].strip("$ ") if assigned else text
 
 
 def _compare_number(candidate: Candidate, truth: Number, shown: str, tolerance: Tolerance):
     text = candidate.text
-    assigned = None if DENIES.search(text) else _ASSIGNED.fullmatch(text)
-    answer = parse_number(text) or (parse_number(assigned[1]) if assigned else None)
+    if is_prose(words := MACRO.sub(r"\1", text)):  # math-verify would not see the sign before a fraction
+        text = words if re.search(r"(?<!\\)\$|\\[(\[]", words) else divided(words)
+    answer = parse_number(text) or parse_number(_assigned(text))
     if answer is None and re.fullmatch(r"[-+−]?\d+,\d+\.?", text):
         answer = parse_number(text.replace(",", "."))  # where one number is asked for: a decimal comma
-    if is_prose(text) and not re.search(r"(?<!\\)\$|\\[(\[]", text):
-        text = _FRACTION.sub(r"\1\3/\2\4", text)  # math-verify would not see the sign before it
     if answer is None and (LATEX.search(text) or not is_prose(text)):
         value = shown if truth.percent or truth.unit else str(truth.value)
         if (right := equal(value, text, tolerance)) is not None:
@@ -163,19 +167,31 @@ def _compare_number(candidate: Candidate, truth: Number, shown: str, tolerance: 
     return None if answer is None else (answer.matches(truth, tolerance), text)
 
 
-_TOP_COMMA = re.compile(r",(?!\d{3}(?!\d))\s*(?![^{}()\[\]]*[})\]])")
+_JOINT = re.compile(r",(?!\d{3}(?!\d))\s*(?![^{}()\[\]]*[})\]])|\\cup\b|∪|" + AND.pattern)
+_LABEL = re.compile(r"_\{?\d\}?(?=\s*=)|(?<![\w\\])[A-Z]['′]?\s*(?=(?:\\left)?\([^()]*,[^()]*\))")
 
 
 def _compare_math(candidate: Candidate, truth: str, tolerance: Tolerance):
     text = candidate.text
+    if is_prose(MACRO.sub(r"\1", truth)) and (outcome := _compare_text(candidate, truth)) and outcome[0]:
+        return outcome
     if is_prose(text) and not LATEX.search(text) and (formulas := formulas_in(text)):
         text = formulas[0 if candidate.explicit else -1]
-    right = equal(truth, text, tolerance)
-    if not right and tolerance.relative:  # several answers, each within the tolerance, in order
-        parts = [_TOP_COMMA.split(part) for part in (truth, text[: len(truth) + _SHOWN])]
+    right = _same(truth, text, tolerance)
+    if not right:  # several answers, in order
+        parts = [_JOINT.split(part.strip("$ ")) for part in (truth, text[: len(truth) + _SHOWN])]
         if len(parts[0]) == len(parts[1]) > 1:
-            right = all(equal(*pair, tolerance) for pair in zip(*parts, strict=True)) or right
+            right = all(_same(*pair, tolerance) for pair in zip(*parts, strict=True)) or right
     return None if right is None else (right, candidate.text)
+
+
+def _same(truth: str, text: str, tolerance: Tolerance) -> bool | None:
+    """Equality as mathematics, where one side only may name its parts: BC = 5, x_1 = 2, P(1, 2)."""
+    if ("=" in truth) != ("=" in text):
+        truth, text = _assigned(truth), _assigned(text)
+    if bool(_LABEL.search(truth)) != bool(_LABEL.search(text)):
+        truth, text = _LABEL.sub("", truth), _LABEL.sub("", text)
+    return equal(truth, text, tolerance)
 
 
 # "The capital is Paris": what the only sentence, or the last one, says of its subject.
