@@ -1,12 +1,14 @@
 """A GPU that is not there: tensors that say that they are on `cuda:0`, and keep their numbers on the CPU.
 
-Every operation is done for real. One that mixes them with tensors of the CPU is refused, as a GPU refuses it. What a
-GPU's kernels compute, how fast, and in which memory, this cannot tell.
+Every operation is done for real. One that mixes them with tensors of the CPU is refused, as a GPU refuses it, and
+attention lays its output out as a GPU's kernels do (torch/_meta_registrations.py says how). What kernels compute, how
+fast, and in which memory, this cannot tell.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -50,6 +52,8 @@ def run(function, args, kwargs):
         assert not (stays and any(isinstance(x, torch.Generator) for x in leaves)), f"{function}: a CPU's generator"
         args, kwargs = tree_map(on_the_cpu, (args, kwargs))
         out = function(*args, **kwargs)
+        if there and function is F.scaled_dot_product_attention:  # [B, H, S, d] in memory as [B, S, H, d]
+            out = out.transpose(1, 2).contiguous().transpose(1, 2)
         if isinstance(out, torch.Size):
             return out
         return tree_map(lambda x: there_is(x) if stays and isinstance(x, torch.Tensor) else x, out)

@@ -33,7 +33,9 @@ def attend(
         probe.add(query, key, scaling)
     stacked = query.reshape(batch, kv_heads, -1, dim)  # [B, H_kv, G S, d]
     out = F.scaled_dot_product_attention(stacked, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.view(batch, heads, rows, dim).transpose(1, 2).contiguous(), None  # [B, S, H, d]
+    # a GPU's kernel returns it laid out as [B, G S, H_kv, d], a CPU's as it is: no view of the heads fits both
+    out = out.unflatten(2, (-1, rows)).permute(0, 3, 1, 2, 4)  # [B, S, H_kv, G, d]
+    return out.reshape(batch, rows, heads, dim), None
 
 
 AttentionInterface.register(ATTENTION, attend)
