@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tiny import noise_image, tiny_vlm
 from transformers import AutoModelForImageTextToText
 
@@ -70,6 +71,22 @@ def test_extend_leaves_the_prefix_as_it_was(vlm):
     assert prefix.cache.length == before[0].shape[2] == prefix.mask.shape[1]
     for layer, keys in zip(prefix.cache.layers, before, strict=True):
         assert torch.equal(layer.keys[:, :, : layer.length], keys)
+
+
+@pytest.mark.parametrize("placed", [False, True])
+def test_rewards_are_read_from_logits_that_half_precision_does_not_round(placed):
+    """placed: by accelerate, whose hook moves what the head gets."""
+    half = tiny_vlm()
+    half.model.to(torch.bfloat16)
+    head = half.model.get_output_embeddings()
+    if placed:
+        add_hook_to_module(head, AlignDevicesHook("cpu"))
+    prefix = half.prefill([encode(half, "", "?", [noise_image(1)], 2)])
+    slots = torch.randn(1, 5, 48), torch.ones(1, 5, dtype=torch.bool), torch.arange(5)[None]
+    with torch.no_grad():
+        (logits, _), (states, _) = half.extend(prefix, *slots), half.states(prefix, *slots)
+    torch.testing.assert_close(logits, states.float() @ head.weight.float().T, atol=1e-4, rtol=1e-5)
+    assert (logits != logits.bfloat16()).any()
 
 
 def test_banned_strings_are_never_said(vlm):

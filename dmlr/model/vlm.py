@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dmlr.config import Config
 from dmlr.model import memory
 from dmlr.model.cache import AttentionProbe, KVCache, Prefix, additive_mask, at_least_float32
-from dmlr.model.cpu_linear import through_onednn
+from dmlr.model.cpu_linear import Linear, through_onednn
 from dmlr.model.families import family_of
 from dmlr.model.families.family import Grid
 from dmlr.model.graphs import Recordings
@@ -334,11 +334,12 @@ class VLM:
     def _exact_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The same of a few rows by a product in float32, also in half precision: what rewards are compared by."""
         head = self.model.get_output_embeddings()
-        half = self.dtype.itemsize < 4 and type(head) is torch.nn.Linear and not hasattr(head, "_hf_hook")
-        if not half or head.bias is not None:
+        half = self.dtype.itemsize < 4 and type(head) in (torch.nn.Linear, Linear)
+        if not half or head.bias is not None or head.weight.is_meta:  # meta: accelerate keeps the weights elsewhere
             return self._logits(hidden)
-        if hidden.device.type == "cuda" and not hidden.requires_grad:  # without a wide copy of the weights
-            rows = hidden.to(head.weight.device).flatten(0, -2)
+        rows = hidden.to(head.weight.device).flatten(0, -2)
+        if rows.device.type == "cuda" and not rows.requires_grad:  # without a wide copy of the weights
             wide = torch.mm(rows, head.weight.T, out_dtype=torch.float32)
-            return wide.unflatten(0, hidden.shape[:-1]).to(self.device)
-        return F.linear(hidden.float(), head.weight.float()).to(self.device)
+        else:
+            wide = F.linear(rows.float(), head.weight.float())
+        return wide.unflatten(0, hidden.shape[:-1]).to(self.device)
