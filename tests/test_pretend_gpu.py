@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pretend_gpu import GPU, OnGPU, PretendGPU, to_gpu
 from test_oracle import BASE, QUESTIONS, VARIANTS
 from tiny import noise_image, tiny_vlm
@@ -14,6 +15,8 @@ from dmlr.look.walk import explore
 from dmlr.look.what_if import try_changes, usual_changes
 from dmlr.methods import METHODS
 from dmlr.methods.answers import Question
+from dmlr.model.encode import encode
+from dmlr.model.vlm import VLM
 
 BRIEF = {"rationale_tokens": 4, "rationale_answer_tokens": 4, "scene_graph_tokens": 4, "ltpo_steps": 2, "ulr_steps": 7}
 
@@ -59,6 +62,26 @@ def test_a_variant_of_the_loop_runs_where_the_model_is(name):
 @pytest.mark.parametrize("family", TINY)
 def test_every_family_runs_where_its_weights_are(family):
     same(TINY[family], "dmlr", Config(**BASE))
+
+
+def test_a_tower_sees_the_windows_of_all_images_in_few_calls_that_nothing_is_planned_for():
+    calls, vlm = [], tiny_vlm()
+    encoded = [encode(vlm, "", text, [noise_image(i, *size)]) for i, (text, size) in enumerate(QUESTIONS)]
+    here = vlm.prefill(encoded)
+
+    class Watched(PretendGPU):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is F.scaled_dot_product_attention:
+                calls.append(torch.backends.cuda.cudnn_sdp_enabled())
+            return super().__torch_function__(function, types, args, kwargs)
+
+    to_gpu(vlm.model)
+    with Watched():
+        there = VLM(vlm.model, vlm.processor).prefill(encoded)
+        torch.testing.assert_close(here.images, there.images.cpu(), atol=1e-5, rtol=1e-5)
+    # windows of 16, 8 and 4 patches in the first of the tower's layers, four sizes of images in the second
+    assert len(calls) == 3 + 4 + len(there.cache.layers)
+    assert not any(calls), "cuDNN plans anew for every shape"
 
 
 def test_the_walkthrough_runs_where_the_model_is():

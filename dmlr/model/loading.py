@@ -83,7 +83,7 @@ def check_whole(name: str, loaded: Mapping[str, Iterable]) -> None:
 
 
 def vision_attention(kind: str, device: str, dtype: str) -> str:
-    """Flash attention sees all windows of Qwen2.5-VL in one call; where it is missing each is a call of its own."""
+    """Flash attention sees all windows of Qwen2.5-VL in one call; where it is missing each length is (attention.py)."""
     here = kind == "qwen2_5_vl" and torch.device(device).type == "cuda" and dtype != "float32"
     there = here and is_flash_attn_2_available()
     return "flash_attention_2" if there else "sdpa"

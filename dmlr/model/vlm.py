@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -28,7 +28,7 @@ from dmlr.model.families.family import Grid
 from dmlr.model.graphs import Recordings
 from dmlr.model.memory import Shape, Work
 
-# cuDNN's attention plans anew for every shape, and a prefix has another length at every token.
+# cuDNN's attention plans anew for every shape: a prefix has another length at every token, and images have many sizes.
 GPU_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -295,12 +295,17 @@ class VLM:
 
     # inside
 
+    def _kernels(self) -> AbstractContextManager:
+        """Of attention, on a GPU."""
+        return sdpa_kernel(GPU_KERNELS) if self.device.type == "cuda" else nullcontext()
+
     def _with_features(self, embeds: torch.Tensor, places: torch.Tensor, batch: list[Encoded]) -> torch.Tensor:
         """Embeddings [B, P, D] with visual features at `places` [B, P], and the deep ones beside them."""
         seen = [e.image_inputs for e in batch if e.image_inputs]
         if not seen:
             return embeds
-        features, deep = self.family.features(seen, self.device, self.dtype)
+        with self._kernels():
+            features, deep = self.family.features(seen, self.device, self.dtype)
         embeds[places] = features.to(embeds)
         for level in deep:
             added = torch.zeros_like(embeds[..., : level.shape[1]])
@@ -315,7 +320,7 @@ class VLM:
         if deep:  # zeros for what is no patch, so all rows are named: a mask would make a GPU wait for its count
             rows = torch.arange(len(embeds), device=embeds.device)
             also = {"visual_pos_masks": rows, "deepstack_visual_embeds": deep}
-        with sdpa_kernel(GPU_KERNELS) if self.device.type == "cuda" else nullcontext():
+        with self._kernels():
             out = self.text_model(
                 inputs_embeds=embeds,
                 position_ids=positions if self.family.position_axes > 1 else positions[0],

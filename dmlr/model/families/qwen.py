@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
+from dmlr.model.attention import WINDOWS
 from dmlr.model.families.family import Family, Grid, Inputs
 
 
@@ -24,6 +25,9 @@ class QwenVL(Family):
             "min_pixels": min_pixels * merged if min_pixels else images.size["shortest_edge"],
             "max_pixels": max_pixels * merged if max_pixels else images.size["longest_edge"],
         }
+        tower = self.core.visual
+        if tower.device.type == "cuda" and tower.config._attn_implementation == "sdpa":
+            tower.config._attn_implementation = WINDOWS
 
     @property
     def marks(self) -> tuple[list[int], list[int]]:
