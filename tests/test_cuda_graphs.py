@@ -1,8 +1,10 @@
 """The loop recorded and replayed. Without a GPU the operations of a forward are recorded one by one and run again on
 the same memory, as a CUDA graph does with kernels: no Python in between, nothing read back, nothing moved."""
 
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -214,6 +216,57 @@ def test_a_batch_lacks_no_memory_that_recordings_hold(as_on_a_gpu, monkeypatch):
     found = answer_batch(vlm, "dmlr", questions, config)
     assert asked == [(3, 2), (3, 0)], "the loop's and the answer's are let go of, and the batch is whole"
     assert [(a.text, a.error) for a in found] == [(a.text, None) for a in expected]
+
+
+class Driver:
+    """torch.cuda as far as recording needs it, without a GPU: which streams are current, and what runs on which."""
+
+    def __init__(self, monkeypatch, at_the_end=None):
+        self.streams, self.devices, self.at_the_end = [self.stream_of("cuda:0")], [torch.device("cuda:0")], at_the_end
+        monkeypatch.setattr(torch.cuda, "Stream", self.stream_of)
+        monkeypatch.setattr(cuda_graphs, "side_stream", cache(self.stream_of))  # no other test may be given this one
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.streams[-1])
+        monkeypatch.setattr(torch.cuda, "stream", partial(self.within, self.streams))
+        monkeypatch.setattr(torch.cuda, "device", partial(self.within, self.devices))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None, pool=object))
+        monkeypatch.setattr(torch.cuda, "graph", self.graph)
+
+    def stream_of(self, device="cuda:0"):
+        return SimpleNamespace(device=torch.device(device), wait_stream=lambda other: None)
+
+    @contextmanager
+    def within(self, stack, entered):
+        depth = len(stack)
+        stack.append(entered)
+        try:
+            yield
+        finally:
+            del stack[depth:]
+
+    @contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        """As torch's: where the end of a capture raises, its stream stays the current one."""
+        self.streams.append(stream)
+        yield
+        if self.at_the_end:
+            raise self.at_the_end
+        self.streams.pop()
+
+
+def test_recordings_are_made_on_one_stream_of_the_device_where_the_tensors_are(monkeypatch):
+    driver, seen = Driver(monkeypatch), []
+    tensor = SimpleNamespace(device=torch.device("cuda:1"))
+    for _ in range(2):
+        cuda_graphs.record(lambda x: seen.append((driver.streams[-1], driver.devices[-1])), [tensor], {}, None)
+    assert len(seen) == 4 and all(stream is seen[0][0] for stream, _ in seen)
+    assert seen[0][0].device == seen[0][1] == tensor.device and len(driver.streams) == len(driver.devices) == 1
+
+
+def test_a_capture_that_fails_leaves_its_stream(monkeypatch):
+    driver = Driver(monkeypatch, at_the_end=RuntimeError("capture invalidated"))
+    with pytest.raises(RuntimeError, match="take cuda_graphs = false .capture invalidated."):
+        cuda_graphs.record(lambda x: None, [SimpleNamespace(device=torch.device("cuda:0"))], {}, None)
+    assert len(driver.streams) == len(driver.devices) == 1
 
 
 class StaysOn(TorchDispatchMode):

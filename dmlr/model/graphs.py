@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,20 +42,29 @@ def record(function: Callable[..., Outputs], inputs: list[torch.Tensor], flags: 
 
     pool: that of a graph that never runs at the same time, whose memory may be used again.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries allocate their workspaces in the first call on a stream
-        function(*inputs, **flags)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-            outputs = function(*inputs, **flags)
-    except torch.OutOfMemoryError:
-        raise  # a smaller batch may fit
-    except RuntimeError as error:
-        raise RuntimeError(f"this model's loop cannot be a CUDA graph, take cuda_graphs = false ({error})") from error
+    device = inputs[0].device
+    with torch.cuda.device(device):  # a graph is of the current device, wherever its tensors are
+        side, graph = side_stream(device), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries allocate their workspaces in the first call on a stream
+            function(*inputs, **flags)
+        torch.cuda.current_stream().wait_stream(side)
+        capture = torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local")
+        try:
+            with torch.cuda.stream(side), capture:  # a capture that fails does not leave its stream itself
+                outputs = function(*inputs, **flags)
+        except torch.OutOfMemoryError:
+            raise  # a smaller batch may fit
+        except RuntimeError as error:
+            why = f"this model's loop cannot be a CUDA graph, take cuda_graphs = false ({error})"
+            raise RuntimeError(why) from error
     return Recording(inputs, outputs, graph.replay, graph.pool())
+
+
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where recordings are made: one for all, for a pool's memory and the workspaces of libraries are a stream's."""
+    return torch.cuda.Stream(device)
 
 
 class Recorded:
