@@ -69,6 +69,23 @@ def test_what_ran_out_of_memory_is_not_tried_again(cramped, monkeypatch):
     assert sizes == [8, 4, 2, 2, 4, 2, 2, 2, 2, 2, 2] and len(images) == 8, "an image is processed once"
 
 
+def test_what_ran_out_of_memory_with_recordings_is_not_tried_again(cramped, monkeypatch):
+    """They are let go of first; what does not fit without them either is too much."""
+    vlm, sizes, _ = cramped
+    free_memory(monkeypatch, 10**12)
+    prefill = VLM.prefill
+
+    def recorded(self, batch):
+        vlm.recordings.kept["of this batch"] = None
+        return prefill(self, batch)
+
+    monkeypatch.setattr(VLM, "prefill", recorded)
+    config, asked = Config(**BASE | {"max_new_tokens": 2}, max_pixels=None), questions(8)
+    for _ in range(2):
+        assert {answer.error for answer in answer_batch(vlm, "vanilla", asked, config)} == {None}
+    assert sizes == [8, 8, 4, 4, 2, 2, 4, 4, 2, 2, 2, 2, 2, 2], "once with recordings, once without"
+
+
 def test_an_error_keeps_nothing_of_what_failed():
     class Tensor:
         pass

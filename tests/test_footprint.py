@@ -144,6 +144,21 @@ def test_a_models_own_batch_is_by_what_the_gpu_has_free(monkeypatch):
         assert embedded.fitting_batch(work) == batch
 
 
+def test_what_recordings_hold_is_not_counted_twice(monkeypatch):
+    """The second batch of a run, which finds them there, is as large as the first. Answers alone are recorded too."""
+    vlm, config = tiny_vlm(), Config.make("paper", methods="vanilla", cuda_graphs=True, max_new_tokens=64)
+    work = workload(config, images=16, prompt=60)
+    free = 3.01 * peak(vlm.shape, 4, work, 1) / USABLE["cuda"]
+    vlm.recordings.over(vlm.prefill([random_prompt(vlm, 4, 60, 4)] * 3), 64, "decode")
+    (recorded,) = vlm.recordings.kept.values()
+    taken = sum(x.nbytes for layer in recorded.buffer.cache.layers for x in (layer.keys, layer.values))
+    monkeypatch.setattr(VLM, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free - taken, 10**12))
+    assert work.buffers and vlm.fitting_batch(work) == 3
+    vlm.recordings.clear()
+    assert vlm.fitting_batch(work) < 3
+
+
 # what a run asks for
 
 

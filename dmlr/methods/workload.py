@@ -52,5 +52,5 @@ def workload(config: Config, context: int | None = None, images: int | None = No
         copies=1 + ("self-consistency" in methods),  # it samples from a copy of the prefix
         graph=config.use_auto_grad or "ulr" in methods,
         probed=min(TEXT, prompt - images) if "ulr" in methods else 0,
-        buffers=MOST if config.cuda_graphs and slots else 0,
+        buffers=MOST if config.cuda_graphs else 0,  # of the loop and of answers
     )

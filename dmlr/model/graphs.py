@@ -119,6 +119,12 @@ class Recordings:
     def __len__(self) -> int:
         return len(self.kept)
 
+    @property
+    def nbytes(self) -> int:
+        """Of the keys and values in their buffers."""
+        layers = [layer for recorded in self.kept.values() for layer in recorded.buffer.cache.layers]
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
     def clear(self) -> None:
         """Lets go of all of them, and of the memory that they hold."""
         self.kept.clear()

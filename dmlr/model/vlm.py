@@ -153,6 +153,7 @@ class VLM:
         if self.device.type != "cuda":
             return memory.MOST["cpu"]
         held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)  # by the allocator
+        held += self.recordings.nbytes if work.buffers else 0  # which `work` counts among what it asks for
         free = torch.cuda.mem_get_info(self.device)[0] + held
         size = memory.fitting_batch(self.shape, self.dtype.itemsize, work, free)
         return int(max(1, min(size, self.budget / memory.peak(self.shape, self.dtype.itemsize, work, 1))))

@@ -156,16 +156,16 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
 def answer_batch(vlm: VLM, method: str, questions: list[Question], config: Config) -> list[Answer]:
     """One batch; a question that cannot be answered has the reason as its answer."""
 
-    def answered(some: Sequence[Question]) -> list[Answer]:
+    def answered(some: Sequence[Question], again: bool = True) -> list[Answer]:
         try:
             return METHODS[method](vlm, some, config)
         except torch.OutOfMemoryError:
-            if not vlm.recordings:
+            if not (again and vlm.recordings):
                 vlm.ran_out(work_of(vlm, method, some, config), len(some))
                 raise
         vlm.recordings.clear()  # the memory that recorded kernels hold may be what is missing
         free()
-        return METHODS[method](vlm, some, config)
+        return answered(some, again=False)
 
     answers, left = [], questions
     while left:
