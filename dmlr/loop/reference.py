@@ -227,8 +227,8 @@ def adam_step(latents, gradient, moments, step: int, lr: float, betas=(0.9, 0.99
 
 def eager(vlm: VLM) -> VLM:
     """A second view of the same weights whose language model uses transformers' own eager attention with all maps."""
-    twin = copy.copy(vlm)
-    twin.model = through_torch(copy.deepcopy(vlm.model))
+    twin, shared = copy.copy(vlm), (*vlm.model.parameters(), *vlm.model.buffers())
+    twin.model = through_torch(copy.deepcopy(vlm.model, {id(tensor): tensor for tensor in shared}))
     # `encode` and `family` may stay those of the original: the reference does not run them
     twin.model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
     return twin
