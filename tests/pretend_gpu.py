@@ -53,7 +53,9 @@ def run(function, args, kwargs):
         args, kwargs = tree_map(on_the_cpu, (args, kwargs))
         out = function(*args, **kwargs)
         if there and function is F.scaled_dot_product_attention:  # [B, H, S, d] in memory as [B, S, H, d]
-            out = out.transpose(1, 2).contiguous().transpose(1, 2)
+            out, mask = out.transpose(1, 2).contiguous().transpose(1, 2), kwargs.get("attn_mask")
+            copied = mask is not None and mask.dtype != torch.bool and any(step % 8 for step in mask.stride()[:-1])
+            assert not copied, "a mask whose rows do not begin at multiples of 8 is copied in every layer"
         if isinstance(out, torch.Size):
             return out
         return tree_map(lambda x: there_is(x) if stays and isinstance(x, torch.Tensor) else x, out)

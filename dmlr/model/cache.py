@@ -196,10 +196,13 @@ class AttentionProbe:
 def additive_mask(mask: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
     """[B, 1, G S, T] for `attend`, once for all layers: zero where `mask` [B, S, T] allows, the least number elsewhere.
 
-    group: G, queries that share a key head. dtype: the queries' own for SDPA, float32 for a probe.
+    group: G, queries that share a key head. dtype: the queries' own for SDPA, float32 for a probe. Rows begin at
+    multiples of 8 numbers in memory: other masks a GPU's kernel has copied in every layer.
     """
-    least = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-    return least.repeat(1, group, 1)[:, None]
+    *rows, columns = mask.shape
+    least = torch.zeros(*rows, columns + -columns % 8, dtype=dtype, device=mask.device)
+    least[..., :columns].masked_fill_(~mask, torch.finfo(dtype).min)
+    return least.repeat(1, group, 1)[:, None, :, :columns]
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
