@@ -298,6 +298,15 @@ def test_a_forward_stays_on_its_device(family):
     assert reward.shape == (3, 2) and attention.shape == (3, 4, prefix.images.shape[1])
 
 
+def test_frequencies_that_change_beyond_the_context_alone_are_not_looked_at(as_on_a_gpu):
+    """InternVL3's checkpoints ask for a dynamic RoPE."""
+    vlm, config = TINY["internvl"](), Config(**BASE)
+    expected = loop(vlm, config, 2)
+    vlm.text_model.rotary_emb.rope_type = "dynamic"
+    same(expected, loop(VLM(vlm.model, vlm.processor), config.replace(cuda_graphs=True), 2))
+    assert as_on_a_gpu
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -55,6 +55,9 @@ class Family:
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self._maker = processor, min_pixels, max_pixels
         self.reads = set(inspect.signature(self.core.get_image_features).parameters)
+        rotary = getattr(self.text_model, "rotary_emb", None)
+        if "dynamic" in getattr(rotary, "rope_type", ""):  # InternVL3's: it changes beyond the context alone, but a GPU
+            rotary.rope_type = "default"  # would wait in every forward to be told where that is, and record none
 
     @property
     def text_model(self) -> torch.nn.Module:
