@@ -39,10 +39,9 @@ def environment() -> dict[str, str]:
 
 
 def peak_memory() -> int:
-    """Most bytes so far: allocated on the GPU, or of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """Most bytes so far: allocated on all GPUs, or of this process where it uses none."""
+    allocated = sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
+    return allocated or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def peak_bytes(device: torch.device, work: Callable[[], Any]) -> int:
