@@ -125,9 +125,11 @@ class Needs:
         here = "cuda" if torch.cuda.is_available() else "cpu"
         device = here if config.device == "auto" else config.device.partition(":")[0]
         itemsize = {"auto": 4 if device == "cpu" else 2, "float32": 4}.get(config.dtype, 2)
-        free = 0
-        if device == here:
-            free = torch.cuda.mem_get_info()[0] if here == "cuda" else psutil.virtual_memory().available
+        free = psutil.virtual_memory().available if device == "cpu" else 0
+        if device == here == "cuda":
+            one = None if config.device == "auto" else config.device
+            gpus = range(torch.cuda.device_count()) if config.device_map else [one]
+            free = sum(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus)
         try:
             model = Model.of(config.model_name_or_path, config.revision)
         except NotHere:

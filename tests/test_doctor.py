@@ -10,8 +10,9 @@ from tiny import tiny_vlm
 
 from dmlr import doctor
 from dmlr.cli import main
+from dmlr.config import Config
 from dmlr.judge.llm_judge import JudgeError
-from dmlr.planning import PAPER_MODELS, dry_run
+from dmlr.planning import PAPER_MODELS, Needs, dry_run
 
 SECRET = "sk-do-not-print-me"
 GIB, PAPER = 2**30, list(PAPER_MODELS)
@@ -78,6 +79,16 @@ def test_a_model_that_cannot_be_described_is_an_error_that_says_why(tmp_path, se
         (tmp_path / "mine" / "config.json").write_text(settings)
     table, unknown = doctor.fits([str(tmp_path / "mine")], GIB, "cpu")
     assert message in unknown[0] and "unknown" in table
+
+
+def test_a_run_is_planned_with_the_memory_of_the_devices_that_it_uses(monkeypatch):
+    gpus = {None: 5, "cuda": 5, "cuda:1": 7, 0: 5, 1: 7}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (gpus[device], 9))
+    found = {name: Needs.of(Config(device=name), 1).free for name in ("auto", "cuda", "cuda:1", "cpu")}
+    assert (found["auto"], found["cuda"], found["cuda:1"]) == (5, 5, 7) and found["cpu"] > 2**20
+    assert Needs.of(Config(device_map="auto"), 1).free == 12
 
 
 def test_a_dry_run_finds_the_key_where_the_run_will_look(tmp_path, monkeypatch):
