@@ -309,13 +309,17 @@ def test_frequencies_that_change_beyond_the_context_alone_are_not_looked_at(as_o
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("hidden", [48, 512])  # heads of 12 and 128
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_replayed_loop_on_a_gpu_is_the_loop(dtype):
+def test_a_replayed_loop_on_a_gpu_is_the_loop(dtype, hidden):
     """In half precision the padding of the recorded prefix moves rewards by what rounding does."""
-    vlm, config = tiny_vlm(), Config(**BASE)
+    vlm, config = tiny_vlm(hidden=hidden), Config(**BASE)
     vlm.model.to("cuda", dtype)
     plain, replayed = (loop(vlm, config.replace(cuda_graphs=on)) for on in (False, True))
     if dtype == torch.float32:
         same(plain, replayed, atol=1e-4)
+        rows = encode(vlm, config, 4)
+        said, again = (decode(vlm, vlm.prefill(rows), 20, recorded=on) for on in (False, True))
+        assert said == again
     torch.testing.assert_close(plain.start_reward, replayed.start_reward, atol=0.02, rtol=0)
     torch.testing.assert_close(plain.best_reward, replayed.best_reward, atol=0.05, rtol=0)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from test_oracle import GPU
 from tiny import noise_image, tiny_vlm
 from transformers import AutoModelForImageTextToText
 
@@ -74,15 +75,16 @@ def test_extend_leaves_the_prefix_as_it_was(vlm):
 
 
 @pytest.mark.parametrize("placed", [False, True])
-def test_rewards_are_read_from_logits_that_half_precision_does_not_round(placed):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_rewards_are_read_from_logits_that_half_precision_does_not_round(device, placed):
     """placed: by accelerate, whose hook moves what the head gets."""
     half = tiny_vlm()
-    half.model.to(torch.bfloat16)
-    head = half.model.get_output_embeddings()
+    head = half.model.to(device, torch.bfloat16).get_output_embeddings()
     if placed:
-        add_hook_to_module(head, AlignDevicesHook("cpu"))
+        add_hook_to_module(head, AlignDevicesHook(device))
     prefix = half.prefill([encode(half, "", "?", [noise_image(1)], 2)])
     slots = torch.randn(1, 5, 48), torch.ones(1, 5, dtype=torch.bool), torch.arange(5)[None]
+    slots = [tensor.to(device) for tensor in slots]
     with torch.no_grad():
         (logits, _), (states, _) = half.extend(prefix, *slots), half.states(prefix, *slots)
     torch.testing.assert_close(logits, states.float() @ head.weight.float().T, atol=1e-4, rtol=1e-5)

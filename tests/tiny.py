@@ -46,12 +46,12 @@ def byte_tokenizer(special: list[str], eos: str, pad: str, template: str, **opti
     )
 
 
-def lively(model: torch.nn.Module) -> torch.nn.Module:
+def lively(model: torch.nn.Module, times: float = 8.0) -> torch.nn.Module:
     """Initialisation is so small that a random model ignores its input; this makes it care."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                parameter.mul_(8.0 if "embed_tokens" not in name else 1.0)
+                parameter.mul_(times if "embed_tokens" not in name else 1.0)
     return model
 
 
@@ -109,7 +109,7 @@ def tiny_vlm(seed: int = 1, layers: int = 2, hidden: int = 48, context: int = 10
     )
     torch.manual_seed(seed)
     config._attn_implementation = {"text_config": ATTENTION, "vision_config": "sdpa"}
-    model = lively(Qwen2_5_VLForConditionalGeneration(config))
+    model = lively(Qwen2_5_VLForConditionalGeneration(config), 8 * (48 / hidden) ** 0.5)  # wider ones care too much
     model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     return VLM(model, processor)
