@@ -124,6 +124,17 @@ def test_batches_of_other_prompts_and_images_are_replayed_from_one_recording(as_
     assert len(as_on_a_gpu) > count, "another batch size is another shape"
 
 
+def test_what_a_reward_does_not_depend_on_records_nothing_anew(as_on_a_gpu):
+    """Another seed or answer of an endpoint's request, and every control of the battery, which scores a state once."""
+    vlm, config = tiny_vlm(), Config(**BASE, cuda_graphs=True)
+    loop(vlm, config)
+    decode(vlm, vlm.prefill(encode(vlm, config, 2)), 20, recorded=True)
+    count, other = len(as_on_a_gpu), config.replace(seed=7, max_num_steps=4, sigma=0.1)
+    same(loop(vlm, other.replace(cuda_graphs=False)), loop(vlm, other))
+    decode(vlm, vlm.prefill(encode(vlm, config, 2)), 24, recorded=True)
+    assert len(as_on_a_gpu) == count
+
+
 def test_patches_with_deep_features_are_replayed_too(as_on_a_gpu):
     vlm, config = TINY["qwen3_vl"](deep_patches=True), Config(**BASE)
     assert vlm.deep_levels
@@ -192,8 +203,8 @@ def test_recordings_that_were_not_used_for_longest_leave_first():
     vlm = tiny_vlm()
     prefix = vlm.prefill(encode(vlm, Config(**BASE), 1))
     made = {}
-    for slots in (1, 2, 3, 4, 1, 5, 1, 2):
-        made.setdefault(slots, []).append(vlm.recordings.over(prefix, slots, "a purpose"))
+    for purpose in (1, 2, 3, 4, 1, 5, 1, 2):
+        made.setdefault(purpose, []).append(vlm.recordings.over(prefix, 1, purpose))
         assert len(vlm.recordings) <= MOST
     assert all(one is made[1][0] for one in made[1]) and made[2][0] is not made[2][1]
     vlm.recordings.clear()

@@ -120,7 +120,7 @@ def scorer(vlm: VLM, prefix: Prefix, config: Config, score_ids: torch.Tensor | N
     images = prefix.images.shape[1]
     widest = int(caps_of(config, torch.tensor([images])).max())
     slots = config.evaluations * (config.num_thought_tokens * (1 + widest) + len(prefix.suffix_ids))
-    recorded = vlm.recordings.over(prefix, slots, purpose=config)
+    recorded = vlm.recordings.over(prefix, slots, (config.reward, config.reward_position, config.top_k))
 
     def of_tensors(latents, index, count, with_attention):
         return confidence(vlm, recorded.buffer, config, latents, Patches(index, count), with_attention)

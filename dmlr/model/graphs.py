@@ -21,7 +21,7 @@ import torch
 
 from dmlr.model.cache import Prefix
 
-ROUNDED = 128  # columns and image tokens of a buffer are multiples of it
+ROUNDED = 128  # columns, image tokens and slots of a buffer are multiples of it
 MOST = 4  # buffers of a model at a time, each with its recordings
 
 Outputs = tuple[torch.Tensor | None, ...]
@@ -104,9 +104,10 @@ class Recordings:
     def over(self, prefix: Prefix, slots: int, purpose: Hashable) -> Recorded:
         """A buffer that holds this batch, with space for `slots` behind it, and what was recorded over it before.
 
-        purpose: what tells apart functions that take inputs of the same shapes.
+        purpose: what tells apart functions that take inputs of the same shapes, and no more: a seed would record anew.
         """
-        columns, tokens = (-(-n // ROUNDED) * ROUNDED for n in (prefix.mask.shape[1], prefix.images.shape[1]))
+        sizes = prefix.mask.shape[1], prefix.images.shape[1], slots
+        columns, tokens, slots = (-(-n // ROUNDED) * ROUNDED for n in sizes)
         key = purpose, len(prefix.mask), columns, tokens, slots
         if key not in self.kept:
             while len(self.kept) >= MOST:
