@@ -83,7 +83,7 @@ def test_a_difference_is_paired_with_the_baseline_of_the_same_run(tmp_path, show
     assert row["p"] == f"{metrics.mcnemar_exact(9, 1):.2g}"
     low, high = map(float, row["95 % interval"].split(" to "))
     assert low < 80 < high
-    assert "3 runs of 1 models; of 1 differences to vanilla, 1 have p < 0.05" in tables.said[0]
+    assert "3 runs of 1 model; of 1 differences to vanilla, 1 have p < 0.05" in tables.said[0]
     (row,) = shown(baseline="dmlr").paired
     assert (row["method"], row["difference"]) == ("vanilla", "-80.0 points")
 

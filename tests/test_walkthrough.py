@@ -260,7 +260,7 @@ def test_the_figure_marks_its_iteration_and_darkens_what_is_not_attended_to():
     fig = figures.moment(image, grid, heat, [(0.1, False), (0.4, True), (0.2, False)], 2)
     left, right = fig.axes
     alpha = left.images[-1].get_array()[..., 3]
-    assert np.allclose(alpha, 0.66 * (1 - heat.on(grid) / 0.085), atol=1e-6)
+    assert np.allclose(alpha, 0.5 * (1 - heat.on(grid) / 0.085), atol=1e-6)
     assert alpha.argmin() == 5
     assert len(left.patches) == 2  # two patches on the picture
     best, kept, dropped, _, ring = right.lines
