@@ -14,6 +14,11 @@ from dmlr.model.cpu_linear import Linear, through_onednn, through_torch
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
 
+@pytest.fixture(autouse=True)
+def layers_here_are_small(monkeypatch):
+    monkeypatch.setattr(cpu_linear, "TINY", 0)
+
+
 def test_only_a_model_that_is_small_beside_the_memory_is_packed(monkeypatch):
     for total, packs in ((4 * 16 * 16, False), (4 * 4 * 16 * 16, True)):
         monkeypatch.setattr(cpu_linear.psutil, "virtual_memory", lambda total=total: SimpleNamespace(total=total))
@@ -55,6 +60,8 @@ def test_float32_without_a_gradient_takes_it_and_all_else_does_not(monkeypatch):
     with torch.no_grad():
         fast(x)
     assert taken == [1, 1]
+    monkeypatch.setattr(cpu_linear, "TINY", 2 * 96 * 40)
+    assert torch.equal(fast(x), plain(x)) and taken == [1, 1]
 
 
 @pytest.mark.parametrize("rows", [3, cpu_linear.FEW + 1])

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 SMALL = 4  # models that fit so often into this machine's memory get a second copy
+TINY = 2**18  # multiplications, up to which MKL is done before oneDNN has begun
 FEW = 256  # rows, up to which a packed copy is worth its memory; it saves a tenth at most beyond
 
 
@@ -24,7 +25,8 @@ class Linear(torch.nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]"""
         wants_gradient = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if wants_gradient or x.device.type != "cpu" or x.dtype != torch.float32 or self.weight.dtype != x.dtype:
+        tiny = x.numel() * self.out_features <= TINY
+        if wants_gradient or tiny or x.device.type != "cpu" or not x.dtype == self.weight.dtype == torch.float32:
             return super().forward(x)
         few = self.packs and x.numel() <= FEW * self.in_features
         return multiply(x, self._blocks() if few else self.weight, self.bias)
