@@ -51,7 +51,7 @@ format: $(INSTALLED)  ## let ruff mend what it can
 STORED := 04_compare 02_ablations 07_do_latents_matter 05_perception_and_confidence 01_walkthrough 03_benchmark
 STORE = HF_HUB_OFFLINE=1 $(RUN) run notebooks/$(1).ipynb --keep
 
-notebooks: $(INSTALLED)  ## run every analysis notebook with its defaults, store its outputs in it and render it; eight minutes on two cores
+notebooks: $(INSTALLED)  ## run every analysis notebook with its defaults, store its outputs in it and render it; eleven minutes on two cores
 	@rm -rf reports/sweeps  # what is stored is measured anew
 	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 $(STORED:%=store-%)
 	@$(call STORE,06_efficiency)
