@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -86,6 +87,23 @@ def test_questions_with_several_images_and_with_none(vlm, dataset, tmp_path):
         assert two["prompt"].count("<|image_pad|>") == 2 and "<|image_pad|>" not in none["prompt"]
         assert method == "vanilla" or none["details"]["note"] == "no image: no patches"
     assert results["dmlr"]["entries"][1]["patch_grid"] == [0, 0]
+
+
+@pytest.mark.parametrize(("room", "times"), [(99, [1, 1, 1, 1]), (2.5, [1, 1, 3, 3])])
+def test_an_image_is_opened_and_processed_once_as_long_as_it_is_kept(vlm, dataset, tmp_path, monkeypatch, room, times):
+    """For all methods of a run and all questions about it. `room`: images that can be kept."""
+    rows = json.loads(dataset.read_text())
+    rows[1]["image_path"] = rows[5]["image_path"] = rows[0]["image_path"]
+    size = batches.size_of((), batches.Images(vlm)((str(tmp_path / "image 0.png"),)))
+    processor, open_image = vlm.processor.image_processor, Mock(wraps=batches.open_image)
+    monkeypatch.setattr(batches, "KEPT", int(room * size))
+    monkeypatch.setattr(batches, "open_image", open_image)
+    monkeypatch.setattr(processor, "preprocess", Mock(wraps=processor.preprocess))
+    results = run(vlm, write(tmp_path, rows), tmp_path / "out", methods="vanilla,dmlr,unoptimised", batch_size=1)
+    assert [content["total"] for content in results.values()] == [6, 6, 6]
+    opened = Counter(Path(call.args[0]).name for call in open_image.call_args_list)
+    assert [opened[f"image {i}.png"] for i in (0, 2, 3, 4)] == times
+    assert processor.preprocess.call_count == sum(times)
 
 
 def test_batch_size_and_range_change_no_record(vlm, dataset, tmp_path):

@@ -8,29 +8,34 @@ the images of the next batches are opened and processed in threads. Knows nothin
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from dmlr.config import Config
 from dmlr.data.examples import Example, ImageError, open_image
+from dmlr.data.images import ImageFile
 from dmlr.machine import environment, peak_memory
 from dmlr.methods import METHODS, Answer, Question
 from dmlr.methods.answers import by_halves, failed, free
 from dmlr.methods.prompting import encode_task, prompts_of
 from dmlr.methods.workload import workload
+from dmlr.model.encode import encode
 from dmlr.model.families.family import Pictures
 from dmlr.model.memory import Work
 from dmlr.model.vlm import VLM
 
 T = TypeVar("T")
+Sources = tuple[str | ImageFile, ...]  # of one question's images
 AHEAD = 2  # batches that wait for the model, ready
 READERS = 8  # images that are opened at a time
+KEPT = 2**30  # bytes of images that a run keeps for its further methods and questions
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,6 @@ class Batch:
     examples: list[Example]
     questions: list[Question]  # of those that can be asked, in order
     settled: dict[int, Answer]  # by row, the others: no ground truth, or no readable image
-
-    def answered(self, answers: Sequence[Answer]) -> list[tuple[Example, Answer]]:
-        """Every example with its answer; `answers` are those to `questions`."""
-        asked = [example.row for example in self.examples if example.row not in self.settled]
-        by_row = self.settled | dict(zip(asked, answers, strict=True))
-        return [(example, by_row[example.row]) for example in self.examples]
 
 
 @dataclass(frozen=True)
@@ -64,27 +63,57 @@ class InProcess:
 
     def __init__(self, vlm: VLM, config: Config) -> None:
         fitting, scales = vlm.fitting_batch(workload(config, vlm.context_length)), config.scales(vlm.embedding_rms)
-        self.vlm, self.config = vlm, config
+        self.vlm, self.config, self.images = vlm, config, Images(vlm)
         self.facts = ModelFacts(str(vlm.dtype), vlm.device.type, fitting, environment(), scales)
 
     def answers(
         self, method: str, batches: Iterable[list[Example]], partners: Mapping[int, Example]
     ) -> Iterator[list[tuple[Example, Answer]]]:
         """Each batch's examples with their answers, in order; `partners` are those of their rows."""
-        for batch in ahead(self._processed(examples, partners) for examples in batches):
-            yield batch.answered(answer_batch(self.vlm, method, batch.questions, self.config))
-
-    def _processed(self, examples: list[Example], partners: Mapping[int, Example]) -> Batch:
-        """With the images' pixels as the model reads them; what is wrong with one, its method will find too."""
-        batch = prepare(examples, partners)
-        for question in batch.questions:
-            with suppress(Exception):
-                encode_task(self.vlm, question, self.config, prompts_of(self.config))
-        return batch
+        for batch in ahead(prepare(examples, partners, self.images) for examples in batches):
+            answers = iter(answer_batch(self.vlm, method, batch.questions, self.config))
+            yield [(example, batch.settled.get(example.row) or next(answers)) for example in batch.examples]
 
     @property
     def peak_memory(self) -> int:
         return peak_memory()
+
+
+class Images:
+    """A run's images, opened and processed once, whatever method asks and whatever is asked about them.
+
+    Kept are the first that fit in KEPT bytes: of a larger dataset a part, which every pass over it finds again. What is
+    kept has its pixels and does not change, so that methods read it while further images are prepared in threads.
+    """
+
+    def __init__(self, vlm: VLM) -> None:
+        self.vlm, self.room, self.lock = vlm, KEPT, Lock()
+        self.kept: dict[Sources, Pictures] = {}
+
+    def __call__(self, sources: Sources) -> Pictures:
+        """Those of one question. ImageError as `open_image`."""
+        if found := self.kept.get(sources):
+            return found
+        opened = opened_images(sources)
+        # One at a time, since torch has threads of its own; what else is wrong with them, a method will find too.
+        with self.lock, suppress(Exception):
+            encode(self.vlm, "", "", opened)
+            if sources not in self.kept and (size := size_of(sources, opened)) <= self.room:
+                self.kept[sources], self.room = opened, self.room - size
+        return opened
+
+
+def opened_images(sources: Sources) -> Pictures:
+    """ImageError as `open_image`."""
+    return Pictures(map(open_image, sources))
+
+
+def size_of(sources: Sources, pictures: Pictures) -> int:
+    """Bytes of decoded images, of their pixels for the model, and of the files where these are the sources."""
+    images = [*pictures, *tree_leaves(pictures.resized)]
+    pixels = sum(getattr(value, "nbytes", 0) for value in tree_leaves(dict(pictures.pixels or {})))
+    files = sum(len(source.content) for source in sources if isinstance(source, ImageFile))
+    return 4 * sum(image.width * image.height for image in images) + pixels + files  # Pillow pads RGB to 4 bytes
 
 
 def cut(
@@ -104,18 +133,6 @@ def cut(
             yield list(batch)
 
 
-def question_of(example: Example, partner: Example | None = None) -> Question:
-    """The example as it is asked, its images opened (ImageError); `partner` is opened where a method asks for it."""
-    return Question(
-        idx=example.idx,
-        text=example.question,
-        images=Pictures(map(open_image, example.images)),
-        partner=partial(question_of, partner) if partner else None,
-        boxes=example.meta.get("boxes"),
-        solution=example.meta.get("response") or example.solution,
-    )
-
-
 def partners(examples: Sequence[Example]) -> dict[int, Example]:
     """By row, the example half a dataset further on: a derangement that no batch size and no order of work changes."""
     usable = [example for example in examples if example.solution]
@@ -123,21 +140,38 @@ def partners(examples: Sequence[Example]) -> dict[int, Example]:
     return {e.row: usable[(i + half) % len(usable)] for i, e in enumerate(usable)} if half else {}
 
 
-def prepare(examples: list[Example], partners: Mapping[int, Example] | None = None) -> Batch:
-    """Images opened. Examples without ground truth are skipped, unreadable images are errors."""
+def prepare(
+    examples: list[Example],
+    partners: Mapping[int, Example] | None = None,
+    images: Callable[[Sources], Pictures] = opened_images,
+) -> Batch:
+    """Images opened by `images`, a partner's when a method asks for it. Examples without ground truth are skipped,
+    unreadable images are errors."""
 
-    def question(example: Example) -> Question | Answer:
-        if not example.solution:
-            return Answer("", "", "skipped_no_ground_truth")
-        try:
-            return question_of(example, (partners or {}).get(example.row))
-        except ImageError as error:
-            return failed(error)
+    def question(example: Example, pictures: Pictures) -> Question:
+        partner = (partners or {}).get(example.row)
+        return Question(
+            idx=example.idx,
+            text=example.question,
+            images=pictures,
+            partner=(lambda: question(partner, images(partner.images))) if partner else None,
+            boxes=example.meta.get("boxes"),
+            solution=example.meta.get("response") or example.solution,
+        )
 
+    batch = Batch(examples, [], {})
     with ThreadPoolExecutor(READERS) as readers:
-        prepared = list(readers.map(question, examples))
-    settled = {e.row: one for e, one in zip(examples, prepared, strict=True) if isinstance(one, Answer)}
-    return Batch(examples, [one for one in prepared if isinstance(one, Question)], settled)
+        sources = {example.images for example in examples if example.solution}
+        opened = {one: readers.submit(images, one) for one in sources}
+    for example in examples:
+        try:
+            if example.solution:
+                batch.questions.append(question(example, opened[example.images].result()))
+            else:
+                batch.settled[example.row] = Answer("", "", "skipped_no_ground_truth")
+        except ImageError as error:
+            batch.settled[example.row] = failed(error)
+    return batch
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:
