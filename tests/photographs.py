@@ -49,7 +49,7 @@ def waiting(executor: batches.InProcess, method: str, examples: list[Example]) -
     batches.answer_batch = timed
     start = time.perf_counter()
     together = [examples[i : i + BATCH] for i in range(0, len(examples), BATCH)]
-    assert all(answer.error is None for batch in executor.answers(method, together, {}) for _, answer in batch)
+    assert all(answer.error is None for _, answer in executor.answers(method, together, {}))
     batches.answer_batch = work
     whole = time.perf_counter() - start
     return whole / len(examples), (whole - busy) / len(examples)

@@ -68,11 +68,12 @@ class InProcess:
 
     def answers(
         self, method: str, batches: Iterable[list[Example]], partners: Mapping[int, Example]
-    ) -> Iterator[list[tuple[Example, Answer]]]:
-        """Each batch's examples with their answers, in order; `partners` are those of their rows."""
+    ) -> Iterator[tuple[Example, Answer]]:
+        """Examples with their answers, batch by batch, in order; `partners` are those of their rows."""
         for batch in ahead(prepare(examples, partners, self.images) for examples in batches):
             answers = iter(answer_batch(self.vlm, method, batch.questions, self.config))
-            yield [(example, batch.settled.get(example.row) or next(answers)) for example in batch.examples]
+            for example in batch.examples:
+                yield example, batch.settled.get(example.row) or next(answers)
 
     @property
     def peak_memory(self) -> int:

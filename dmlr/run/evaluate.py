@@ -11,20 +11,18 @@ import hashlib
 import math
 import re
 import sys
-from collections import Counter, deque
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
 from dmlr.config import Config, ConfigError, check_names, locate
 from dmlr.data.examples import Example, ImageError, Problem, load_dataset, open_image
 from dmlr.data.images import without_password
-from dmlr.judge.llm_judge import JudgeSettings
 from dmlr.machine import environment  # noqa: F401 (notebooks take it from here)
 from dmlr.methods import METHODS, Answer
 from dmlr.methods.prompting import prompts_of
@@ -32,12 +30,11 @@ from dmlr.model.vlm import VLM
 from dmlr.run.batches import InProcess, cut, partners
 from dmlr.run.records import ResultsError, RunLog, held, read_results, read_run, write_results, write_reward_csv
 from dmlr.run.verdicts import ask_llm, judged_again, llm_settings, verdict_of
+from dmlr.run.workers import Workers, started
 from dmlr.stats.metrics import efficiency
 from dmlr.stats.outcomes import tally
 
-if TYPE_CHECKING:
-    from dmlr.run.workers import Workers
-
+Judge = Callable[[RunLog, list[Example]], dict[str, Any] | None]  # `ask_llm`, as this run is configured
 # What metrics group records by, copied from the dataset where it is there, as text where it is no single value.
 GROUPS = (
     *("suite", "category", "subcategory", "l2_category", "answer_type", "level"),
@@ -76,16 +73,15 @@ def run(config: Config, vlm: VLM | None = None) -> dict[tuple[str, str], dict[st
     judge without a key), and NoAnswers at the end of a run in which a job has only errors.
     """
     jobs = plan(config)
-    llm = llm_settings(config)
+    llm = partial(ask_llm, settings=llm_settings(config), every=config.llm_verify_all)
     total = sum(len(job.examples) for job in jobs)
     with contextlib.ExitStack() as stack:
         stack.enter_context(held(output_folder(config)))
-        if config.verify_only:
-            work = partial(verify, config=config, llm=llm)
-        else:
-            work = partial(run_job, config=config, executor=stack.enter_context(executor_of(config, vlm)), llm=llm)
+        work = verify
+        if not config.verify_only:
+            work = partial(run_job, config=config, executor=stack.enter_context(executor_of(config, vlm)))
         progress = stack.enter_context(tqdm(total=total, unit="ex", disable=config.verbose == 0, smoothing=0.1))
-        results = {(name(job.dataset), job.method): work(job, progress=progress) for job in jobs}
+        results = {(name(job.dataset), job.method): work(job, llm=llm, progress=progress) for job in jobs}
     failures = [
         f"{dataset}, {method}: {result['errors']} errors and no answer; the first: "
         + next(entry["error"] for entry in result["entries"] if entry["stop_reason"] == "error")
@@ -103,8 +99,6 @@ def executor_of(config: Config, vlm: VLM | None) -> contextlib.AbstractContextMa
         return contextlib.nullcontext(InProcess(vlm or VLM.load(config), config))
     if vlm is not None:
         raise ConfigError("workers load the model themselves: give no model, or num_workers = 1 and no ray_address")
-    from dmlr.run.workers import started  # Ray is an extra
-
     return started(config)
 
 
@@ -131,9 +125,10 @@ def plan(config: Config) -> list[Job]:
                 f"it has {rows} rows, 0 to {rows - 1}"
             )
         for method in methods:
-            jobs.append(Job(dataset, method, output_folder(config) / name(dataset) / method, inside, unusable))
-    if doubled := next((job for job, count in Counter(map(str, jobs)).items() if count > 1), None):
-        raise ConfigError(f"{doubled} is there twice in one run, and has one folder")
+            job = Job(dataset, method, output_folder(config) / name(dataset) / method, inside, unusable)
+            if any(job.folder == other.folder for other in jobs):
+                raise ConfigError(f"{job} is there twice in one run, and has one folder")
+            jobs.append(job)
     return jobs
 
 
@@ -156,31 +151,27 @@ def name(path: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", Path(path.strip().rstrip("/")).name.removesuffix(".json")) or "unnamed"
 
 
-def run_job(
-    job: Job, config: Config, executor: InProcess | Workers, progress: tqdm, llm: JudgeSettings | None = None
-) -> dict[str, Any]:
+def run_job(job: Job, config: Config, executor: InProcess | Workers, llm: Judge, progress: tqdm) -> dict[str, Any]:
     """Gets answers to what is not finished yet, judges them, and derives results.json; also when interrupted."""
     progress.set_description(str(job))
-    facts = {"method": job.method, "dtype": executor.facts.dtype, "device": executor.facts.device}
-    size = executor.facts.fitting_batch
+    model, size = executor.facts, executor.facts.fitting_batch
+    facts = {"method": job.method, "dtype": model.dtype, "device": model.device} | checksums(job, config)
     if config.num_workers > 1:  # of few examples, each worker still gets some
         size = max(1, min(size, math.ceil(len(job.examples) / config.num_workers)))
-    with RunLog(job.folder, config, resume=config.resume, facts=facts | checksums(job, config), batch_size=size) as log:
+    with RunLog(job.folder, config, resume=config.resume, facts=facts, batch_size=size) as log:
         if log.aside and config.verbose:
             progress.write(f"{job}: what an earlier run left is kept as {log.aside.name}")
-        about = {"environment": executor.facts.environment, "scales": executor.facts.scales}
-        save = partial(save_results, job, log, config, **about)
-        llm_cost = None
+        about = {"environment": model.environment, "scales": model.scales, "llm_judge": None}
         with contextlib.suppress(ResultsError):  # there are none, unless this run goes on with another
-            llm_cost = read_results(job.folder).get("llm_judge")
+            about["llm_judge"] = read_results(job.folder).get("llm_judge")
         try:
             record_answers(job, config, log, executor, progress)
-            llm_cost = ask_llm(log, job.examples, llm, every=config.llm_verify_all)
+            about["llm_judge"] = llm(log, job.examples)
         except BaseException:
             with contextlib.suppress(ResultsError):  # what went wrong first is what must be heard
-                save(executor.peak_memory, llm_judge=llm_cost)
+                save_results(job, log, config, executor.peak_memory, **about)
             raise
-        return save(executor.peak_memory, llm_judge=llm_cost)
+        return save_results(job, log, config, executor.peak_memory, **about)
 
 
 def record_answers(job: Job, config: Config, log: RunLog, executor: InProcess | Workers, progress: tqdm) -> None:
@@ -193,7 +184,7 @@ def record_answers(job: Job, config: Config, log: RunLog, executor: InProcess | 
             log.append(record_of(never, Answer("", "", "error", error=f"{problem.kind}: {problem.message}")))
     recent: deque[dict[str, Any]] = deque(maxlen=64)
     batches = cut(job.examples, log.batch_size, finished, begun)
-    for example, answer in chain.from_iterable(executor.answers(job.method, batches, partners(job.examples))):
+    for example, answer in executor.answers(job.method, batches, partners(job.examples)):
         if example.row in finished:
             continue
         save_extras(job, example, answer, config)  # first: a row in the log is not done again
@@ -205,12 +196,11 @@ def record_answers(job: Job, config: Config, log: RunLog, executor: InProcess | 
             progress.write(f"{example.idx!r}: {answer.text!r} ({example.solution!r})")
 
 
-def verify(job: Job, config: Config, progress: tqdm, llm: JudgeSettings | None = None) -> dict[str, Any]:
+def verify(job: Job, llm: Judge, progress: tqdm) -> dict[str, Any]:
     """Judges the saved answers again, without the model, under the configuration that made them.
 
     The dataset's ground truths are taken as they are now; its questions must be those that were answered, else
-    ResultsError. Whether an LLM is asked is this configuration's choice; what it said before comes from its cache, and
-    only what failed, or is new, costs a request.
+    ResultsError. What an LLM said before comes from its cache: only what failed, or is new, costs a request.
     """
     progress.set_description(f"{job}: judging again")
     saved, before = read_run(job.folder)["config"], read_results(job.folder)
@@ -227,9 +217,9 @@ def verify(job: Job, config: Config, progress: tqdm, llm: JudgeSettings | None =
         for old, example in pairs:
             log.append(judged_again(old, example))
             progress.update()
-        llm_cost = ask_llm(log, job.examples, llm, every=config.llm_verify_all)
+        about = {"environment": before["environment"], "scales": before.get("scales")}
+        about["llm_judge"] = llm(log, job.examples)
         memory = before.get("efficiency", {}).get("peak_memory_bytes")
-        about = {"environment": before["environment"], "scales": before.get("scales"), "llm_judge": llm_cost}
         return save_results(job, log, Config.make(None, **saved), memory, **about)
 
 

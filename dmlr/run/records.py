@@ -1,8 +1,8 @@
 """Records of a run: an append-only log that survives kill -9, and results.json from it.
 
-One finished example is one JSON line in `log.jsonl`, synced to disk before `append` returns; the last line of
-a row is the one that counts, so judging again appends too. `run.json` beside it holds the configuration the
-log was made under. The module knows nothing about models or judges; it stores what they say.
+One finished example is one JSON line in `log.jsonl`, synced to disk before `append` returns; the last line of a row is
+the one that counts, so judging again appends too. `run.json` beside it holds the configuration the log was made under.
+Knows nothing about models or judges; it stores what they say.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class RunLog:
 
     `config` is the run's parameters (a mapping, or a Config) and `facts` whatever else decides its records (method,
     checksum of the dataset). With `resume` an existing log is continued if both are as they were (see `check_same`);
-    without it the files of an earlier run become log.1.jsonl, run.1.json and results.1.json (2, 3, ...; `aside` is that
-    log), and a new log begins. Use as a context manager.
+    without it the files of an earlier run are put aside (`aside` is its log), and a new log begins. Use as a context
+    manager.
 
     `batch_size`, in examples, is that of a log which is continued, unless the configuration names one: company
     decides the last bits of an answer's reward.
@@ -89,34 +89,25 @@ class RunLog:
         facts: Mapping[str, Any] | None = None,
         batch_size: int | None = None,
     ) -> None:
-        self.folder, self.aside = Path(folder), None
-        self.config, self.facts = as_plain(dict(config or {})), as_plain(facts or {})
-        self.batch_size = self.config.get("batch_size") or batch_size
+        self.path, self.aside = Path(folder) / LOG, None
         self._records: dict[int, dict] = {}
-        with _writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for half_written in self.folder.glob(".*.json.*"):  # by a process that was killed, see `write_json`
+        config, facts, saved = as_plain(dict(config or {})), as_plain(facts or {}), {}
+        with _writing(self.path.parent):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for half_written in self.path.parent.glob(".*.json.*"):  # by a process that was killed, see `write_json`
                 half_written.unlink()
-            path = self.folder / LOG
-            if path.is_file() and path.stat().st_size:
-                self._go_on(path) if resume else self._put_aside(path)
-            about = {"config": self.config, "facts": self.facts, "batch_size": self.batch_size}
-            write_json(self.folder / SIDECAR, about)
-            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
-
-    def _go_on(self, path: Path) -> None:
-        saved = check_same(self.folder, self.config, self.facts)
-        self.facts = (saved.get("facts") or {}) | self.facts
-        self.batch_size = self.config.get("batch_size") or saved.get("batch_size") or self.batch_size
-        self._records, size = _parse(path)
-        os.truncate(path, size)  # a torn last line: its example runs again
-
-    def _put_aside(self, path: Path) -> None:
-        number = next(n for n in count(1) if not (self.folder / f"log.{n}.jsonl").exists())
-        # The log first: whoever is killed in between leaves nothing that resume could take for a run.
-        self.aside = path.rename(self.folder / f"log.{number}.jsonl")
-        for old in filter(Path.exists, (self.folder / SIDECAR, self.folder / RESULTS)):
-            old.rename(old.with_suffix(f".{number}.json"))
+            if self.path.is_file() and self.path.stat().st_size:
+                if resume:
+                    saved = check_same(self.path.parent, config, facts)
+                    self._records, size = _parse(self.path)
+                    os.truncate(self.path, size)  # a torn last line: its example runs again
+                else:
+                    self.aside = put_aside(self.path.parent)
+            self.facts = (saved.get("facts") or {}) | facts
+            self.batch_size = config.get("batch_size") or saved.get("batch_size") or batch_size
+            about = {"config": config, "facts": self.facts, "batch_size": self.batch_size}
+            write_json(self.path.with_name(SIDECAR), about)
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed at the end of the context)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a record (`row` is its key), on disk when this returns.
@@ -127,7 +118,7 @@ class RunLog:
         record = as_plain(dict(record))
         line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
         kept = f"; {len(self._records)} finished records are kept, mend it and start again with resume"
-        with _writing(self.folder / LOG, kept):
+        with _writing(self.path, kept):
             start = os.fstat(self._file.fileno()).st_size
             try:
                 view = memoryview(line)
@@ -155,6 +146,18 @@ class RunLog:
         self._file.close()
 
 
+def put_aside(folder: Path) -> Path:
+    """Renames the files of an earlier run to log.1.jsonl, run.1.json and results.1.json (2, 3, ...); returns the log.
+
+    The log goes first: whoever is killed in between leaves nothing that resume could take for a run.
+    """
+    number = next(n for n in count(1) if not (folder / f"log.{n}.jsonl").exists())
+    aside = (folder / LOG).rename(folder / f"log.{number}.jsonl")
+    for old in filter(Path.exists, (folder / SIDECAR, folder / RESULTS)):
+        old.rename(old.with_suffix(f".{number}.json"))
+    return aside
+
+
 def check_same(folder: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
     """What run.json says, if a log made under it may go on under these; else ResultsError with the differences.
 
@@ -163,9 +166,8 @@ def check_same(folder: Path, config: Mapping[str, Any], facts: Mapping[str, Any]
     """
     saved = read_run(folder)
     before = saved.get("facts") or {}
-    both = [{name: one[name] for name in before.keys() & facts.keys()} for one in (before, facts)]
     changes = differences(with_defaults(saved.get("config")), with_defaults(config), FREE_PARAMETERS | before.keys())
-    if changes := changes + differences(*both):
+    if changes := changes + differences(before, facts, before.keys() ^ facts.keys()):
         raise ResultsError(
             f"{folder}: cannot resume under another configuration: {'; '.join(changes)}; "
             "take the old value, or another output_dir"
@@ -180,17 +182,20 @@ def with_defaults(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Iterable[str] = ()) -> list[str]:
     """What was one thing and is now another, but for the names that are `free` to change."""
-    names = sorted((before.keys() | now.keys()) - set(free))
-    return [
-        f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
-        for name in names
-        if before.get(name) != now.get(name)
-    ]
+    pairs = {name: (before.get(name), now.get(name)) for name in sorted((before.keys() | now.keys()) - set(free))}
+    return [f"{name} was {one!r} and is now {other!r}" for name, (one, other) in pairs.items() if one != other]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ResultsError(f"{path}: {error.strerror or error}") from None
 
 
 def _parse(path: Path) -> tuple[dict[int, dict], int]:
     """Latest record by row, and the size of the log without a torn last line."""
-    content = path.read_bytes()
+    content = _read(path)
     end = content.rfind(b"\n") + 1
     records: dict[int, dict] = {}
     for number, line in enumerate(content[:end].split(b"\n")[:-1], 1):
@@ -204,10 +209,7 @@ def _parse(path: Path) -> tuple[dict[int, dict], int]:
 
 def read_log(folder: str | Path) -> list[dict]:
     """Finished records of a run, latest of each row, in the order of rows; also while it is being written."""
-    try:
-        records, _ = _parse(Path(folder) / LOG)
-    except OSError as error:
-        raise ResultsError(f"{Path(folder) / LOG}: {error.strerror or error}") from None
+    records, _ = _parse(Path(folder) / LOG)
     return [records[row] for row in sorted(records)]
 
 
@@ -228,9 +230,7 @@ def read_results(folder: str | Path) -> dict[str, Any]:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ResultsError(f"{path}: {error.strerror or error}") from None
+        content = json.loads(_read(path))
     except ValueError as error:
         raise ResultsError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
@@ -268,6 +268,6 @@ def write_reward_csv(path: str | Path, steps: Iterable[Mapping[str, Any]]) -> No
     with _writing(Path(path)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, restval="")
+            writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)

@@ -14,12 +14,10 @@ from dmlr.data.examples import Example
 from dmlr.judge import Verdict, judge, llm_judge
 from dmlr.run.records import RunLog
 
-NOT_JUDGED = ("error", "skipped_no_ground_truth")  # stop reasons
-
 
 def verdict_of(example: Example, text: str, stop_reason: str) -> dict[str, Any]:
     """The rules' part of a record; the same rules for every method. None where nothing was to be judged."""
-    if stop_reason in NOT_JUDGED:
+    if stop_reason in ("error", "skipped_no_ground_truth"):
         nothing = dict.fromkeys(("answer", "is_correct", "verdict", "rule", "rule_verdict"))
         return nothing | {"ground_truth_text": example.solution}
     verdict = judge(text, example.solution, **hints(example))

@@ -14,7 +14,7 @@ import math
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -52,8 +52,7 @@ class ModelWorker:
     def answer(self, method: str, examples: list[Example], partners: Mapping[int, Example]) -> tuple[list[Answer], int]:
         """Answers in the order of the examples, and the most bytes of memory so far."""
         self.load()
-        (pairs,) = self.model.answers(method, [examples], partners)
-        return [answer for _, answer in pairs], peak_memory()
+        return [answer for _, answer in self.model.answers(method, [examples], partners)], peak_memory()
 
 
 @contextlib.contextmanager
@@ -63,25 +62,23 @@ def started(config: Config) -> Iterator[Workers]:
     Raises WorkerError, ConfigError for a device that workers cannot share, and ModelError when the model cannot be
     loaded.
     """
-    ray, disconnect = connect(config)
-    workers: list[Any] = []
-    try:
+    with connected(config) as ray:
         device, needs = placement(config, ray.cluster_resources())
         nodes = sum(node["Alive"] for node in ray.nodes())
-        threads = threads_per_worker(torch.get_num_threads(), nodes, config.num_workers)
+        given = for_workers(config, device), threads_per_worker(torch.get_num_threads(), nodes, config.num_workers)
         options = {"scheduling_strategy": "SPREAD", "max_restarts": -1, "max_task_retries": 1}
         actor = ray.remote(ModelWorker).options(**options, **needs)
-        workers += [actor.remote(for_workers(config, device), threads) for _ in range(config.num_workers)]
-        loading = [worker.load.remote() for worker in workers]
-        while waiting := ray.wait(loading, num_returns=len(loading), timeout=PATIENCE)[1]:
-            text = f"waiting for {len(waiting)} of {len(loading)} workers: a model that loads, or a busy cluster"
-            print(text, file=sys.stderr, flush=True)
-        facts = [result(ray, ref) for ref in loading]
-        yield Workers(ray, workers, replace(facts[0], fitting_batch=min(one.fitting_batch for one in facts)))
-    finally:
-        for worker in workers:
-            ray.kill(worker)
-        disconnect()
+        workers = [actor.remote(*given) for _ in range(config.num_workers)]
+        try:
+            loading = [worker.load.remote() for worker in workers]
+            while waiting := ray.wait(loading, num_returns=len(loading), timeout=PATIENCE)[1]:
+                text = f"waiting for {len(waiting)} of {len(loading)} workers: a model that loads, or a busy cluster"
+                print(text, file=sys.stderr, flush=True)
+            facts = [result(ray, ref) for ref in loading]
+            yield Workers(ray, workers, replace(facts[0], fitting_batch=min(one.fitting_batch for one in facts)))
+        finally:
+            for worker in workers:
+                ray.kill(worker)
 
 
 class Workers:
@@ -92,8 +89,8 @@ class Workers:
 
     def answers(
         self, method: str, batches: Iterable[list[Example]], partners: Mapping[int, Example]
-    ) -> Iterator[list[tuple[Example, Answer]]]:
-        """Each batch's examples with their answers, in the order in which they are finished."""
+    ) -> Iterator[tuple[Example, Answer]]:
+        """Examples with their answers, batch by batch, in the order in which they are finished."""
         partners = partners if method == "swapped" else {}  # the only one that asks for them, and they have images too
         idle, busy, left = list(self.workers), {}, iter(batches)
         while True:
@@ -111,7 +108,7 @@ class Workers:
             except WorkerError as lost:
                 answers, memory = [failed(lost) for _ in examples], 0
             self.peak_memory = max(self.peak_memory, memory)
-            yield list(zip(examples, answers, strict=True))
+            yield from zip(examples, answers, strict=True)
 
 
 def result(ray: Any, ref: Any) -> Any:
@@ -139,8 +136,9 @@ def with_image_files(example: Example) -> Example:
     return replace(example, images=tuple(map(content, example.images)))
 
 
-def connect(config: Config) -> tuple[Any, Callable[[], None]]:
-    """Ray's module, connected, and what undoes that. WorkerError when it is not possible.
+@contextlib.contextmanager
+def connected(config: Config) -> Iterator[Any]:
+    """Ray's module, connected. WorkerError when it is not possible.
 
     Without an address Ray starts here, for this process alone, and ends with it; it can be reached from this machine
     alone, unless the process had imported Ray before, without the switch for that. A Ray that the process is connected
@@ -158,18 +156,22 @@ def connect(config: Config) -> tuple[Any, Callable[[], None]]:
             "several workers need Ray, which is not installed: pip install -e '.[ray]'; num_workers = 1 runs without"
         ) from None
     if ray.is_initialized():
-        return ray, lambda: None
+        yield ray
+        return
     here = {"num_cpus": config.num_workers, "include_dashboard": False, "object_store_memory": 2**31}  # bytes
     try:
         if port.isdigit() and "/" not in host:
             host = ray.util.get_node_ip_address() if host in LOOPBACK else host  # as Ray reads it
             socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would try for minutes
-        started = {} if config.ray_address else here
-        ray.init(config.ray_address or "local", log_to_driver=False, logging_level=logging.ERROR, **started)
+        given = {} if config.ray_address else here
+        ray.init(config.ray_address or "local", log_to_driver=False, logging_level=logging.ERROR, **given)
     except Exception as error:  # Ray raises bare exceptions, too
         where = f"no Ray cluster at {config.ray_address!r}" if config.ray_address else "Ray does not start"
         raise WorkerError(f"{where}: {_one_line(error)}") from error
-    return ray, ray.shutdown
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
 
 
 def placement(config: Config, cluster: Mapping[str, float]) -> tuple[str, dict[str, float]]:
