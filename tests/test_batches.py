@@ -2,6 +2,7 @@
 
 import threading
 import weakref
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,9 +26,7 @@ def questions(count):
 @pytest.fixture
 def cramped(monkeypatch):
     """A pretended GPU where two examples fit, and what was asked of it: sizes of batches, images processed."""
-    sizes, images, prefill, limit = [], [], VLM.prefill, 2
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-    vlm = tiny_vlm()
+    sizes, prefill, limit, vlm = [], VLM.prefill, 2, tiny_vlm()
 
     def limited(self, batch):
         sizes.append(len(batch))
@@ -35,16 +34,13 @@ def cramped(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return prefill(self, batch)
 
-    class Seen(type(vlm.processor.image_processor)):
-        def __call__(self, *args, **options):
-            images.append(args)
-            return super().__call__(*args, **options)
-
-    vlm.processor.image_processor.__class__ = Seen
+    processor = vlm.processor.image_processor
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(processor, "preprocess", Mock(wraps=processor.preprocess))
     monkeypatch.setattr(VLM, "prefill", limited)
     to_gpu(vlm.model)
     with PretendGPU():
-        yield vlm, sizes, images
+        yield vlm, sizes, processor.preprocess
 
 
 def free_memory(monkeypatch, amount):
@@ -57,33 +53,29 @@ def test_batches_are_cut_by_the_length_of_their_prompts(cramped, monkeypatch):
     each = memory.peak(vlm.shape, 4, work_of(vlm, "vanilla", asked, config), 1)
     free_memory(monkeypatch, 2.5 * each / memory.USABLE["cuda"])
     assert [answer.error for answer in answer_batch(vlm, "vanilla", asked, config)] == [None] * 5
-    assert sizes == [2, 2, 1] and len(images) == 5
+    assert sizes == [2, 2, 1] and images.call_count == 5
 
 
-def test_what_ran_out_of_memory_is_not_tried_again(cramped, monkeypatch):
+ONCE = [8, 4, 2, 2, 4, 2, 2, 2, 2, 2, 2]
+TWICE = [8, 8, 4, 4, 2, 2, 4, 4, 2, 2, 2, 2, 2, 2]  # with recordings, which are let go of, and then without
+
+
+@pytest.mark.parametrize(("recorded", "expected"), [(False, ONCE), (True, TWICE)])
+def test_what_ran_out_of_memory_is_not_tried_again(cramped, monkeypatch, recorded, expected):
     vlm, sizes, images = cramped
-    free_memory(monkeypatch, 10**12)
-    config, asked = Config(**BASE | {"max_new_tokens": 2}, max_pixels=None), questions(8)
-    for _ in range(2):
-        assert {answer.error for answer in answer_batch(vlm, "vanilla", asked, config)} == {None}
-    assert sizes == [8, 4, 2, 2, 4, 2, 2, 2, 2, 2, 2] and len(images) == 8, "an image is processed once"
-
-
-def test_what_ran_out_of_memory_with_recordings_is_not_tried_again(cramped, monkeypatch):
-    """They are let go of first; what does not fit without them either is too much."""
-    vlm, sizes, _ = cramped
     free_memory(monkeypatch, 10**12)
     prefill = VLM.prefill
 
-    def recorded(self, batch):
-        vlm.recordings.kept["of this batch"] = None
+    def recording(self, batch):
+        if recorded:
+            vlm.recordings.kept["of this batch"] = None
         return prefill(self, batch)
 
-    monkeypatch.setattr(VLM, "prefill", recorded)
+    monkeypatch.setattr(VLM, "prefill", recording)
     config, asked = Config(**BASE | {"max_new_tokens": 2}, max_pixels=None), questions(8)
     for _ in range(2):
         assert {answer.error for answer in answer_batch(vlm, "vanilla", asked, config)} == {None}
-    assert sizes == [8, 8, 4, 4, 2, 2, 4, 4, 2, 2, 2, 2, 2, 2], "once with recordings, once without"
+    assert sizes == expected and images.call_count == 8, "an image is processed once"
 
 
 def test_an_error_keeps_nothing_of_what_failed():

@@ -161,10 +161,9 @@ def test_what_workers_cannot_have_is_said(given, cluster, error, message):
         placement(Config(num_workers=3, **given), cluster)
 
 
-def test_threads_are_shared_by_the_workers_of_a_machine():
-    assert threads_per_worker(threads=8, nodes=1, workers=2) == 4
-    assert threads_per_worker(threads=8, nodes=4, workers=6) == 4
-    assert threads_per_worker(threads=2, nodes=1, workers=4) == 1
+@pytest.mark.parametrize(("threads", "nodes", "workers", "each"), [(8, 1, 2, 4), (8, 4, 6, 4), (2, 1, 4, 1)])
+def test_threads_are_shared_by_the_workers_of_a_machine(threads, nodes, workers, each):
+    assert threads_per_worker(threads, nodes, workers) == each
 
 
 def test_images_travel_as_files_and_what_is_gone_is_the_workers_error(tmp_path):

@@ -70,8 +70,7 @@ class RunLog:
 
     `config` is the run's parameters (a mapping, or a Config) and `facts` whatever else decides its records (method,
     checksum of the dataset). With `resume` an existing log is continued if both are as they were (see `check_same`);
-    without it the files of an earlier run are put aside (`aside` is its log), and a new log begins. Use as a context
-    manager.
+    without it the files of an earlier run are put aside (`aside`: its log), and a new one begins. A context manager.
 
     `batch_size`, in examples, is that of a log which is continued, unless the configuration names one: company
     decides the last bits of an answer's reward.
@@ -89,24 +88,23 @@ class RunLog:
         facts: Mapping[str, Any] | None = None,
         batch_size: int | None = None,
     ) -> None:
-        self.path, self.aside = Path(folder) / LOG, None
-        self._records: dict[int, dict] = {}
+        folder, self.aside = Path(folder), None
+        self.path, self._records = folder / LOG, {}
         config, facts, saved = as_plain(dict(config or {})), as_plain(facts or {}), {}
-        with _writing(self.path.parent):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            for half_written in self.path.parent.glob(".*.json.*"):  # by a process that was killed, see `write_json`
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for half_written in folder.glob(".*.json.*"):  # by a process that was killed, see `write_json`
                 half_written.unlink()
             if self.path.is_file() and self.path.stat().st_size:
                 if resume:
-                    saved = check_same(self.path.parent, config, facts)
+                    saved = check_same(folder, config, facts)
                     self._records, size = _parse(self.path)
                     os.truncate(self.path, size)  # a torn last line: its example runs again
                 else:
-                    self.aside = put_aside(self.path.parent)
+                    self.aside = put_aside(folder)
             self.facts = (saved.get("facts") or {}) | facts
             self.batch_size = config.get("batch_size") or saved.get("batch_size") or batch_size
-            about = {"config": config, "facts": self.facts, "batch_size": self.batch_size}
-            write_json(self.path.with_name(SIDECAR), about)
+            write_json(folder / SIDECAR, {"config": config, "facts": self.facts, "batch_size": self.batch_size})
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed at the end of the context)
 
     def append(self, record: Mapping[str, Any]) -> None:
