@@ -177,7 +177,7 @@ class Answer:
         text = f"<pre style='white-space:pre-wrap'>{escape(self.error or self.text)}</pre>"
         if self.trace is None:
             return text
-        from dmlr.look.figures import Heat, moment  # matplotlib costs a second that most questions need not pay
+        from dmlr.show.figures import Heat, moment  # matplotlib costs a second that most questions need not pay
         from dmlr.show.page import data_uri
 
         trace = self.trace

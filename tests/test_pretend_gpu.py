@@ -10,13 +10,13 @@ from tiny_families import TINY
 
 from dmlr.config import Config
 from dmlr.data.examples import Example
-from dmlr.look import view
-from dmlr.look.walk import explore
-from dmlr.look.what_if import try_changes, usual_changes
 from dmlr.methods import METHODS
 from dmlr.methods.answers import Question
 from dmlr.model.encode import encode
 from dmlr.model.vlm import VLM
+from notebooks.walkthrough import view
+from notebooks.walkthrough.walk import explore
+from notebooks.walkthrough.what_if import try_changes, usual_changes
 
 BRIEF = {"rationale_tokens": 4, "rationale_answer_tokens": 4, "scene_graph_tokens": 4, "ltpo_steps": 2, "ulr_steps": 7}
 

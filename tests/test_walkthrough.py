@@ -18,9 +18,6 @@ from tiny import noise_image, tiny_vlm
 from dmlr import notebooks
 from dmlr.config import Config
 from dmlr.data.examples import Example, load_dataset, open_image
-from dmlr.look import figures, view, widgets
-from dmlr.look.walk import Moment, explore
-from dmlr.look.what_if import Change, try_changes, usual_changes
 from dmlr.loop.injection import Patches
 from dmlr.loop.optimize import initial_latents
 from dmlr.methods import METHODS
@@ -28,7 +25,11 @@ from dmlr.methods.answers import Answer
 from dmlr.methods.latent import append_latents, prefill_latent
 from dmlr.methods.prompting import decode, prompts_of
 from dmlr.model.vlm import VLM
+from dmlr.show import figures
 from dmlr.show.style import table
+from notebooks.walkthrough import view, widgets
+from notebooks.walkthrough.walk import Moment, explore
+from notebooks.walkthrough.what_if import Change, try_changes, usual_changes
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "01_walkthrough.ipynb"
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>"

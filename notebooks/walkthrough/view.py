@@ -11,10 +11,10 @@ from itertools import pairwise
 import pandas as pd
 
 from dmlr.judge.extract import last_boxed
-from dmlr.look.figures import Heat
-from dmlr.look.walk import Moment, NextTokens, Walk
-from dmlr.look.what_if import Change, Outcome
+from dmlr.show.figures import Heat
 from dmlr.show.plots import Grid, token_colour
+from notebooks.walkthrough.walk import Moment, NextTokens, Walk
+from notebooks.walkthrough.what_if import Change, Outcome
 
 RIGHT = {True: " ✓", False: " ✗", None: ""}  # behind an answer
 

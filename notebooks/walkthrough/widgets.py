@@ -15,10 +15,11 @@ from PIL import Image
 
 from dmlr.data.examples import Example
 from dmlr.data.images import ImageFile, open_image
-from dmlr.look import figures, view
-from dmlr.look.walk import Walk, explore
-from dmlr.look.what_if import Change, try_changes
+from dmlr.show import figures
 from dmlr.show.page import data_uri, table
+from notebooks.walkthrough import view
+from notebooks.walkthrough.walk import Walk, explore
+from notebooks.walkthrough.what_if import Change, try_changes
 
 ALL = -1  # in the selector of think tokens
 WHOLE = {"description_width": "initial"}  # of a label: it is not cut

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from dmlr.look.walk import State, Walk, read
 from dmlr.loop.optimize import optimize
 from dmlr.methods.latent import question_noise
+from notebooks.walkthrough.walk import State, Walk, read
 
 
 @dataclass(frozen=True)

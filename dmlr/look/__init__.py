@@ -1,1 +1,0 @@
-"""One question opened up: every state of its loop, what-ifs, and the widgets around them."""
