@@ -9,7 +9,6 @@ import shlex
 from pathlib import Path
 
 import nbformat
-import numpy as np
 import pandas as pd
 import pytest
 from browser import opened
@@ -33,70 +32,53 @@ STATES = {"correct": True, "wrong": False, "unparsed": False, "error": None}
 
 def record(idx, state, **more):
     """A record as evaluate.py writes them, with the keys that a gallery reads."""
-    right, verdict = STATES[state], None if state == "error" else state
-    stop = "error" if state == "error" else "eos_token"
-    told = {"data_idx": idx, "question": f"question {idx}?", "ground_truth": "7", "is_correct": right}
+    stop, verdict = ("error", None) if state == "error" else ("eos_token", state)
+    told = {"data_idx": idx, "question": f"question {idx}?", "ground_truth": "7", "is_correct": STATES[state]}
     return {**told, "verdict": verdict, "stop_reason": stop, "model_output": f"answer {idx}", **more}
 
 
 def results(**states):
-    """Results by (dataset, method) of one dataset "suite": a state per example, by method."""
-    return {
-        ("suite", method): {"entries": [record(i, state) for i, state in enumerate(line.split())]}
+    """Results by (dataset, method) of one dataset "suite": by method a state per example, or its records."""
+    lines = {
+        method: [record(i, state) for i, state in enumerate(line.split())] if isinstance(line, str) else line
         for method, line in states.items()
     }
+    return {("suite", method): {"entries": entries} for method, entries in lines.items()}
 
 
 def sha256(script):
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def cards_of(html):
-    return BeautifulSoup(html, "html.parser").select("article.dmlr-card")
+def html_of(run, **more):
+    return gallery.html(gallery.cards(run), **more)
 
 
-def html_cards(run, **more):
-    return cards_of(gallery.html(gallery.cards(run), **more))
+def soup_of(html):
+    return BeautifulSoup(html, "html.parser")
 
 
 # records -> cards
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "change"),
-    [
-        ("wrong", "correct", "gained"),
-        ("unparsed", "correct", "gained"),
-        ("correct", "unparsed", "lost"),
-        ("correct", "correct", "both right"),
-        ("wrong", "unparsed", "both wrong"),
-        ("error", "correct", "not judged"),
-        ("correct", None, "not judged"),
-    ],
-)
-def test_a_change_is_of_two_verdicts(before, after, change):
-    assert gallery.change(record(0, before), record(0, after) if after else None) == change
-
-
 def test_what_a_method_changed_comes_first():
     found = gallery.cards(
         results(
-            vanilla="correct correct wrong wrong error",
-            dmlr="correct wrong wrong wrong correct",
+            vanilla="correct correct wrong unparsed error",
+            dmlr="correct unparsed unparsed wrong correct",
             ltpo="correct correct wrong correct correct",
         )
     )
     assert [card["idx"] for card in found] == [1, 3, 0, 2, 4]
-    changes = [["lost", "both right"], ["both wrong", "gained"], ["not judged", "not judged"]]
-    assert [found[at]["changes"] for at in (0, 1, -1)] == changes
+    changes = [["lost", "both right"], ["both wrong", "gained"], ["both right"] * 2, ["both wrong"] * 2]
+    assert [card["changes"] for card in found] == [*changes, ["not judged"] * 2]
     assert [answer["name"] for answer in found[0]["answers"]] == ["vanilla", "dmlr", "ltpo"]
 
 
 def test_a_card_says_verdict_rule_reward_and_error():
     told = {"rule": "number:boxed", "initial_reward": 0.5, "best_reward": 0.75, "category": "sums"}
     failed = record(3, "error", error="RuntimeError: no memory", model_output="")
-    both = {"vanilla": failed, "dmlr": record(3, "unparsed", **told)}
-    (card,) = html_cards({("suite", method): {"entries": [entry]} for method, entry in both.items()})
+    (card,) = soup_of(html_of(results(vanilla=[failed], dmlr=[record(3, "unparsed", **told)])))("article")
     text = " ".join(card.get_text().split())
     assert "vanilla error RuntimeError: no memory" in text
     assert "dmlr ✗ wrong unparsed · number:boxed · reward 0.5000 → 0.7500 answer 3" in text
@@ -104,18 +86,17 @@ def test_a_card_says_verdict_rule_reward_and_error():
 
 
 def test_runs_that_have_not_the_same_examples_still_show_all_of_them():
-    run = results(vanilla="correct wrong", dmlr="wrong")
-    run["other", "dmlr"] = {"entries": [record("x", "correct")]}
-    found = {(card["dataset"], card["idx"]): card for card in gallery.cards(run)}
-    assert found["suite", 1]["changes"] == ["not judged"]
-    assert [answer["name"] for answer in found["other", "x"]["answers"]] == ["dmlr"]
-    assert len(cards_of(gallery.html(list(found.values())))) == 3
-
-
-def test_rows_without_an_index_have_a_card_each():
+    """Rows without an index too, a card each."""
     lost = [record(None, "error", row=row, question="", error=f"row {row}: no prompt") for row in (4, 9)]
-    found = gallery.cards({("suite", "vanilla"): {"entries": lost}, ("suite", "dmlr"): {"entries": lost}})
-    assert [card["answers"][1]["text"] for card in found] == ["row 4: no prompt", "row 9: no prompt"]
+    run = results(vanilla=[record(0, "correct"), record(1, "wrong"), *lost], dmlr=[record(0, "wrong"), *lost])
+    run["other", "dmlr"] = {"entries": [record("x", "correct")]}
+    shown = [(card["changes"], [answer["text"] for answer in card["answers"]]) for card in gallery.cards(run)]
+    assert shown == [
+        (["lost"], ["answer 0"] * 2),
+        *((["not judged"], texts) for texts in (["answer 1"], *([f"row {row}: no prompt"] * 2 for row in (4, 9)))),
+        (["not judged"], ["answer x"]),
+    ]
+    assert len(soup_of(html_of(run))("article")) == 5
 
 
 # cards -> HTML
@@ -123,89 +104,66 @@ def test_rows_without_an_index_have_a_card_each():
 
 def test_tables_escape_and_set_numbers_flush_right():
     frame = pd.DataFrame({"name": [ATTACK], "n": [12], "share": ["81.2%"], "said": ["a\x1bb"]})
-    cells = BeautifulSoup(table(frame), "html.parser").find_all("td")
+    cells = soup_of(table(frame))("td")
     assert [cell.get_text() for cell in cells] == [ATTACK, "12", "81.2%", "a␛b"]
     assert [cell.get("class") for cell in cells] == [None, ["number"], ["number"], None]
 
 
-def test_what_a_model_says_cannot_steer_the_page_or_its_neighbours():
+def test_hostile_text_stays_text_everywhere_and_steers_nothing():
     """ESC and NUL are shown as symbols, and text that turns the direction ends where it stands."""
-    entry = record("q\u202e1", "correct", question="Which?\x07", model_output="red\x1b[2J\x00")
-    html = gallery.html(gallery.cards({("suite", "vanilla"): {"entries": [entry]}}))
-    assert "red␛[2J␀" in html and "Which?␇" in html and not {"\x1b", "\x00", "\x07"} & set(html)
-    assert "<bdi>q\u202e1</bdi>" in html
-
-
-def test_hostile_text_stays_text_everywhere():
-    hostile = {"question": ATTACK, "ground_truth": ATTACK, "model_output": ATTACK, "rule": ATTACK, "category": ATTACK}
-    run = {
-        (ATTACK, method): {"entries": [record(f"{i} {ATTACK}", "wrong", **hostile) for i in range(3)]}
-        for method in ("vanilla", ATTACK)
-    }
+    hostile = dict.fromkeys(("question", "ground_truth", "model_output", "rule", "category"), f"{ATTACK}\x1b[2J\x00")
+    entries = [record(f"{i} {ATTACK}\u202e", "wrong", **hostile) for i in range(3)]
+    run = {(ATTACK, method): {"entries": entries} for method in ("vanilla", ATTACK)}
     run["b", "vanilla"] = {"entries": [record(0, "correct", image_path=f"/{ATTACK}.png", category="c")]}
-    html = gallery.html(gallery.cards(run))
-    soup = BeautifulSoup(html, "html.parser")
-    assert external_requests(html) == []
-    assert len(soup.find_all("script")) == 1 and not soup.find("img")
+    html, shown = html_of(run), f"{ATTACK}␛[2J␀"
+    soup = soup_of(html)
+    assert external_requests(html) == [] and not {"\x1b", "\x00"} & set(html)
+    assert len(soup("script")) == 1 and not soup("img")
     # Question, truth, where it is from (dataset, category, example); of both methods: rule, answer; the second's name.
-    for card in cards_of(html)[:3]:
+    for card in soup("article")[:3]:
         assert card.get_text().count("window.hacked = 1") == 5 + 4 + 1
-        assert card["data-dataset"] == card["data-category"] == ATTACK
-    assert {option["value"] for option in soup.select('select[name="category"] option')} == {"", ATTACK, "c"}
+        assert (card["data-dataset"], card["data-category"]) == (ATTACK, shown)
+    assert sum(one.get_text().endswith("\u202e") for one in soup("bdi")) == 3
+    assert {option["value"] for option in soup.select('select[name="category"] option')} == {"", shown, "c"}
 
 
 def test_an_image_is_stored_once_and_its_patches_are_outlined(tmp_path):
     for name, colour in (("a", "red"), ("b", "blue"), ("same", "red")):
         Image.new("RGB", (120, 60), colour).save(tmp_path / f"{name}.png")
-    kept = {"patches": [[0, 7], [7, 99]], "patch_grid": [2, 4]}
+    kept = {"patches": [[0, 7], [7, 99]], "patch_grid": [2, 4]}  # cells of 30 × 30; 99 is none of this image
     paths = [str(tmp_path / f"{name}.png") for name in "aaab"]
     records = [record(i, "correct", image_path=path) for i, path in enumerate(paths)]
-    records.append(record(4, "correct", image_path=[str(tmp_path / "same.png"), str(tmp_path / "b.png")], **kept))
-    html = gallery.html(gallery.cards({("suite", "dmlr"): {"entries": records}}))
-    soup = BeautifulSoup(html, "html.parser")
-    stored = {image["id"] for image in soup.select("defs image")}
-    assert len(soup.select("defs image")) == len(stored) == 2
-    assert {use["href"].removeprefix("#") for use in soup.find_all("use")} == stored
-    assert [len(card.find_all("svg")) for card in cards_of(html)] == [1, 1, 1, 1, 2]
+    records.append(record(4, "correct", image_path=[str(tmp_path / "same.png"), paths[3]], **kept))
+    soup = soup_of(html_of(results(dmlr=records)))
+    stored = [image["id"] for image in soup.select("defs image")]
+    assert len(stored) == len(set(stored)) == 2
+    assert {use["href"].removeprefix("#") for use in soup("use")} == set(stored)
+    assert [len(card("svg")) for card in soup("article")] == [1, 1, 1, 1, 2]
     assert all(svg["role"] == "img" and svg["aria-label"] for svg in soup.select("article svg"))
-    first, second = cards_of(html)[4].find_all("path")
-    assert (first["class"], second["class"]) == (["token0"], ["token1"])
-    assert first["d"].count("M") == 2
-    assert second["d"].count("M") == 1  # index 99 is no cell of this image
-
-
-def test_outlines_are_the_cells_and_nest():
-    path, nested = gallery.outlines([[5], [5]], (2, 4), (80, 40)).values()
-    left, top, wide, high = map(float, re.fullmatch(r"M(\S+) (\S+)h(\S+)v(\S+)h\S+z", path).groups())
-    assert 20 < left == top < 23 and 16 < wide == high < 20  # row 1, column 1 of cells of 20 × 20
-    assert float(re.match(r"M(\S+)", nested)[1]) > left
-    assert gallery.outlines([[], [8], [-1]], (2, 4), (80, 40)) == {}
+    lines = {path["class"][0]: path["d"] for path in soup("article")[4]("path")}
+    nested = "M94.5 34.5h21v21h-21z"
+    assert lines == {"token0": "M1.5 1.5h27v27h-27zM91.5 31.5h27v27h-27z", "token1": nested}
 
 
 def test_a_thumbnail_that_cannot_be_made_is_named_and_nothing_is_downloaded(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     paths = [str(tmp_path / "broken.png"), "https://example.com/a.png", None]
-    entries = [record(i, "correct", image_path=path) for i, path in enumerate(paths)]
-    broken, remote, none = (card.get_text() for card in html_cards({("suite", "dmlr"): {"entries": entries}}))
+    html = html_of(results(dmlr=[record(i, "correct", image_path=path) for i, path in enumerate(paths)]))
+    broken, remote, none = (card.get_text() for card in soup_of(html)("article"))
     assert "no image: " in broken and "not downloaded" in remote and "no image" not in none
 
 
 def test_a_thousand_photographs_stay_below_fifteen_megabytes(tmp_path):
-    """Bytes per card, of a picture with as much detail as photographs have: a sum of noise at many scales."""
-    draw, total = np.random.default_rng(0), np.full((384, 512), 128.0)
-    for k in range(8):
-        noise = Image.fromarray(draw.normal(0, 60 / 1.6**k, (3 * 2**k, 4 * 2**k)).astype(np.float32))
-        total += np.asarray(noise.resize((512, 384), Image.Resampling.BICUBIC))
-    Image.fromarray(np.clip(total, 0, 255).astype(np.uint8)).convert("RGB").save(tmp_path / "a.jpg", quality=92)
+    """Bytes per card, of a picture with at least as much detail as photographs have."""
+    Image.effect_noise((48, 36), 60).resize((512, 384)).convert("RGB").save(tmp_path / "a.jpg", quality=92)
     kept = {"patches": [list(range(16))] * 4, "patch_grid": [14, 18], "model_output": "word " * 60}
     entries = [record(0, "correct", image_path=str(tmp_path / "a.jpg"), **kept)]
-    run = {("suite", method): {"entries": entries} for method in ("vanilla", "dmlr")}
-    assert len(gallery.html(gallery.cards(run)).encode()) - len(gallery.html([]).encode()) < 15e3
+    assert len(html_of(results(vanilla=entries, dmlr=entries)).encode()) - len(gallery.html([]).encode()) < 15e3
 
 
 def test_cards_beyond_the_most_are_counted():
-    html = gallery.html(gallery.cards(results(vanilla="wrong " * 5, dmlr="wrong wrong wrong wrong correct")), most=3)
-    assert [card["data-changes"] for card in cards_of(html)] == ["gained", "both wrong", "both wrong"]
+    html = html_of(results(vanilla="wrong " * 5, dmlr="wrong wrong wrong wrong correct"), most=3)
+    assert [card["data-changes"] for card in soup_of(html)("article")] == ["gained", "both wrong", "both wrong"]
     assert "2 more examples are not shown" in html
 
 
@@ -214,17 +172,22 @@ def test_cards_beyond_the_most_are_counted():
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """A report with a wide table, and a gallery of six questions and two methods; some of it hostile."""
+    """A report with a wide table and two galleries: of six questions and two methods, some of it hostile; and of three
+    methods."""
     folder = tmp_path_factory.mktemp("report")
-    run = results(vanilla="wrong correct correct correct wrong wrong", dmlr="correct wrong correct correct wrong error")
-    for result in run.values():
+    Image.new("RGB", (90, 90), "white").save(folder / "white.png")
+    two = results(vanilla="wrong correct correct correct wrong wrong", dmlr="correct wrong correct correct wrong error")
+    for result in two.values():
         for entry in result["entries"]:
             entry["category"] = "even" if entry["data_idx"] % 2 == 0 else "odd"
         result["entries"][2]["model_output"] = ATTACK
-    Image.new("RGB", (90, 90), "white").save(folder / "white.png")
-    run["suite", "dmlr"]["entries"][0] |= {"patches": [[0], [3]], "patch_grid": [2, 2]}
-    run["suite", "vanilla"]["entries"][0]["image_path"] = str(folder / "white.png")
-    html = gallery.html(gallery.cards(run))
+    three = results(vanilla="wrong wrong correct", dmlr="correct wrong correct", ltpo="wrong correct wrong")
+    for run, at in ((two, 0), (three, 2)):
+        run["suite", "vanilla"]["entries"][at]["image_path"] = str(folder / "white.png")
+        for method in ("dmlr", "ltpo")[: len(run) - 1]:
+            run["suite", method]["entries"][at] |= {"patches": [[0], [3]], "patch_grid": [2, 2]}
+    wide = table(pd.DataFrame([{f"a column {n}": ATTACK for n in range(9)}]))
+    shown = [nbformat.v4.new_output("display_data", {"text/html": t}) for t in (wide, html_of(two), html_of(three))]
     executed = nbformat.v4.new_notebook()
     executed.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     executed.metadata["papermill"] = {
@@ -232,8 +195,6 @@ def report(tmp_path_factory):
         "start_time": "2026-01-02T03:04:05+00:00",
         "parameters": {"dataset": f"{ROOT}/data/a b.json,c", "resume": True, "seed": 42},
     }  # fmt: skip
-    wide = table(pd.DataFrame([{f"a column {n}": ATTACK for n in range(9)}]))
-    shown = [nbformat.v4.new_output("display_data", {"text/html": text}) for text in (wide, html)]
     executed.cells = [nbformat.v4.new_markdown_cell("# A title"), nbformat.v4.new_code_cell("1", outputs=shown)]
     executed.cells.append(nbformat.v4.new_code_cell("seed: int = 42", metadata={"tags": ["parameters"]}))
     nbformat.write(executed, folder / "executed.ipynb")
@@ -242,16 +203,16 @@ def report(tmp_path_factory):
 
 
 def test_the_policy_allows_the_pages_script_and_no_other(report):
-    soup = BeautifulSoup(report.read_text(encoding="utf-8"), "html.parser")
-    (script,) = soup.find_all("script")
+    soup = soup_of(report.read_text(encoding="utf-8"))
+    (script,) = {script.string for script in soup("script")}
     rules = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
-    rules += f"script-src '{sha256(script.string)}'; base-uri 'none'; form-action 'none'"
+    rules += f"script-src '{sha256(script)}'; base-uri 'none'; form-action 'none'"
     content = soup.find("meta", attrs={"http-equiv": "Content-Security-Policy"})["content"]
     assert content == policy() == rules and "</script" not in gallery_script()
 
 
 def test_the_header_says_when_how_long_and_by_which_command(report):
-    head = BeautifulSoup(report.read_text(encoding="utf-8"), "html.parser").select_one(".masthead")
+    head = soup_of(report.read_text(encoding="utf-8")).select_one(".masthead")
     assert "DMLR · executed · 2026-01-02 03:04 UTC · took 1 min 3 s" in head.get_text()
     command = "python -m dmlr run notebooks/03_benchmark.ipynb -p dataset 'data/a b.json,c' -p resume true"
     assert head.code.get_text() == command
@@ -267,66 +228,56 @@ def test_the_command_makes_the_run_again_whatever_its_parameters_hold():
     assert [in_words(seconds) for seconds in (0.4, 59.6, 3600, 7860)] == ["0 s", "1 min 0 s", "1 h 0 min", "2 h 11 min"]
 
 
-SHOWN = "() => [...document.querySelectorAll('.dmlr-card')].filter(c => c.checkVisibility()).map(c => c.textContent)"
+def visible(shown):
+    """The visible cards' texts, by example."""
+    texts = shown.locator(".dmlr-card:visible").all_text_contents()
+    return {int(re.search(r"example (\d)", text)[1]): text for text in texts}
 
 
 def test_the_gallery_filters_in_a_browser(report):
     with opened() as tab:
         tab.goto(report.as_uri())
-        count = tab.locator(".dmlr-controls output")
-
-        def shown():
-            return sorted(int(re.search(r"example (\d)", text)[1]) for text in tab.evaluate(SHOWN))
-
+        shown = tab.locator(".dmlr-gallery").first
+        count, outcome = shown.locator("output"), shown.get_by_label("From vanilla to dmlr")
         assert count.inner_text() == "6 of 6 shown"
-        outcome = tab.get_by_label("From vanilla to dmlr")
         assert outcome.locator("option").all_inner_texts() == [
             "all outcomes", "gained (1)", "lost (1)", "both wrong (1)", "both right (2)", "not judged (1)",
         ]  # fmt: skip
         outcome.select_option("both right")
-        assert (shown(), count.inner_text()) == ([2, 3], "2 of 6 shown")
-        tab.get_by_label("Category").select_option("odd")
-        assert shown() == [3]
-        tab.get_by_role("button", name="Reset").click()
-        assert shown() == [0, 1, 2, 3, 4, 5]
+        assert (set(visible(shown)), count.inner_text()) == ({2, 3}, "2 of 6 shown")
+        shown.get_by_label("Category").select_option("odd")
+        assert set(visible(shown)) == {3}
+        shown.get_by_role("button", name="Reset").click()
+        assert set(visible(shown)) == {0, 1, 2, 3, 4, 5}
         assert tab.evaluate("() => document.activeElement.name") == "text"  # the search box, ready for the keyboard
         tab.keyboard.type("QUESTION answer 4")
-        assert shown() == [4]
+        assert set(visible(shown)) == {4}
         tab.keyboard.type(" nowhere")
-        assert (shown(), count.inner_text()) == ([], "0 of 6 shown")
-        tab.get_by_role("button", name="Reset").press("Enter")
-        path = tab.locator(".dmlr-card path").first
+        assert (visible(shown), count.inner_text()) == ({}, "0 of 6 shown")
+        shown.get_by_role("button", name="Reset").press("Enter")
+        path = shown.locator("path").first
         assert path.is_visible()
-        tab.get_by_label("kept patches").press("Space")
+        shown.get_by_label("kept patches").press("Space")
         assert not path.is_visible()
-        tab.get_by_label("From vanilla to dmlr").select_option("lost")
+        outcome.select_option("lost")
         tab.emulate_media(media="print")  # on paper: all cards, no controls
-        assert len(tab.evaluate(SHOWN)) == 6
-        assert not count.is_visible()
+        assert len(visible(shown)) == 6 and not count.is_visible()
         assert tab.left == []
         assert tab.evaluate("() => window.hacked") is None
 
 
-def test_between_three_methods_the_reader_chooses(tmp_path):
-    Image.new("RGB", (60, 60), "white").save(tmp_path / "white.png")
-    run = results(vanilla="wrong wrong correct", dmlr="correct wrong correct", ltpo="wrong correct wrong")
-    for (_, method), result in run.items():
-        result["entries"][2]["image_path"] = str(tmp_path / "white.png")
-        if method != "vanilla":
-            result["entries"][2] |= {"patches": [[0 if method == "dmlr" else 3]], "patch_grid": [2, 2]}
-    path = tmp_path / "page.html"
-    path.write_text(f"<!DOCTYPE html><meta charset=utf-8>{gallery.html(gallery.cards(run))}", encoding="utf-8")
+def test_between_three_methods_the_reader_chooses(report):
     with opened() as tab:
-        tab.goto(path.as_uri())
+        tab.goto(report.as_uri())
+        shown = tab.locator(".dmlr-gallery").last
         for position, method in ((1, "dmlr"), (2, "ltpo")):
-            tab.get_by_label("vanilla against").select_option(label=method)
-            kept = [tab.locator(f".method{i} path").is_visible() for i in (1, 2)]
+            shown.get_by_label("vanilla against").select_option(label=method)
+            kept = [shown.locator(f".method{i} path").first.is_visible() for i in (1, 2)]
             assert kept == [position == 1, position == 2]  # of the method chosen
-            tab.get_by_label("Outcome").select_option("gained")
-            (text,) = tab.evaluate(SHOWN)
-            assert f"example {position - 1}" in text
-            assert re.search(rf"{method}\s+✓ right\s+gained", text)
-            tab.get_by_label("Outcome").select_option("")
+            shown.get_by_label("Outcome").select_option("gained")
+            ((example, text),) = visible(shown).items()
+            assert example == position - 1 and re.search(rf"{method}\s+✓ right\s+gained", text)
+            shown.get_by_label("Outcome").select_option("")
 
 
 def test_a_script_that_slips_through_does_not_run(report, tmp_path):
@@ -342,7 +293,7 @@ def test_a_script_that_slips_through_does_not_run(report, tmp_path):
         tab.route(f"{place}/**", lambda route: (asked.append(route.request.url), route.abort()))
         tab.goto(guarded.as_uri(), wait_until="networkidle")
         assert (tab.evaluate(hacked), asked) == ([None, None], [])
-        assert tab.locator(".dmlr-controls output").inner_text() == "6 of 6 shown"  # our own script did run
+        assert tab.locator("output").first.inner_text() == "6 of 6 shown"  # our own script did run
         tab.goto(bare.as_uri(), wait_until="networkidle")
         assert (tab.evaluate(hacked), sorted(set(asked))) == ([1, 1], [f"{place}/x.js", f"{place}/x.png"])
 
@@ -351,15 +302,14 @@ def test_a_report_is_readable_on_a_phone_and_without_scripts(report):
     with opened(viewport={"width": 390, "height": 800}, color_scheme="dark") as tab:
         tab.goto(report.as_uri())
         assert tab.evaluate("() => document.documentElement.scrollWidth") == 390
-        paper, ink = (
-            tab.evaluate(f"() => getComputedStyle(document.body).{name}") for name in ("backgroundColor", "color")
-        )
-        luminance = lambda text: sum(map(int, re.findall(r"\d+", text)[:3]))  # noqa: E731
-        assert luminance(paper) < 150 < 600 < luminance(ink)
+        style = "page => [getComputedStyle(page).backgroundColor, getComputedStyle(page).color]"
+        colours = tab.locator("body").evaluate(style)
+        paper, ink = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in colours)
+        assert paper < 150 < 600 < ink
     with opened(java_script_enabled=False) as tab:
         tab.goto(report.as_uri())
-        assert [card.is_visible() for card in tab.locator(".dmlr-card").all()] == [True] * 6
-        assert not tab.locator(".dmlr-controls").is_visible()
+        assert len(visible(tab.locator(".dmlr-gallery").first)) == 6
+        assert not tab.locator(".dmlr-controls").first.is_visible()
 
 
 # the index
@@ -381,7 +331,7 @@ def test_the_index_is_sorted_has_headline_numbers_and_survives_a_broken_run(tmp_
     (tmp_path / "examples").mkdir()
     (tmp_path / "examples" / "b.html").write_text("<title>Another</title>")
     html = report_index.write_index(tmp_path).read_text(encoding="utf-8")
-    soup = BeautifulSoup(html, "html.parser")
+    soup = soup_of(html)
     runs = soup.select("ul.runs > li")
     assert [run.h3.get_text() for run in runs] == ["new", "old"]
     assert (runs[0].a["href"], runs[0].a.get_text()) == ("runs/new/a.html", "The <report>")
