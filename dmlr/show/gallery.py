@@ -10,7 +10,8 @@ import base64
 import hashlib
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from markupsafe import Markup
@@ -20,14 +21,9 @@ from dmlr.show.plots import TOKEN_COLOURS, Grid, nested_cells
 from dmlr.show.style import gallery_script, template
 from dmlr.stats.outcomes import is_right, outcome
 
-# What becomes of an answer from the first method to another; in this order they are shown.
+# What becomes of an answer from the first method to another, by right before and after; in this order they are shown.
 _NAMES = {(False, True): "gained", (True, False): "lost", (False, False): "both wrong", (True, True): "both right"}
-CHANGES = (*_NAMES.values(), "not judged")
-
-
-def change(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:
-    """One of CHANGES, of two records of one example; "not judged" where either is absent or has no verdict."""
-    return _NAMES.get(tuple(record and is_right(record) for record in (before, after)), "not judged")
+CHANGES = (*_NAMES.values(), "not judged")  # the last where either has no verdict
 
 
 def cards(results: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -50,7 +46,9 @@ def cards(results: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[dict[str
 def _card(dataset: str, records: Mapping[str, Mapping[str, Any]], methods: list[str]) -> dict[str, Any]:
     record = next(iter(records.values()))
     paths = record.get("image_path") or []
-    changes = {method: change(records.get(methods[0]), records.get(method)) for method in methods[1:]}
+    right = {method: is_right(one) for method, one in records.items()}
+    before = right.get(methods[0])
+    changes = {method: _NAMES.get((before, right.get(method)), "not judged") for method in methods[1:]}
     kept = {m: records[method] for m, method in enumerate(methods) if any(records.get(method, {}).get("patches") or [])}
     return {
         "dataset": dataset,
@@ -86,14 +84,15 @@ def html(cards: Sequence[Mapping[str, Any]], most: int = 1000) -> str:
     An image is embedded once; one that cannot be read is named instead. The patches that the chosen method kept are
     outlined on a card's first image. Cards beyond `most` are counted and left out.
     """
-    stored: dict[str, dict[str, Any]] = {}
-    shown = [dict(card) | _pictures(card, stored) for card in cards[:most]]
+    look = cache(thumbnail)
+    shown = [dict(card) | _pictures(card, look) for card in cards[:most]]
+    pictures = [picture for card in shown for picture in card["pictures"]]
     return template("gallery.html.j2").render(
         cards=shown,
-        images={image["id"]: image for image in stored.values()}.values(),
+        images={picture["id"]: picture for picture in pictures}.values(),
         filters=_filters(shown) if len(shown) > 1 else [],
         left_out=len(cards) - len(shown),
-        drawn=sorted({method for card in shown for picture in card["pictures"] for method in picture["kept"]}),
+        drawn=sorted({method for picture in pictures for method in picture["kept"]}),
         colours=TOKEN_COLOURS,
         script=Markup(gallery_script()),
     )
@@ -111,9 +110,9 @@ def thumbnail(source: str, largest: int = 224) -> dict[str, Any]:
     buffer = io.BytesIO()
     image.save(buffer, format="WEBP", quality=72)  # a photograph is then some 5 kB, a drawing 1 kB
     content = buffer.getvalue()
-    name, uri = hashlib.sha256(content).hexdigest()[:16], base64.b64encode(content).decode("ascii")
-    size = {"width": image.width, "height": image.height}
-    return {"id": f"image-{name}", "uri": f"data:image/webp;base64,{uri}", **size}
+    uri = f"data:image/webp;base64,{base64.b64encode(content).decode('ascii')}"
+    name = f"image-{hashlib.sha256(content).hexdigest()[:16]}"
+    return {"id": name, "uri": uri, "width": image.width, "height": image.height}
 
 
 def outlines(groups: Sequence[Sequence[int]], grid: Grid, size: tuple[int, int]) -> dict[int, str]:
@@ -124,12 +123,12 @@ def outlines(groups: Sequence[Sequence[int]], grid: Grid, size: tuple[int, int])
     return paths
 
 
-def _pictures(card: Mapping[str, Any], stored: dict[str, dict[str, Any]]) -> dict[str, list]:
-    """What a card shows of its images; `stored` has the thumbnail of every image that was read before."""
+def _pictures(card: Mapping[str, Any], look: Callable[[str], dict[str, Any]]) -> dict[str, list]:
+    """What a card shows of its images; `look` gives an image's thumbnail."""
     pictures, unread = [], []
     for position, source in enumerate(card["images"]):
         try:
-            image = stored[source] = stored.get(source) or thumbnail(source)
+            image = look(source)
         except ImageError as error:
             unread.append(f"no image: {error}")
             continue
