@@ -69,20 +69,16 @@ def said(walk, latents, patches):
 
 
 def test_moments_are_what_the_loop_did(walk):
-    start, *moments = walk.moments
+    trace, (start,) = walk.trace, initial_latents(walk.vlm, walk.prefix, walk.config)
+    did = [(trace.start_reward, False, [[]] * 4, start, trace.start_attention)]
+    for step in trace.steps:
+        tried = step.tried
+        did.append((step.reward, bool(step.accepted), tried.patches.tolist()[0], tried.latents[0], step.attention))
     assert [m.iteration for m in walk.moments] == list(range(11))
-    assert (start.reward, start.accepted, start.patches) == (
-        pytest.approx(walk.trace.start_reward.item()),
-        False,
-        [[]] * 4,
-    )
-    assert torch.equal(start.latents, initial_latents(walk.vlm, walk.prefix, walk.config)[0])
-    assert torch.equal(start.attention, walk.trace.start_attention[0, :, :36])
-    for moment, step in zip(moments, walk.trace.steps, strict=True):
-        assert (moment.reward, moment.accepted) == (pytest.approx(step.reward.item()), bool(step.accepted))
-        assert moment.patches == step.tried.patches.tolist()[0]
-        assert torch.equal(moment.latents, step.tried.latents[0])
-        assert torch.equal(moment.attention, step.attention[0, :, :36])
+    for moment, (reward, accepted, patches, latents, attention) in zip(walk.moments, did, strict=True):
+        assert (moment.reward, moment.accepted) == (pytest.approx(reward.item()), accepted)
+        assert moment.patches == patches
+        assert torch.equal(moment.latents, latents) and torch.equal(moment.attention, attention[0, :, :36])
 
 
 def test_an_answer_is_decoded_from_its_moments_own_state(walk):
@@ -104,48 +100,40 @@ def test_verdicts_need_a_truth(walk, tiny):
     assert {m.is_right for m in briefly(tiny).moments} == {None}
 
 
-@pytest.mark.parametrize("images", [0, 2])
-def test_questions_without_an_image_and_with_several(tiny, images):
-    shown = briefly(tiny, [noise_image(i, 112, 84) for i in range(images)])
-    assert [m.attention.shape[1] for m in shown.moments] == [12 * images] * 3
-    assert sum(map(len, shown.moments[-1].patches)) >= 4 * bool(images)
-    heats = [view.heat(m, token) for m in shown.moments for token in (None, 3)]
-    assert len(figures.strip((shown.question.images or [None])[0], shown.grid, heats).axes) == 8
-    assert view.caption(shown.moments[-1], shown.grid)
-    assert try_changes(shown, usual_changes(shown))[0].answer == shown.dmlr.text
-
-
 KINDS = [
-    {"max_num_steps": 0},
-    {"use_auto_grad": True},
-    {"accept_at": "candidate", "num_samples": 2, "reward_position": "think_next"},
-    {"disable_best_reward": True},
-    {"reward_threshold": 0.001, "reward": "logprob"},
+    (0, {}),
+    (2, {}),
+    (1, {"max_num_steps": 0}),
+    (1, {"use_auto_grad": True}),
+    (1, {"accept_at": "candidate", "num_samples": 2, "reward_position": "think_next"}),
+    (1, {"disable_best_reward": True}),
+    (1, {"reward_threshold": 0.001, "reward": "logprob"}),
 ]
 
 
-@pytest.mark.parametrize("settings", KINDS)
-def test_every_kind_of_loop_can_be_walked_through(tiny, settings):
-    shown = briefly(tiny, [noise_image(0)], **settings)
+@pytest.mark.parametrize(("images", "settings"), KINDS)
+def test_any_number_of_images_and_every_kind_of_loop_can_be_walked_through(tiny, images, settings):
+    shown = briefly(tiny, [noise_image(i, 112, 84) for i in range(images)], **settings)
     (answer,) = METHODS["dmlr"](tiny, [shown.question], shown.config)
     assert shown.dmlr.text == answer.text
-    assert len(shown.moments) == 1 + len(shown.trace.steps)
+    assert [m.attention.shape[1] for m in shown.moments] == [12 * images] * (1 + len(shown.trace.steps))
     assert try_changes(shown, usual_changes(shown))[0].answer == shown.dmlr.text
+    heats = [view.heat(shown.moments[-1], token) for token in (None, 0, 1, 2, 3)]
+    assert len(figures.strip((shown.question.images or [None])[0], shown.grid, heats).axes) == 8
+    assert view.caption(shown.moments[-1], shown.grid)
 
 
 def test_as_many_states_go_together_as_fit(tiny, monkeypatch):
-    def all_of_it():
+    def states():
         shown = briefly(tiny, [noise_image(0)])
-        outcomes = try_changes(shown, usual_changes(shown))
-        probabilities = [p for m in shown.moments for tokens in m.next_tokens for _, p in tokens]
-        rewards = [o.reward for o in outcomes]
-        return [m.answer for m in shown.moments] + [o.answer for o in outcomes], probabilities + rewards
+        return [*shown.moments, *try_changes(shown, usual_changes(shown))]
 
-    together = all_of_it()
+    together = states()
     monkeypatch.setattr(type(tiny), "fitting_batch", lambda *_: 2)
-    apart = all_of_it()
-    assert apart[0] == together[0]
-    assert apart[1] == pytest.approx(together[1], abs=1e-5)
+    for one, other in zip(states(), together, strict=True):
+        assert (one.answer, one.reward) == (other.answer, pytest.approx(other.reward, abs=1e-5))
+        ours, theirs = ([p for tokens in state.next_tokens for _, p in tokens] for state in (one, other))
+        assert ours == pytest.approx(theirs, abs=1e-5)
 
 
 def test_a_reward_that_is_no_number_is_said_and_shown(tiny):
@@ -205,13 +193,6 @@ def made_up(iteration=1, answer="yes", accepted=True):
     return Moment(**state, answer=answer, iteration=iteration, accepted=accepted, sigma=0.1, attention=attention)
 
 
-def test_a_heat_map_is_a_tokens_attention_or_the_mean():
-    assert view.heat(made_up()).on((2, 3)).ravel() == pytest.approx([0.035 + i / 100 for i in range(6)])
-    one = view.heat(made_up(), token=1)
-    assert one.on((2, 3)).ravel() == pytest.approx([0.07 + i / 100 for i in range(6)])
-    assert figures.brightest([view.heat(made_up()), one], (2, 3)) == pytest.approx(0.12)
-
-
 def test_a_caption_says_what_the_picture_shows():
     assert view.caption(made_up(), (2, 3)) == (
         "Iteration 1, kept: reward 0.50000. Attention of all think tokens (mean). Patches: "
@@ -256,14 +237,15 @@ def test_next_tokens_are_text_with_bars():
     assert "a␣b" in html and "a␣b" not in view.next_tokens_html([[(ATTACK, 0.5)], [("a b", 0.25)]], token=0)
 
 
-def test_the_figure_marks_its_iteration_and_darkens_what_is_not_attended_to():
-    image, grid, heat = Image.new("RGB", (60, 40), "white"), (2, 3), view.heat(made_up())
+@pytest.mark.parametrize(("token", "least", "outlined"), [(None, 0.035, 2), (1, 0.07, 1)])
+def test_the_figure_marks_its_iteration_and_darkens_what_is_not_attended_to(token, least, outlined):
+    """By one think token's attention or the mean of all; of the three patches one lies beyond the grid."""
+    image, grid, heat = Image.new("RGB", (60, 40), "white"), (2, 3), view.heat(made_up(), token)
     fig = figures.moment(image, grid, heat, [(0.1, False), (0.4, True), (0.2, False)], 2)
     left, right = fig.axes
-    alpha = left.images[-1].get_array()[..., 3]
-    assert np.allclose(alpha, 0.5 * (1 - heat.on(grid) / 0.085), atol=1e-6)
-    assert alpha.argmin() == 5
-    assert len(left.patches) == 2  # two patches on the picture
+    attention = least + np.arange(6).reshape(grid) / 100
+    assert np.allclose(left.images[-1].get_array()[..., 3], 0.5 * (1 - attention / attention.max()), atol=1e-6)
+    assert len(left.patches) == outlined
     best, kept, dropped, _, ring = right.lines
     assert list(best.get_ydata()) == [0.1, 0.4, 0.4]
     assert np.isnan(kept.get_ydata()).tolist() == [False, False, True]  # filled: the start, and what was kept
@@ -276,8 +258,8 @@ def test_the_figure_marks_its_iteration_and_darkens_what_is_not_attended_to():
 
 def uploaded(name, content):
     """What a FileUpload holds after one file."""
-    about = {"name": name, "type": "image/png", "size": len(content), "content": memoryview(content)}
-    return ({**about, "last_modified": datetime.now(timezone.utc)},)
+    about = {"name": name, "type": "image/png", "size": len(content), "last_modified": datetime.now(timezone.utc)}
+    return ({**about, "content": memoryview(content)},)
 
 
 @pytest.fixture(scope="module")
