@@ -290,3 +290,19 @@ SUITES: dict[str, dict[str, Maker]] = {
     "visual": {"colour_of": colour_of, "existence": existence, "relation": relation},
     "composition": {"neighbour": neighbour},
 }
+# In training: makers and how often each is asked.
+MIX = (
+    (count, 2.0),
+    (total, 1.0),
+    (difference, 0.6),
+    (comparison, 1.0),
+    (colour_of, 0.8),
+    (existence, 1.4),
+    (relation, 1.2),
+    (neighbour, 1.6),
+    (option, 1.0),
+    (place, 1.0),
+    (places, 0.8),
+)
+# Training only: answers made of what is seen. Without many of them at first the image is hardly looked at.
+DENSE = ((cell_content, 1.5), (row_content, 1.5), (whole_content, 0.6), (places, 2.0), (option, 1.0), (repeat, 1.5))

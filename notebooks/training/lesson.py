@@ -26,11 +26,12 @@ import torch
 import torch.distributed as dist
 from transformers import AutoProcessor, AutoTokenizer
 
+from data.shapes.questions import DENSE, MIX
 from data.shapes.scenes import EASY, Difficulty, random_scene
 from dmlr.config import locate
 from dmlr.prompts import Prompts
 from notebooks.training.learner import STATE, Learner, Recipe
-from notebooks.training.packing import DENSE, MIX, Phase, batches
+from notebooks.training.packing import Phase, batches
 from notebooks.training.parts import build_processor, build_tokenizer, chat_text, save_checkpoint, wordings
 
 PROCESSOR = "processor"  # folder beside the state

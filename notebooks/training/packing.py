@@ -17,24 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from data.shapes.questions import (
-    Question,
-    cell_content,
-    colour_of,
-    comparison,
-    count,
-    difference,
-    existence,
-    neighbour,
-    option,
-    place,
-    places,
-    relation,
-    repeat,
-    row_content,
-    total,
-    whole_content,
-)
+from data.shapes.questions import DENSE, MIX, Question
 from data.shapes.scenes import CELL, COLOURS, GRID, SHAPES, SIDE, Difficulty, Scene, random_scene, render
 from dmlr.prompts import Prompts
 from notebooks.training.parts import CHAT_SUFFIX, ENDOFTEXT, IM_END, IMAGE_PAD, chat_prefix
@@ -42,22 +25,6 @@ from notebooks.training.parts import CHAT_SUFFIX, ENDOFTEXT, IM_END, IMAGE_PAD, 
 IMAGE_TOKENS = GRID * GRID
 KINDS = 1 + len(COLOURS) * len(SHAPES)  # what may lie under a merged token: nothing, or one of these
 NO_LABEL = -100
-# Makers and how often each is asked.
-MIX = (
-    (count, 2.0),
-    (total, 1.0),
-    (difference, 0.6),
-    (comparison, 1.0),
-    (colour_of, 0.8),
-    (existence, 1.4),
-    (relation, 1.2),
-    (neighbour, 1.6),
-    (option, 1.0),
-    (place, 1.0),
-    (places, 0.8),
-)
-# Training only: answers made of what is seen. Without many of them at first the image is hardly looked at.
-DENSE = ((cell_content, 1.5), (row_content, 1.5), (whole_content, 0.6), (places, 2.0), (option, 1.0), (repeat, 1.5))
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # of Qwen2-VL's image processor
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
@@ -186,32 +153,27 @@ def lay_out(
 ) -> Packed:
     """Branches behind what all heads begin with: the rest of its head, patches after each think token, its answer."""
     shared = _common_prefix(heads)
-    ids, labels, guesses = heads[0][:shared], [NO_LABEL] * shared, [NO_LABEL] * shared
-    branch, patch, think = [0] * shared, [-1] * shared, [False] * shared
-    prefix_positions, end = rope_positions(ids)
+    slots = [(token, -1, False, NO_LABEL) for token in heads[0][:shared]]  # id, image token copied, think, guess
+    branch, labels = [0] * shared, [NO_LABEL] * shared
+    prefix_positions, end = rope_positions(heads[0][:shared])
     positions = [prefix_positions]
     for number, (head, answer, after, first) in enumerate(zip(heads, answers, groups, firsts, strict=True), 1):
-        tokens, copies, thinks, guessed, remaining = [], [], [], [], iter(after)
+        own, remaining = [], iter(after)
         for token in head[shared:]:
-            group = next(remaining) if token == ENDOFTEXT else []
-            tokens += [token, *[IMAGE_PAD] * len(group)]
-            copies += [-1, *group]
-            thinks += [token == ENDOFTEXT, *[False] * len(group)]
-            guessed += [first if token == ENDOFTEXT else NO_LABEL, *[NO_LABEL] * len(group)]
-            guessed[-1] = first if group else guessed[-1]
-        target = [NO_LABEL] * (len(tokens) - 1) + answer  # position j predicts token j + 1
-        tokens += answer[:-1]
-        rest = len(tokens) - len(copies)
-        ids += tokens
-        labels += target
-        guesses += guessed + [NO_LABEL] * rest
-        patch += copies + [-1] * rest
-        think += thinks + [False] * rest
-        branch += [number] * len(tokens)
-        positions.append(np.tile(np.arange(end, end + len(tokens)), (3, 1)))
+            think = token == ENDOFTEXT
+            copies = [(IMAGE_PAD, patch, False, NO_LABEL) for patch in (next(remaining) if think else [])]
+            own += [(token, -1, think, first if think else NO_LABEL), *copies]
+            if copies:
+                own[-1] = (*own[-1][:3], first)
+        labels += [NO_LABEL] * (len(own) - 1) + answer  # position j predicts token j + 1
+        own += [(token, -1, False, NO_LABEL) for token in answer[:-1]]
+        slots += own
+        branch += [number] * len(own)
+        positions.append(np.tile(np.arange(end, end + len(own)), (3, 1)))
     kinds = [0] * IMAGE_TOKENS
     for thing in scene.things:
         kinds[thing.cell] = 1 + list(COLOURS).index(thing.colour) * len(SHAPES) + SHAPES.index(thing.shape)
+    ids, patch, think, guesses = map(list, zip(*slots, strict=True))
     return Packed(render(scene), kinds, ids, branch, labels, guesses, patch, think, np.concatenate(positions, axis=1))
 
 

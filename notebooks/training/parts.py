@@ -17,8 +17,13 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 
 from data.shapes.scenes import CELL, GRID
@@ -89,9 +94,9 @@ def build_tokenizer(texts: list[str], vocab_size: int = 1024) -> PreTrainedToken
     return fast
 
 
-FAMILIES = {
-    "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
-    "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
+FAMILIES = {  # classes of configuration, model, processor and its videos
+    "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor),
+    "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor, Qwen3VLVideoProcessor),
 }
 
 
@@ -150,23 +155,12 @@ def build_model(vocab_size: int, seed: int = 0, family: str = "qwen2_5_vl", **si
 
 def build_processor(tokenizer: PreTrainedTokenizerFast, family: str = "qwen2_5_vl"):
     """The family's processor; any image becomes about GRID x GRID merged tokens."""
-    from transformers import (
-        Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-        Qwen3VLProcessor,
-        Qwen3VLVideoProcessor,
-    )
-
-    area = (GRID * CELL) ** 2
-    size = {"shortest_edge": area, "longest_edge": area}
-    images = Qwen2VLImageProcessor(patch_size=14, merge_size=2, temporal_patch_size=2, size=size)
+    _, _, processor, videos = FAMILIES[family]
+    cut = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+    images = Qwen2VLImageProcessor(size=dict.fromkeys(("shortest_edge", "longest_edge"), (GRID * CELL) ** 2), **cut)
     if family == "qwen3_vl":
         tokenizer.image_token, tokenizer.video_token = "<|image_pad|>", "<|video_pad|>"
-        videos = Qwen3VLVideoProcessor(patch_size=14, merge_size=2, temporal_patch_size=2)
-        return Qwen3VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE)
-    videos = Qwen2VLVideoProcessor(patch_size=14, merge_size=2, temporal_patch_size=2)
-    return Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE)
+    return processor(images, tokenizer, videos(**cut), chat_template=CHAT_TEMPLATE)
 
 
 def save_checkpoint(model: Qwen2_5_VLForConditionalGeneration, processor, folder: str | Path, numbers: dict) -> None:
