@@ -1,1 +1,1 @@
-"""What reports are made of: tables, galleries, provenance, policy, index. Parts know records, not models."""
+"""What reports are made of: figures, tables, galleries, provenance, policy. Parts know records, not models."""

@@ -83,9 +83,8 @@ def rewards_over_iterations(table: pd.DataFrame, title: str = "") -> Figure:
     palette = sns.color_palette("crest", len(labels)) if len(labels) > 1 else [METHOD_COLOURS["dmlr"]]
     style = {"x": "iteration", "hue": "label", "hue_order": list(map(str, labels)), "palette": palette}
     style |= {"errorbar": ("ci", 95), "seed": 0, "n_boot": 200}
-    for axis, (column, name) in zip(
-        axes[0], {"best": "best reward so far", "patches": "patches tried"}.items(), strict=True
-    ):
+    names = {"best": "best reward so far", "patches": "patches tried"}
+    for axis, (column, name) in zip(axes[0], names.items(), strict=True):
         sns.lineplot(shown, y=column, ax=axis, legend=axis is axes[0, 1] and len(labels) > 1, **style)
         axis.set(xlabel="iteration", ylabel=name)
         axis.xaxis.get_major_locator().set_params(integer=True)

@@ -1,7 +1,7 @@
 """The walkthrough as widgets in JupyterLab: choose, move, compare, ask what if. It only wires.
 
-What is shown comes from view.py and figures.py, what is computed from walk.py and what_if.py;
-a report shows the same content without widgets.
+What is shown comes from view.py and show/figures.py, what is computed from walk.py and what_if.py; a report
+shows the same content without widgets.
 """
 
 from __future__ import annotations
