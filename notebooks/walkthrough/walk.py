@@ -119,23 +119,22 @@ def explore(vlm: VLM, config: Config, example: Example, images: Sequence[Image.I
 @torch.no_grad()
 def read(walk: Walk, latents: torch.Tensor, patches: Sequence[list[list[int]]], top: int = 1) -> list[State]:
     """S states of the walk's question, latents [S, L, D] with patches, as many at a time as fit."""
-    vlm, config, every = walk.vlm, walk.config, Patches.of(patches, latents.device)
-    length = latents.shape[1]
-    slots = length * (1 + every.index.shape[2])
+    vlm, config, length = walk.vlm, walk.config, latents.shape[1]
+    slots = length * (1 + max(len(group) for kept in patches for group in kept))
     size = vlm.fitting_batch(Work(walk.prefix.mask.shape[1], 0, slots, length, slots, 1, config.max_new_tokens))
     found = []
-    for some, index, count in zip(*(x.split(size) for x in (latents, every.index, every.count)), strict=True):
-        prefix, part = walk.prefixes(len(some)), Patches(index, count).trimmed()
+    for at in range(0, len(latents), size):
+        some, kept = latents[at : at + size], patches[at : at + size]
+        prefix, part = walk.prefixes(len(some)), Patches.of(kept, latents.device)
         rewards = scorer(vlm, prefix, config, walk.ids)(some[:, None], part, with_attention=False).reward[:, 0]
         embeds, filled = interleave(some[:, None], prefix.images, part)
         logits, _ = vlm.extend(prefix, embeds[:, 0], filled, read=reward_slots(part, "think"))
         best = logits.softmax(dim=-1).topk(min(top, logits.shape[-1]), dim=-1)  # [S, L, top]
         append_latents(vlm, prefix, some, part)
         said = decode(vlm, prefix, config)
-        columns = some.cpu(), part.tolist(), rewards.tolist(), best.indices.tolist(), best.values.tolist(), said
-        for own, kept, reward, ids, values, answer in zip(*columns, strict=True):
-            words = [[vlm.tokenizer.decode([i]) for i in token] for token in ids]
-            next_tokens = [list(zip(*token, strict=True)) for token in zip(words, values, strict=True)]
-            state = {"latents": own, "patches": kept, "reward": reward, "next_tokens": next_tokens}
+        for row, (answer, reward) in enumerate(zip(said, rewards.tolist(), strict=True)):
+            ranked = zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True)
+            next_tokens = [[(vlm.tokenizer.decode([i]), p) for i, p in zip(*token, strict=True)] for token in ranked]
+            state = {"latents": some[row].cpu(), "patches": kept[row], "reward": reward, "next_tokens": next_tokens}
             found.append(State(**state, answer=answer.text, is_right=walk.is_right(answer)))
     return found
