@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from dmlr.config import Config, ConfigError, check_names
-from dmlr.data.images import ImageError, ImageFile, open_image
+from dmlr.data.images import ImageFile, open_image
 from dmlr.judge.choice import chosen
 from dmlr.judge.extract import candidates, parse_options, plain
 from dmlr.methods import METHODS, Question
@@ -110,57 +110,36 @@ class Model:
         _refuse(parameters, OF_A_RUN, "belongs to a run over a dataset (python -m dmlr run), not to a question")
         config = self.config.replace(**parameters)
         asked = [_asked(question) for question in questions]
-        good = [i for i, (_, error) in enumerate(asked) if error is None]
-        answers = {i: methods_answers.failed(error) for i, (_, error) in enumerate(asked) if error is not None}
+        good = [question for question, error in asked if error is None]
         size = config.batch_size or self.vlm.fitting_batch(workload(config, self.vlm.context_length))
-        for start in range(0, len(good), size):
-            some = good[start : start + size]
-            batch = answer_batch(self.vlm, method, [asked[i][0] for i in some], config)
-            answers |= dict(zip(some, batch, strict=True))
-        return [Answer(question, method, answers[i]) for i, (question, _) in enumerate(asked)]
+        batches = [good[start : start + size] for start in range(0, len(good), size)]
+        answers = (answer for batch in batches for answer in answer_batch(self.vlm, method, batch, config))
+        return [Answer(q, method, methods_answers.failed(error) if error else next(answers)) for q, error in asked]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Answer:
-    """What a method said to a question, and how it came to it."""
+    """What a method said to a question, and how it came to it; `whole` is all of it, as the method gave it.
+
+    trace: rewards, patches and attention of every iteration; None for a method without latents. prompt_tokens: image
+    tokens included. seconds: this question's share of its batch. error: why there is no answer, or None.
+    """
 
     question: Question
     method: str
-    whole: methods_answers.Answer  # as the method gave it
+    whole: methods_answers.Answer
 
-    @property
-    def text(self) -> str:
-        """All that was generated."""
-        return self.whole.text
+    def __post_init__(self) -> None:
+        whole = self.whole
+        self.text, self.error, self.trace = whole.text, whole.error, whole.reasoning
+        self.prompt_tokens, self.new_tokens = whole.prompt_tokens, whole.num_new_tokens
+        self.seconds = sum(whole.seconds.values())
 
     @cached_property
     def short(self) -> str:
         """The part that answers, as the judge reads it: a letter, a number, the inside of a box; "" where none is."""
         found = candidates(self.text)
         return chosen(found, parse_options(self.question.text)) or (plain(found[0].text) if found else "")
-
-    @property
-    def trace(self) -> methods_answers.Reasoning | None:
-        """Rewards, patches and attention of every iteration; none for a method without latents."""
-        return self.whole.reasoning
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Image tokens included."""
-        return self.whole.prompt_tokens
-
-    @property
-    def new_tokens(self) -> int:
-        return self.whole.num_new_tokens
-
-    @property
-    def seconds(self) -> float:
-        """This question's share of its batch."""
-        return sum(self.whole.seconds.values())
-
-    @property
-    def error(self) -> str | None:
-        return self.whole.error
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that `json.dumps` takes."""
@@ -199,10 +178,8 @@ def identity(text: str, images: Sequence[Image.Image]) -> str:
 
 def _asked(question: str | tuple | Mapping[str, Any]) -> tuple[Question, Exception | None]:
     """A question with its images opened, and what is wrong with it."""
-    if isinstance(question, str):
-        question = {"question": question}
-    elif not isinstance(question, Mapping):
-        question = dict(zip(("question", "image"), question, strict=False))
+    if not isinstance(question, Mapping):
+        question = dict(zip(("question", "image"), [question] if isinstance(question, str) else question, strict=False))
     check_names(question, ("question", "image", "idx"), what="key of a question")
     text, images, idx = question.get("question", ""), question.get("image"), question.get("idx")
     images = [] if images is None else [images] if isinstance(images, Source) else images
@@ -210,7 +187,7 @@ def _asked(question: str | tuple | Mapping[str, Any]) -> tuple[Question, Excepti
         if not isinstance(text, str) or not text.strip():
             raise ValueError("the question is empty")
         opened = [open_image(ImageFile("the image", im) if isinstance(im, bytes) else im) for im in images]
-    except (ImageError, ValueError) as error:
+    except ValueError as error:  # ImageError is one
         return Question(idx if idx is not None else "", str(text), []), error
     return Question(idx if idx is not None else identity(text, opened), text, opened), None
 

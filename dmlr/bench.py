@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +58,13 @@ def noise_of(vlm: VLM, config: Config, batch: int) -> torch.Tensor:
     return torch.stack([question_noise(vlm, Question(i, "", []), config) for i in range(batch)]).to(vlm.device)
 
 
-# What is timed: each makes a function of no arguments.
+# What is timed: each makes a function, of the number of iterations (loops) or of no arguments.
 
 
-def loop(vlm: VLM, config: Config, encoded: Encoded, batch: int) -> Callable[[int], Callable[[], Any]]:
+def loop(vlm: VLM, config: Config, encoded: Encoded, batch: int) -> Callable[[int], Any]:
     """Our loop of so many iterations on a batch of one prompt, already prefilled."""
     prefix, noise = vlm.prefill([encoded] * batch), noise_of(vlm, config, batch)
-
-    def run(iterations: int) -> Callable[[], Any]:
-        short = config.replace(max_num_steps=iterations)
-        return lambda: optimize(vlm, prefix, short, noise)
-
-    return run
+    return lambda iterations: optimize(vlm, prefix, config.replace(max_num_steps=iterations), noise)
 
 
 class Released(Reference):
@@ -81,21 +77,11 @@ class Released(Reference):
         return self.features
 
 
-def released_loop(vlm: VLM, config: Config, encoded: Encoded) -> Callable[[int], Callable[[], Any]]:
+def released_loop(vlm: VLM, config: Config, encoded: Encoded) -> Callable[[int], Any]:
     """The released behaviour's loop of so many iterations: full recomputation, twice in each."""
     twin, noise = eager(vlm), noise_of(vlm, config, 1)[0]
     latents = vlm.embed(torch.full((config.num_thought_tokens,), vlm.think_id)).float()
-
-    def run(iterations: int) -> Callable[[], Any]:
-        reference = Released(twin, encoded, config.replace(max_num_steps=iterations))
-
-        def work() -> None:
-            reference.forward_count = 0
-            reference.run(latents, noise)
-
-        return work
-
-    return run
+    return lambda iterations: Released(twin, encoded, config.replace(max_num_steps=iterations)).run(latents, noise)
 
 
 def slots_of(vlm: VLM, config: Config, prompt: Encoded, batch: int) -> torch.Tensor:
@@ -117,12 +103,9 @@ def peer_forward(vlm: VLM, config: Config, prompt: Encoded) -> Callable[[], torc
     model = eager(vlm).model
     model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
     text, cache, slots = model.model.language_model, DynamicCache(), slots_of(vlm, config, prompt, 1)
-    inputs = {name: tensor.to(vlm.device) for name, tensor in prompt.image_inputs.items()}
-    embeds = vlm.embed(prompt.input_ids)[None].clone()
+    inputs = {"input_ids": prompt.input_ids[None], "position_ids": prompt.positions[:, None], **prompt.image_inputs}
     with torch.no_grad():
-        features = model.model.get_image_features(**inputs).pooler_output
-        embeds[0, prompt.image_columns] = torch.cat(list(features)).to(embeds)
-        text(inputs_embeds=embeds, position_ids=prompt.positions[:, None].to(vlm.device), past_key_values=cache)
+        model.model(**{name: tensor.to(vlm.device) for name, tensor in inputs.items()}, past_key_values=cache)
     last = int(prompt.positions.max()) + 1
     positions = torch.arange(last, last + slots.shape[1], device=vlm.device).expand(3, 1, -1)
 
@@ -150,9 +133,9 @@ def example(vlm: VLM, config: Config, encoded: Encoded, batch: int) -> Callable[
 # measurements
 
 
-def iteration(run: Callable[[int], Callable[[], Any]], iterations: int, device: torch.device) -> float:
+def iteration(run: Callable[[int], Any], iterations: int, device: torch.device) -> float:
     """Seconds of one iteration; what a loop does before its first is left out."""
-    whole, start = (seconds(run(count), device) for count in (iterations, 0))
+    whole, start = (seconds(partial(run, count), device) for count in (iterations, 0))
     return (whole - start) / iterations
 
 
@@ -173,10 +156,11 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * block.nbytes / seconds(lambda: target.copy_(block), device, 5)
 
 
-def language_model_bytes(vlm: VLM) -> int:
-    """Weights that one forward of think tokens reads: the language model and the output head, not the embedding."""
-    weights = sum(p.nbytes for p in vlm.text_model.layers.parameters())
-    return weights + vlm.model.get_output_embeddings().weight.nbytes
+def floor(vlm: VLM) -> float:
+    """Seconds that an iteration takes at least: its two forwards of think tokens read all weights of the language model
+    and of the output head, not of the embedding."""
+    weights = [*vlm.text_model.layers.parameters(), vlm.model.get_output_embeddings().weight]
+    return 2 * sum(p.nbytes for p in weights) / copy_bandwidth(vlm.device)
 
 
 def released(vlm: VLM, config: Config, more: bool = True) -> dict[str, float]:
@@ -191,7 +175,7 @@ def released(vlm: VLM, config: Config, more: bool = True) -> dict[str, float]:
         ours = seconds(example(vlm, plain.replace(max_new_tokens=tokens), prompt[256], 1), vlm.device, 1)
         figures[name] = config.max_num_steps * figures["iteration"] + ours
     if more:
-        figures["peak_bytes"] = least_peak(vlm, released_loop(vlm, config, prompt[1024])(2))
+        figures["peak_bytes"] = least_peak(vlm, partial(released_loop(vlm, config, prompt[1024]), 2))
         figures["iteration_16_patches"] = of(many_patches(config))
         figures |= {f"iteration_{tokens}_image_tokens": of(config, tokens, 1) for tokens in (64, 1024)}
     return {f"released_{name}": value for name, value in figures.items()}
@@ -212,8 +196,7 @@ def ours(vlm: VLM, config: Config, batches: Sequence[int], more: bool = True) ->
         for batch, ending in ((largest, ""), (1, "_batch_1")):
             figures[name + ending] = seconds(example(vlm, longer, prompt[256], batch), vlm.device, 1) / batch
     if more:
-        short, noise = config.replace(max_num_steps=2), noise_of(vlm, config, 1)
-        figures["peak_bytes"] = least_peak(vlm, lambda: optimize(vlm, vlm.prefill([prompt[1024]]), short, noise))
+        figures["peak_bytes"] = least_peak(vlm, lambda: loop(vlm, config, prompt[1024], 1)(2))
         figures[f"peak_bytes_batch_{largest}"] = least_peak(vlm, example(vlm, config, prompt[256], largest))
         figures["iteration_16_patches"] = of(many_patches(config))
         figures |= {f"iteration_{tokens}_image_tokens": of(config, 1, tokens) for tokens in (64, 1024)}
@@ -243,8 +226,7 @@ def measure(shape: str, device: str, more: bool = True) -> dict:
     On a CPU in float32. On a GPU in bfloat16, the released behaviour also in float32 as it was, and our loop in every
     way of GPU_WAYS; of one that fails there is the error. more: also memory, other images and patches, longer answers.
     """
-    gpu = device == "cuda"
-    config = Config.make("paper", max_new_tokens=NEW_TOKENS[device][0])
+    gpu, config = device == "cuda", Config.make("paper", max_new_tokens=NEW_TOKENS[device][0])
     vlm = random_vlm(shape, torch.float32, device)
     figures = {"shape": shape, **SHAPES[shape], "parameters": sum(p.numel() for p in vlm.model.parameters())}
     figures["new_tokens"] = config.max_new_tokens
@@ -252,11 +234,9 @@ def measure(shape: str, device: str, more: bool = True) -> dict:
         figures |= released(vlm, config, more)
         vlm = None  # both would not fit everywhere
         vlm = random_vlm(shape, torch.bfloat16, device)
-    figures |= {
-        "dtype": str(vlm.dtype).removeprefix("torch."),
-        "weight_bytes": sum(p.nbytes for p in vlm.model.parameters()),
-    }
-    figures["floor"] = 2 * language_model_bytes(vlm) / copy_bandwidth(vlm.device)  # seconds: weights twice an iteration
+    figures["dtype"] = str(vlm.dtype).removeprefix("torch.")
+    figures["weight_bytes"] = sum(p.nbytes for p in vlm.model.parameters())
+    figures["floor"] = floor(vlm)
     figures["peer_forward"] = seconds(peer_forward(vlm, config, prompts(vlm, config)[256]), vlm.device)
     for way, parameters in (GPU_WAYS if gpu else {"": {}}).items():
         try:
@@ -278,13 +258,12 @@ def ratios(figures: dict[str, Any]) -> dict[str, float]:
     """
     result = {}
     for name, value in figures.items():
-        plain = name.removeprefix("replayed_")
-        base = "released_" + plain.partition("_batch_")[0]
-        if plain.startswith("forward"):
-            result[name] = figures["peer_forward"] / value
-        elif not plain.endswith("image_tokens") and not plain.startswith("peak_bytes_batch"):
-            there = [like for like in ("", "_same_dtype") if base + like in figures]
-            result |= {name + like: figures[base + like] / value for like in there}
+        if "image_tokens" in name or "peak_bytes_batch" in name:
+            continue
+        stem = name.removeprefix("replayed_").partition("_batch_")[0]
+        for base, like in (("released_", ""), ("released_", "_same_dtype"), ("peer_", "")):
+            if base + stem + like in figures:
+                result[name + like] = figures[base + stem + like] / value
     for way in (*GPU_WAYS, "released_"):
         small, large = (f"{way}iteration_{tokens}_image_tokens" for tokens in (64, 1024))
         if large in figures:

@@ -1,7 +1,7 @@
 """`python -m dmlr …`: the few things that are commands; everything else is a notebook.
 
-Each command is a function, its arguments stand in `parser`; what it needs is imported when it runs, so that `--help`
-and a misspelt option cost nothing. Knows which room does the work, and none of the work.
+Each command is a function with its arguments above it and its help as its docstring; what it needs is imported when it
+runs, so that `--help` and a misspelt option cost nothing. Knows which room does the work, and none of the work.
 """
 
 from __future__ import annotations
@@ -11,10 +11,52 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from dmlr.limits import Limits
+
+Argument = tuple[tuple[str, ...], dict[str, Any]]
+parser = argparse.ArgumentParser(prog="python -m dmlr", description="What is no notebook of DMLR.")
+commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
 
+def argument(*names: str, **how: Any) -> Argument:
+    """As argparse's `add_argument` takes it."""
+    return names, how
+
+
+def command(*arguments: Argument) -> Callable[[Callable], Callable]:
+    """Makes a function from parsed arguments to an exit status (None: 0) the command of its name."""
+
+    def declare(function: Callable[[argparse.Namespace], int | None]) -> Callable:
+        one = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+        one.set_defaults(command=function)
+        for names, how in arguments:
+            one.add_argument(*names, **how)
+        return function
+
+    return declare
+
+
+flag = partial(argument, action="store_true")
+PARAMETER = argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+PARAMETERS = (
+    argument("-f", "--file", action="append", default=[], help="YAML file of parameters; later files win"),
+    PARAMETER,
+    flag("--dry-run", help="print what would be done, how long it takes, what would fail"),
+)
+HINTS = ("choices", "kind", "precision", "relative_tolerance", "question")  # that a case of `judge` may have
+
+
+@command(
+    argument("notebook"),
+    *PARAMETERS,
+    argument("--output", help="path of the executed copy (.ipynb); its report lies beside it"),
+    flag("--keep", help="put the outputs into the notebook itself, as git keeps it"),
+)
 def run(args: argparse.Namespace) -> int:
     """execute a notebook with checked parameters and render its report"""
     from dmlr.parameters import read_parameters
@@ -39,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+@command(argument("--model", default="", help="hub id or folder; the embedded models if none is given"))
 def demo(args: argparse.Namespace) -> None:
     """do latents matter, the benchmark and the walkthrough on the embedded models, with tables and reports"""
     from dmlr.demo import demo
@@ -46,6 +89,10 @@ def demo(args: argparse.Namespace) -> None:
     demo(args.model)
 
 
+@command(
+    argument("shapes", nargs="*", metavar="SHAPE", help="A, B (default on a CPU), 3B, 7B (default on a GPU)"),
+    flag("--quick", help="iteration, forward and example alone; printed, not written"),
+)
 def bench(args: argparse.Namespace) -> int:
     """how fast the loop is, beside the released behaviour and a prefix-cache peer"""
     from dmlr.bench import main
@@ -53,6 +100,7 @@ def bench(args: argparse.Namespace) -> int:
     return main(args.shapes, args.quick)
 
 
+@command(argument("files", nargs="+", metavar="FILE", help="JSON list of {prompt, solution, image_path, idx}"))
 def check(args: argparse.Namespace) -> int:
     """what is wrong with a dataset file; exit status 1 where anything is, 2 where a file cannot be used at all"""
     from dmlr.data.check import check_rows, report, summary
@@ -72,6 +120,15 @@ def check(args: argparse.Namespace) -> int:
     return status
 
 
+@command(
+    argument("cases", metavar="CASES.json", help=f"a list of {{prediction, ground_truth, {'?, '.join(HINTS)}?}}"),
+    flag(
+        "--llm",
+        help="an LLM judges what the rules cannot: OPENAI_API_KEY, OPENAI_API_BASE_URL, MODEL_TYPE (or .env); what it "
+        'cost, if MODEL_PRICE says "dollars,dollars" per million prompt and completion tokens',
+    ),
+    flag("--llm-all", help="an LLM judges every case; how often the rules agree goes to stderr"),
+)
 def judge(args: argparse.Namespace) -> int:
     """one JSON verdict a line; exit status 2 where the file or the LLM's settings cannot be used"""
     from dmlr.judge import judge as by_rules
@@ -83,10 +140,8 @@ def judge(args: argparse.Namespace) -> int:
     except (OSError, ValueError, RecursionError) as error:
         print(f"{args.cases}: {error}", file=sys.stderr)
         return 2
-    hints = ("choices", "kind", "precision", "relative_tolerance", "question")
-    verdicts = (
-        by_rules(case.get("prediction"), case.get("ground_truth"), **{k: case.get(k) for k in hints}) for case in cases
-    )
+    known = ("prediction", "ground_truth", *HINTS)
+    verdicts = (by_rules(**{name: case.get(name) for name in known}) for case in cases)
     if args.llm or args.llm_all:
         from dmlr.judge.llm_judge import JudgeError, judge_cases
 
@@ -101,6 +156,13 @@ def judge(args: argparse.Namespace) -> int:
     return 0
 
 
+@command(
+    argument("name", help="mathvista, mathvision, mmmath, hallusionbench, mmvp, mmstar or scienceqa"),
+    argument("--out", default="data", help="its files go into a folder of its name in here (default: data)"),
+    argument("--source", help="local folder with the hub's files; without it they are downloaded"),
+    argument("--sample", type=int, metavar="N", help="also write a sample of at most N rows"),
+    argument("--seed", type=int, default=0, metavar="S", help="of the sample (default: 0)"),
+)
 def data(args: argparse.Namespace) -> None:
     """prepare a benchmark of the hub, or verify the files that are there"""
     from dmlr.data.prepare import prepare
@@ -112,6 +174,15 @@ def data(args: argparse.Namespace) -> None:
     print(f"{made.path}: {made.rows} rows ({done})")
 
 
+@command(
+    argument("model", nargs="+", help="parameter file of a model, or its name in notebooks/params/models"),
+    argument("--seeds", default="", metavar="S,S", help="a run for each seed (default: the parameter files' one)"),
+    argument("--benchmarks", default="", help="names in notebooks/params/benchmarks, or files (default: Table 1's)"),
+    *PARAMETERS,
+    argument(
+        "--output", type=Path, help="folder of all runs (default: reports/runs/table1, of one model its folder there)"
+    ),
+)
 def table1(args: argparse.Namespace) -> int:
     """model × benchmark × seed (Table 1's benchmarks), then one table; what is finished is skipped"""
     from dmlr import table1
@@ -123,6 +194,15 @@ def table1(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
+@command(
+    argument("model", help="hub id or folder"),
+    argument("--name", help="what requests call it, NAME:METHOD (default: the last part of MODEL)"),
+    argument("--preset", help="paper, released, demo or search (default: the paper's values)"),
+    PARAMETER,
+    argument("--host", default="127.0.0.1", help="0.0.0.0: other machines may ask (default: 127.0.0.1)"),
+    argument("--port", type=int, default=8000, help="default: 8000"),
+    *(argument(f"--{limit.name}", **limit.metadata) for limit in fields(Limits)),
+)
 def serve(args: argparse.Namespace) -> None:
     """a model behind OpenAI's chat completions; a DMLR_API_KEY in the environment is demanded of clients"""
     # Read when torch is loaded. oneDNN and torch's layer over it each keep what they made for 1024 shapes; a server
@@ -130,14 +210,17 @@ def serve(args: argparse.Namespace) -> None:
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")
     from dmlr.api import load
-    from dmlr.serve import Limits, serve
+    from dmlr.serve import serve
 
-    given = {name: value for name in LIMITS if (value := getattr(args, name)) is not None}
-    limits = Limits(**given, fetch=args.fetch, key=os.environ.get("DMLR_API_KEY", ""))
-    model = load(args.model, args.preset, **dict(args.parameter))
-    serve(model, args.name or Path(args.model).name, limits, args.host, args.port)
+    limits = Limits(**{limit.name: getattr(args, limit.name) for limit in fields(Limits)})
+    model, key = load(args.model, args.preset, **dict(args.parameter)), os.environ.get("DMLR_API_KEY", "")
+    serve(model, args.name or Path(args.model).name, limits, key, args.host, args.port)
 
 
+@command(
+    argument("model", nargs="*", help="folder, or hub id in the cache, beside the paper's models"),
+    argument("--memory", type=float, metavar="GIB", help="plan with a GPU of so much memory, not this one"),
+)
 def doctor(args: argparse.Namespace) -> int:
     """what this machine has, and which models fit in it; exit status 1 where something needed is broken"""
     from dmlr.doctor import examine
@@ -147,6 +230,7 @@ def doctor(args: argparse.Namespace) -> int:
     return 1 if broken else 0
 
 
+@command()
 def report(args: argparse.Namespace) -> None:
     """write reports/index.html from the runs that are there"""
     from dmlr.index import write_index
@@ -154,98 +238,10 @@ def report(args: argparse.Namespace) -> None:
     print(f"index: {write_index()}")
 
 
-def parser() -> argparse.ArgumentParser:
-    """Every command with its arguments. `command` is the function that was chosen; its docstring is its help."""
-    whole = argparse.ArgumentParser(prog="python -m dmlr", description="What is no notebook of DMLR.")
-    commands = whole.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(function: Callable[[argparse.Namespace], int | None]) -> Callable[..., argparse.Action]:
-        one = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
-        one.set_defaults(command=function)
-        return one.add_argument
-
-    def parameters(argument: Callable[..., argparse.Action]) -> None:
-        argument("-f", "--file", action="append", default=[], help="YAML file of parameters; later files win")
-        argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-        argument("--dry-run", action="store_true", help="print what would be done, how long it takes, what would fail")
-
-    argument = command(run)
-    argument("notebook")
-    parameters(argument)
-    argument("--output", help="path of the executed copy (.ipynb); its report lies beside it")
-    argument("--keep", action="store_true", help="put the outputs into the notebook itself, as git keeps it")
-
-    argument = command(demo)
-    argument("--model", default="", help="hub id or folder; the embedded models if none is given")
-
-    argument = command(bench)
-    argument("shapes", nargs="*", metavar="SHAPE", help="A, B (default on a CPU), 3B, 7B (default on a GPU)")
-    argument("--quick", action="store_true", help="iteration, forward and example alone; printed, not written")
-
-    argument = command(check)
-    argument("files", nargs="+", metavar="FILE", help="JSON list of {prompt, solution, image_path, idx}")
-
-    argument = command(judge)
-    case = "{prediction, ground_truth, choices?, kind?, precision?, relative_tolerance?, question?}"
-    argument("cases", metavar="CASES.json", help=f"a list of {case}")
-    argument(
-        "--llm",
-        action="store_true",
-        help="an LLM judges what the rules cannot: OPENAI_API_KEY, OPENAI_API_BASE_URL, MODEL_TYPE (or .env); what it "
-        'cost, if MODEL_PRICE says "dollars,dollars" per million prompt and completion tokens',
-    )
-    every = "an LLM judges every case; how often the rules agree goes to stderr"
-    argument("--llm-all", action="store_true", help=every)
-
-    argument = command(data)
-    argument("name", help="mathvista, mathvision, mmmath, hallusionbench, mmvp, mmstar or scienceqa")
-    argument("--out", default="data", help="its files go into a folder of its name in here (default: data)")
-    argument("--source", help="local folder with the hub's files; without it they are downloaded")
-    argument("--sample", type=int, metavar="N", help="also write a sample of at most N rows")
-    argument("--seed", type=int, default=0, metavar="S", help="of the sample (default: 0)")
-
-    argument = command(table1)
-    argument("model", nargs="+", help="parameter file of a model, or its name in notebooks/params/models")
-    argument("--seeds", default="", metavar="S,S", help="a run for each seed (default: the parameter files' one)")
-    argument("--benchmarks", default="", help="names in notebooks/params/benchmarks, or files (default: Table 1's)")
-    parameters(argument)
-    folder = "folder of all runs (default: reports/runs/table1, of one model its folder there)"
-    argument("--output", type=Path, help=folder)
-
-    argument = command(serve)
-    argument("model", help="hub id or folder")
-    argument("--name", help="what requests call it, NAME:METHOD (default: the last part of MODEL)")
-    argument("--preset", help="paper, released, demo or search (default: the paper's values)")
-    argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    argument("--host", default="127.0.0.1", help="0.0.0.0: other machines may ask (default: 127.0.0.1)")
-    argument("--port", type=int, default=8000, help="default: 8000")
-    argument("--fetch", action="store_true", help="images by http(s) too, not only data URIs")
-    for name, (kind, unit, what) in LIMITS.items():
-        argument(f"--{name}", type=kind, metavar=unit, help=what)
-
-    argument = command(doctor)
-    argument("model", nargs="*", help="folder, or hub id in the cache, beside the paper's models")
-    argument("--memory", type=float, metavar="GIB", help="plan with a GPU of so much memory, not this one")
-
-    command(report)
-    return whole
-
-
-LIMITS = {  # of serve; their defaults stand in serve.Limits
-    "quiet": (float, "S", "a batch leaves when none came for S seconds,"),
-    "longest": (float, "S", "after S seconds in any case,"),
-    "batch": (int, "N", "and with N requests"),
-    "requests": (int, "N", "most under way; one more gets a 429"),
-    "body": (int, "BYTES", "most of a request"),
-    "pixels": (int, "N", "most of an image"),
-    "seconds": (float, "S", "most for a request"),
-}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; 0 is success, 2 a misspelt option. Errors of this package are one line (or a few) on stderr."""
     try:
-        args = parser().parse_args(argv)
+        args = parser.parse_args(argv)
     except SystemExit as stop:
         return int(stop.code or 0)
     try:

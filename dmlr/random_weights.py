@@ -28,8 +28,9 @@ def random_vlm(shape: str, dtype: torch.dtype = torch.float32, device: str = "cp
     processor = AutoProcessor.from_pretrained(locate("data/models/shapes-vl"))
     ids = processor.tokenizer.convert_tokens_to_ids
     size = SHAPES[shape]
-    head = size["hidden"] // size["heads"]
-    large = size["vision"] > 256
+    head, width = size["hidden"] // size["heads"], size["vision"]
+    sections = [head // 8, head * 3 // 16, head * 3 // 16]
+    small = {"depth": 8, "intermediate_size": 2 * width, "num_heads": 4, "fullatt_block_indexes": [3, 7]}
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": size["vocab"],
@@ -38,23 +39,11 @@ def random_vlm(shape: str, dtype: torch.dtype = torch.float32, device: str = "cp
             "num_hidden_layers": size["layers"],
             "num_attention_heads": size["heads"],
             "num_key_value_heads": size["kv_heads"],
-            "max_position_embeddings": 32_768,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": [head // 8, head * 3 // 16, head * 3 // 16],
-            },
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections},
             "bos_token_id": ids("<|endoftext|>"),
             "eos_token_id": ids("<|im_end|>"),
         },
-        vision_config={
-            "depth": 32 if large else 8,
-            "hidden_size": size["vision"],
-            "intermediate_size": 3420 if large else 2 * size["vision"],
-            "num_heads": 16 if large else 4,
-            "out_hidden_size": size["hidden"],
-            "fullatt_block_indexes": [7, 15, 23, 31] if large else [3, 7],
-        },
+        vision_config={"hidden_size": width, "out_hidden_size": size["hidden"], **(small if width < 1280 else {})},
         image_token_id=ids("<|image_pad|>"),
         video_token_id=ids("<|video_pad|>"),
         vision_start_token_id=ids("<|vision_start|>"),
@@ -68,9 +57,9 @@ def random_vlm(shape: str, dtype: torch.dtype = torch.float32, device: str = "cp
     return VLM(model, processor)
 
 
-def random_prompt(vlm: VLM, side: int, length: int, num_thought_tokens: int, seed: int = 0) -> Encoded:
+def random_prompt(vlm: VLM, side: int, length: int, num_thought_tokens: int) -> Encoded:
     """A prompt of `length` tokens of which side x side are image tokens, before the think tokens."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     image = torch.full((side * side,), vlm.image_token_id)
     words = torch.randint(20, 250, (length - side * side,), generator=generator)
     ids = torch.cat([words[:20], image, words[20:]])

@@ -15,13 +15,13 @@ import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
 import uvicorn
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.exceptions import HTTPException
@@ -29,23 +29,9 @@ from starlette.requests import ClientDisconnect
 
 from dmlr.api import Answer, Model
 from dmlr.config import ConfigError
-from dmlr.data.images import ImageError, open_image
+from dmlr.data.images import ImageError, open_image, shorten
+from dmlr.limits import Limits
 from dmlr.methods import METHODS
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a server allows; times in seconds."""
-
-    quiet: float = 0.015  # a batch leaves when no request came for so long,
-    longest: float = 0.1  # after so long in any case,
-    batch: int = 16  # and with so many requests
-    requests: int = 128  # under way at a time; one more gets a 429
-    body: int = 32 * 2**20  # bytes of a request
-    pixels: int = 2**24  # of an image
-    seconds: float = 600.0  # for one request, reading it included
-    fetch: bool = False  # images by http(s) too
-    key: str = field(default="", repr=False)  # what `Authorization: Bearer` must hold; empty: anybody may ask
 
 
 class Refused(HTTPException):
@@ -56,10 +42,6 @@ class Refused(HTTPException):
         self.code, self.param = code, param
 
 
-def hung_up() -> Refused:
-    return Refused(499, "hung_up", "the client hung up")  # nobody hears it
-
-
 async def as_json(request: Request, error: HTTPException) -> JSONResponse:
     """OpenAI's form of an error, of the framework's own ones too."""
     kinds = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 504: "server_error"}
@@ -68,8 +50,13 @@ async def as_json(request: Request, error: HTTPException) -> JSONResponse:
     return JSONResponse({"error": body}, error.status_code)
 
 
+async def hung_up(request: Request, error: ClientDisconnect) -> Response:
+    return Response(status_code=499)  # nobody hears it
+
+
 # what a request may ask
 
+Kind = tuple[str, tuple[tuple[str, int], ...]]  # method, parameters of `Config`: equal in those that share a batch
 # What many clients always send, and asks for nothing.
 NEUTRAL = {"temperature": 0, "top_p": 1, "n": 1, "stream": False, "logprobs": False, "tool_choice": "none"}
 NEUTRAL |= {"presence_penalty": 0, "frequency_penalty": 0, "response_format": {"type": "text"}}
@@ -129,9 +116,11 @@ class Completion(_Strict):
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
         name = ".".join(str(part) for part in first["loc"] if part not in ("str", "text", "image_url")) or None
+        value = json.dumps(first["input"], default=lambda body: body.decode(errors="replace"))
+        told = f"{name or 'request'} = {shorten(value, 80)}"
         if first["type"] == "extra_forbidden":
-            raise Refused(400, "unsupported_parameter", f"{name} = {_shown(first)} is not honoured here", name)
-        raise Refused(400, "invalid_value", f"{name or 'request'} = {_shown(first)}: {first['msg']}", name)
+            raise Refused(400, "unsupported_parameter", f"{told} is not honoured here", name)
+        raise Refused(400, "invalid_value", f"{told}: {first['msg']}", name)
 
     def parts(self) -> tuple[str, list[str]]:
         """The text, and where the images are."""
@@ -142,23 +131,14 @@ class Completion(_Strict):
             raise Refused(400, "invalid_value", "the question is empty", "messages")
         return text, [part.image_url.url for part in parts if isinstance(part, ImagePart)]
 
-    def parameters(self) -> tuple[tuple[str, int], ...]:
-        """Of `Config`, over the model's own."""
-        own = {"max_new_tokens": self.max_completion_tokens or self.max_tokens, "seed": self.seed}
-        return tuple((name, value) for name, value in own.items() if value is not None)
-
-    def method(self, name: str) -> str:
-        """The method in `name:method`; a bare name is DMLR's."""
+    def kind(self, name: str) -> Kind:
+        """The method in `name:method` (a bare name is DMLR's), and parameters over the model's own."""
         base, _, method = (name, "", "dmlr") if self.model == name else self.model.rpartition(":")
         if base != name or method not in METHODS:
             known = ", ".join(f"{name}:{method}" for method in METHODS)
             raise Refused(404, "model_not_found", f"no model {self.model!r}; there are {known}", "model")
-        return method
-
-
-def _shown(error: dict[str, Any]) -> str:
-    text = json.dumps(error["input"], default=lambda body: body.decode(errors="replace"))
-    return text if len(text) <= 80 else text[:79] + "…"
+        own = {"max_new_tokens": self.max_completion_tokens or self.max_tokens, "seed": self.seed}
+        return method, tuple((name, value) for name, value in own.items() if value is not None)
 
 
 def picture(url: str, limits: Limits) -> Image.Image:
@@ -193,13 +173,13 @@ def completion(model: str, answer: Answer) -> dict[str, Any]:
 class Waiting:
     request: Request
     question: dict[str, Any]  # as `Model.ask_many` takes one
-    kind: tuple[str, tuple[tuple[str, int], ...]]  # method and parameters: what must be equal for two to share a batch
+    kind: Kind
     answer: asyncio.Future[Answer]
 
     async def given_up(self) -> bool:
         """Whether it took too long, or its client has hung up."""
         if not self.answer.done() and await self.request.is_disconnected():
-            self.answer.set_exception(hung_up())
+            self.answer.set_exception(ClientDisconnect())
         return self.answer.done()
 
 
@@ -214,7 +194,7 @@ class Batcher:
         while True:
             batch = await self._company()
             for kind in dict.fromkeys(one.kind for one in batch):
-                await self._answer([one for one in batch if one.kind == kind and not await one.given_up()], *kind)
+                await self._answer(kind, [one for one in batch if one.kind == kind and not await one.given_up()])
 
     async def _company(self) -> list[Waiting]:
         """Requests until none came for `quiet`."""
@@ -225,25 +205,26 @@ class Batcher:
                 batch.append(await asyncio.wait_for(self.queue.get(), left))
         return batch
 
-    async def _answer(self, some: list[Waiting], method: str, parameters: tuple[tuple[str, int], ...]) -> None:
+    async def _answer(self, kind: Kind, some: list[Waiting]) -> None:
+        method, parameters = kind
         ask = partial(self.model.ask_many, [one.question for one in some], method, **dict(parameters))
         try:
             answers = await asyncio.get_running_loop().run_in_executor(self.worker, ask)
         except Exception as error:  # of what they have in common; the server goes on
-            kind = (400, "invalid_value") if isinstance(error, ConfigError) else (500, "no_answer")
-            answers = [Refused(*kind, str(error)) for _ in some]
+            status, code = (400, "invalid_value") if isinstance(error, ConfigError) else (500, "no_answer")
+            answers = [Refused(status, code, str(error)) for _ in some]
         for one, answer in zip(some, answers, strict=True):
             if not one.answer.done():  # who waited too long does not any more
                 (one.answer.set_exception if isinstance(answer, Exception) else one.answer.set_result)(answer)
 
 
-def create_app(model: Model, name: str, limits: Limits = Limits()) -> FastAPI:
-    """Serves `name:method` for every method of the package."""
-    batcher, under_way = Batcher(model, limits), set()
+def create_app(model: Model, name: str, limits: Limits, key: str = "") -> FastAPI:
+    """Serves `name:method` for every method; `key` is what `Authorization: Bearer` must hold, "" lets anybody ask."""
+    batcher, places = Batcher(model, limits), asyncio.Semaphore(limits.requests)
 
     def check_key(request: Request) -> None:
         given = request.headers.get("authorization", "").encode("latin-1")
-        if limits.key and not hmac.compare_digest(given, f"Bearer {limits.key}".encode()):
+        if key and not hmac.compare_digest(given, f"Bearer {key}".encode()):
             raise Refused(401, "invalid_api_key", "wrong or missing API key")
 
     @asynccontextmanager
@@ -256,7 +237,7 @@ def create_app(model: Model, name: str, limits: Limits = Limits()) -> FastAPI:
         title="dmlr",
         lifespan=lifespan,
         dependencies=[Depends(check_key)],
-        exception_handlers={HTTPException: as_json},
+        exception_handlers={HTTPException: as_json, ClientDisconnect: hung_up},
         openapi_url=None,  # nor pages about it
     )
 
@@ -267,19 +248,17 @@ def create_app(model: Model, name: str, limits: Limits = Limits()) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def complete(request: Request) -> dict[str, Any]:
-        if len(under_way) >= limits.requests:
+        if places.locked():
             raise Refused(429, "too_many_requests", f"{limits.requests} requests are under way already")
-        under_way.add(request)
-        try:
-            return await asyncio.wait_for(answered(request), limits.seconds)
-        except asyncio.TimeoutError:
-            raise Refused(504, "timeout", f"no answer within {limits.seconds:g} s") from None
-        finally:
-            under_way.discard(request)
+        async with places:
+            try:
+                return await asyncio.wait_for(answered(request), limits.seconds)
+            except asyncio.TimeoutError:
+                raise Refused(504, "timeout", f"no answer within {limits.seconds:g} s") from None
 
     async def answered(request: Request) -> dict[str, Any]:
         asked = Completion.of(await body_of(request, limits.body))
-        kind, (text, urls) = (asked.method(name), asked.parameters()), asked.parts()
+        kind, (text, urls) = asked.kind(name), asked.parts()
         images = [await asyncio.to_thread(picture, url, limits) for url in urls]
         question = {"question": text, "image": images, "idx": asked.dmlr.idx}
         waiting = Waiting(request, question, kind, asyncio.get_running_loop().create_future())
@@ -292,17 +271,14 @@ def create_app(model: Model, name: str, limits: Limits = Limits()) -> FastAPI:
 async def body_of(request: Request, limit: int) -> bytes:
     """Read as it comes, and no further than the limit."""
     body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise Refused(413, "too_large", f"the request is larger than {limit} bytes")
-    except ClientDisconnect:
-        raise hung_up() from None
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise Refused(413, "too_large", f"the request is larger than {limit} bytes")
     return bytes(body)
 
 
-def serve(model: Model, name: str, limits: Limits, host: str, port: int) -> None:
+def serve(model: Model, name: str, limits: Limits, key: str, host: str, port: int) -> None:
     """Until SIGINT or SIGTERM, after which what is under way is answered first."""
     most = math.ceil(limits.seconds)
-    uvicorn.run(create_app(model, name, limits), host=host, port=port, timeout_graceful_shutdown=most)
+    uvicorn.run(create_app(model, name, limits, key), host=host, port=port, timeout_graceful_shutdown=most)

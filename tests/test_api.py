@@ -4,11 +4,10 @@ import json
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_vlm
+from tiny import noise_image, tiny_vlm
 
 import dmlr
 from dmlr.api import AT_LOAD, OF_A_RUN, identity
@@ -20,7 +19,7 @@ SMALL = {"preset": "demo", "max_num_steps": 2, "max_new_tokens": 8}
 
 @pytest.fixture(scope="module")
 def picture() -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (112, 112, 3), dtype=np.uint8))
+    return noise_image(0)
 
 
 @pytest.fixture(scope="module")

@@ -393,7 +393,7 @@ def test_every_run_that_the_readme_shows_would_start():
     commands = [shlex.split(found, comments=True) for found in re.findall(r"python -m dmlr (run .*)", blocks)]
     assert len(commands) > 8
     for command in commands:
-        arguments = parser().parse_args(command)
+        arguments = parser.parse_args(command)
         given = {}
         for file in arguments.file:
             given |= read_parameters(ROOT / file)

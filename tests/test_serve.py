@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,10 +23,13 @@ from starlette.testclient import TestClient
 from tiny import noise_image
 
 import dmlr
+from dmlr import methods
+from dmlr.api import Answer
 from dmlr.config import Config, ConfigError
 from dmlr.data.examples import load_dataset
+from dmlr.limits import Limits
 from dmlr.run import evaluate
-from dmlr.serve import Limits, create_app
+from dmlr.serve import create_app
 
 ROOT = Path(__file__).parents[1]
 SUITES = ("mathematics", "visual", "composition")
@@ -41,12 +44,9 @@ def uri(image):
 PICTURE = uri(noise_image(0, 56, 56))
 
 
-def content(text="How many?", *images):
-    return [*({"type": "image_url", "image_url": {"url": url}} for url in images), {"type": "text", "text": text}]
-
-
 def request(text="How many?", *images, model="shapes:vanilla", **more):
-    return {"model": model, "messages": [{"role": "user", "content": content(text, *images)}], **more}
+    content = [*({"type": "image_url", "image_url": {"url": url}} for url in images), {"type": "text", "text": text}]
+    return {"model": model, "messages": [{"role": "user", "content": content}], **more}
 
 
 class Scripted:
@@ -60,24 +60,21 @@ class Scripted:
         self.gate.wait(20)
         if parameters.get("seed") == 13:
             raise ConfigError("seed = 13 brings bad luck")
-        return [self.said(question) for question in questions]
-
-    def said(self, question):
-        error = "RuntimeError: broken" if "break" in question["question"] else None
-        told = {"stop_reason": "length", "idx": question["idx"]}
-        return SimpleNamespace(
-            text=question["question"], error=error, prompt_tokens=7, new_tokens=3, to_dict=lambda: told
-        )
+        texts = [question["question"] for question in questions]
+        said = [methods.Answer(text, "", "eos_token", error="broken" if text == "break" else None) for text in texts]
+        return [Answer(methods.Question(0, one.text, []), method, one) for one in said]
 
 
-@asynccontextmanager
-async def reached(app):
-    """An HTTP client of the app, in this process."""
-    async with (
-        app.router.lifespan_context(app),
-        httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test", timeout=60) as client,
-    ):
-        yield client
+def spoken(talk, model, name="shapes", **limits):
+    """What comes of `talk` with an HTTP client of a server in this process."""
+
+    async def run():
+        app = create_app(model, name, Limits(**limits))
+        how = {"transport": httpx2.ASGITransport(app), "base_url": "http://test", "timeout": 60}
+        async with app.router.lifespan_context(app), httpx2.AsyncClient(**how) as client:
+            return await talk(client)
+
+    return asyncio.run(run())
 
 
 async def ask(client, *args, **more):
@@ -116,35 +113,37 @@ async def answers_of(client, questions, method):
 def test_answers_are_those_of_ask_many(shapes, method):
     questions = list(asked(6))
 
-    async def run():
-        async with reached(create_app(shapes, "shapes-vl")) as http:
-            client = openai.AsyncOpenAI(api_key="-", base_url="http://test/v1", http_client=http)
-            return await answers_of(client, questions, method)
+    def talk(http):
+        client = openai.AsyncOpenAI(api_key="-", base_url="http://test/v1", http_client=http)
+        return answers_of(client, questions, method)
 
     wanted = shapes.ask_many([dict(zip(("idx", "question", "image"), q, strict=True)) for q in questions], method)
-    for (text, tokens, told), want in zip(asyncio.run(run()), wanted, strict=True):
+    for (text, tokens, told), want in zip(spoken(talk, shapes, "shapes-vl"), wanted, strict=True):
         assert (text, tokens) == (want.text, want.prompt_tokens)
         assert told["idx"] == want.question.idx and told["prompt_tokens"] == tokens
         if method == "dmlr":
             assert told["trace"]["patches"] == want.trace.patches and len(told["trace"]["steps"]) == 3
 
 
-def test_without_a_number_of_its_own_a_question_has_one_answer(shapes):
-    with TestClient(create_app(shapes, "shapes-vl")) as client:
-        body = request("Is there a star?", PICTURE, model="shapes-vl")
-        first, again = (client.post("/v1/chat/completions", json=body).json() for _ in range(2))
-        other = client.post("/v1/chat/completions", json=request("Is there a ring?", PICTURE, model="shapes-vl")).json()
+@pytest.fixture(scope="module")
+def post(shapes):
+    """What the server says to a request."""
+    with TestClient(create_app(shapes, "shapes-vl", Limits())) as client:
+        yield lambda *args, **more: client.post("/v1/chat/completions", json=request(*args, **more)).json()
+
+
+def test_without_a_number_of_its_own_a_question_has_one_answer(post):
+    texts = ("Is there a star?", "Is there a star?", "Is there a ring?")
+    first, again, other = (post(text, PICTURE, model="shapes-vl") for text in texts)
     assert first["dmlr"]["idx"] == again["dmlr"]["idx"] != other["dmlr"]["idx"]
     assert first["choices"] == again["choices"] and first["dmlr"]["trace"] == again["dmlr"]["trace"]
     usage = first["usage"]
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] and usage["prompt_tokens"] > 30
 
 
-def test_max_tokens_and_what_clients_send_by_habit(shapes):
+def test_max_tokens_and_what_clients_send_by_habit(post):
     habits = {"temperature": 0.0, "top_p": 1.0, "n": 1, "stream": False, "stop": None, "tools": None, "user": "me"}
-    with TestClient(create_app(shapes, "shapes-vl")) as client:
-        body = request("How many?", PICTURE, model="shapes-vl:vanilla", max_tokens=2, **habits)
-        answer = client.post("/v1/chat/completions", json=body).json()
+    answer = post("How many?", PICTURE, model="shapes-vl:vanilla", max_tokens=2, **habits)
     assert answer["usage"]["completion_tokens"] == 2 and answer["choices"][0]["finish_reason"] == "length"
 
 
@@ -159,16 +158,8 @@ def refusing():
         yield client
 
 
-def with_(**more):
-    return json.dumps(request("How many?", PICTURE, **more))
-
-
 def message(**more):
-    return json.dumps(request() | {"messages": [{"role": "user", "content": "How many?"} | more]})
-
-
-def picture_at(url):
-    return json.dumps(request("How many?", url))
+    return request() | {"messages": [{"role": "user", "content": "How many?"} | more]}
 
 
 # What is not honoured, each with a value that would change the answer; the last is a misspelt name.
@@ -179,33 +170,34 @@ BAD = {
     "a list": ("[]", 400, None, "request"),
     "not UTF-8": (b'{"model": "\xff"}', 400, None, "request"),
     "half a character": (b'{"model": "\\ud83d"}', 400, None, "Invalid JSON"),
-    "no model": (json.dumps({"messages": []}), 400, "model", "Field required"),
-    "another model": (with_(model="gpt-4o"), 404, "model", "no model 'gpt-4o'; there are shapes:vanilla, "),
-    "another method": (with_(model="shapes:dmrl"), 404, "model", "shapes:dmlr"),
-    **{name: (with_(**{name: value}), 400, name, "is not honoured here") for name, value in OTHERS.items()},
-    "max_tokens 0": (with_(max_tokens=0), 400, "max_tokens", "greater than or equal to 1"),
-    "max_tokens beyond all bounds": (with_(max_tokens=10**30), 400, "max_tokens", "less than"),
-    "parameters of ours": (with_(dmlr={"sigma": 1}), 400, "dmlr.sigma", "not honoured"),
-    "no messages": (with_(messages=[]), 400, "messages", "at least 1 item"),
-    "several turns": (with_(messages=request()["messages"] * 2), 400, "messages", "at most 1"),
+    "no model": ({"messages": []}, 400, "model", "Field required"),
+    "another model": (request(model="gpt-4o"), 404, "model", "no model 'gpt-4o'; there are shapes:vanilla, "),
+    "another method": (request(model="shapes:dmrl"), 404, "model", "shapes:dmlr"),
+    **{name: (request(**{name: value}), 400, name, "is not honoured here") for name, value in OTHERS.items()},
+    "max_tokens 0": (request(max_tokens=0), 400, "max_tokens", "greater than or equal to 1"),
+    "max_tokens beyond all bounds": (request(max_tokens=10**30), 400, "max_tokens", "less than"),
+    "parameters of ours": (request(dmlr={"sigma": 1}), 400, "dmlr.sigma", "not honoured"),
+    "no messages": (request(messages=[]), 400, "messages", "at least 1 item"),
+    "several turns": (request(messages=request()["messages"] * 2), 400, "messages", "at most 1"),
     "a system turn": (message(role="system"), 400, "messages.0.role", "'user'"),
     "no content": (message(content=[]), 400, "messages", "the question is empty"),
     "blank text": (message(content=" \n"), 400, "messages", "the question is empty"),
     "audio": (message(content=[{"type": "input_audio"}]), 400, "messages.0.content", "input_audio"),
-    "a path": (picture_at("/etc/passwd"), 400, "messages", "must begin with data:"),
-    "http unasked": (picture_at("http://127.0.0.1:9/a.png"), 400, "messages", "must begin with data:"),
-    "not base64": (picture_at("data:image/png;base64,!!"), 400, "messages", "base64"),
-    "no image": (picture_at("data:image/png;base64,AAAA"), 400, "messages", "not an image"),
-    "half an image": (picture_at(PICTURE[: len(PICTURE) // 8 * 4 + 2]), 400, "messages", "cannot be read"),
-    "a large image": (picture_at(uri(noise_image(0, 56, 70))), 400, "messages", "pixels are more than"),
-    "a large body": (with_(user="x" * 200_000), 413, None, "larger than 200000 bytes"),
+    "a path": (request("?", "/etc/passwd"), 400, "messages", "must begin with data:"),
+    "http unasked": (request("?", "http://127.0.0.1:9/a.png"), 400, "messages", "must begin with data:"),
+    "not base64": (request("?", "data:image/png;base64,!!"), 400, "messages", "base64"),
+    "no image": (request("?", "data:image/png;base64,AAAA"), 400, "messages", "not an image"),
+    "half an image": (request("?", PICTURE[: len(PICTURE) // 8 * 4 + 2]), 400, "messages", "cannot be read"),
+    "a large image": (request("?", uri(noise_image(0, 56, 70))), 400, "messages", "pixels are more than"),
+    "a large body": (request(user="x" * 200_000), 413, None, "larger than 200000 bytes"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_request_is_a_typed_error(refusing, name):
     body, status, param, words = BAD[name]
-    reply = refusing.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    body = json.dumps(body) if isinstance(body, dict) else body
+    reply = refusing.post("/v1/chat/completions", content=body)
     assert reply.status_code == status, reply.text
     error = reply.json()["error"]
     assert error["type"] == "invalid_request_error" and error["code"] and words in error["message"]
@@ -219,7 +211,7 @@ def test_another_way_in_is_a_typed_error(refusing, verb, path, status):
 
 
 def test_a_key_can_be_demanded():
-    with TestClient(create_app(SimpleNamespace(), "shapes", Limits(key="kéy"))) as client:
+    with TestClient(create_app(SimpleNamespace(), "shapes", Limits(), "kéy")) as client:
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "kéy".encode()}):
             reply = client.get("/v1/models", headers=headers)
             assert reply.status_code == 401 and reply.json()["error"]["code"] == "invalid_api_key"
@@ -234,14 +226,12 @@ def test_what_comes_together_goes_together_and_by_kind():
     model = Scripted()
     model.gate.set()
 
-    async def run():
-        async with reached(create_app(model, "shapes", Limits(quiet=0.3, longest=1))) as client:
-            kinds = [{}, {"model": "shapes:dmlr"}, {"max_tokens": 9}, {"seed": 13}, {}]
-            replies = await asyncio.gather(*(ask(client, f"q{i}", **kind) for i, kind in enumerate(kinds)))
-            broken = await asyncio.gather(ask(client, "break"), ask(client, "go"))
-        return replies, broken
+    async def talk(client):
+        kinds = [{}, {"model": "shapes:dmlr"}, {"max_tokens": 9}, {"seed": 13}, {}]
+        replies = await asyncio.gather(*(ask(client, f"q{i}", **kind) for i, kind in enumerate(kinds)))
+        return replies, await asyncio.gather(ask(client, "break"), ask(client, "go"))
 
-    replies, broken = asyncio.run(run())
+    replies, broken = spoken(talk, model, quiet=0.3, longest=1)
     assert [reply.status_code for reply in replies] == [200, 200, 200, 400, 200]
     said = [reply.json()["choices"][0]["message"]["content"] for reply in replies if reply.status_code == 200]
     assert said == ["q0", "q1", "q2", "q4"]
@@ -255,15 +245,9 @@ def test_what_comes_together_goes_together_and_by_kind():
 def test_a_batch_leaves_when_it_is_full_and_when_it_waited_long_enough():
     model = Scripted()
     model.gate.set()
-
-    async def run():
-        async with reached(create_app(model, "shapes", Limits(quiet=5, longest=5, batch=2))) as client:
-            await asyncio.gather(*(ask(client, f"q{i}") for i in range(4)))
-        async with reached(create_app(model, "shapes", Limits(quiet=5, longest=0.01))) as client:
-            await ask(client, "alone")
-
     began = time.monotonic()
-    asyncio.run(run())
+    spoken(lambda client: asyncio.gather(*(ask(client, f"q{i}") for i in range(4))), model, quiet=5, longest=5, batch=2)
+    spoken(lambda client: ask(client, "alone"), model, quiet=5, longest=0.01)
     assert time.monotonic() - began < 5
     assert [len(questions) for questions, *_ in model.batches] == [2, 2, 1]
 
@@ -271,13 +255,12 @@ def test_a_batch_leaves_when_it_is_full_and_when_it_waited_long_enough():
 def test_too_many_requests_and_one_that_waits_too_long():
     model = Scripted()
 
-    async def run():
-        async with reached(create_app(model, "shapes", Limits(requests=3, seconds=1))) as client:
-            replies = await asyncio.gather(*(ask(client, f"q{i}") for i in range(5)))
-            model.gate.set()
-            return replies, await ask(client, "later")
+    async def talk(client):
+        replies = await asyncio.gather(*(ask(client, f"q{i}") for i in range(5)))
+        model.gate.set()
+        return replies, await ask(client, "later")
 
-    replies, later = asyncio.run(run())
+    replies, later = spoken(talk, model, requests=3, seconds=1)
     assert sorted(reply.status_code for reply in replies) == [429, 429, 504, 504, 504]
     assert {reply.json()["error"]["type"] for reply in replies} == {"rate_limit_error", "server_error"}
     assert later.status_code == 200, "nobody is under way any more"
@@ -287,7 +270,7 @@ def test_who_hangs_up_costs_the_model_nothing():
     """At once: two, one who is gone when its turn comes, and one who goes in the middle of the request."""
     model, text = Scripted(), json.dumps(request("gone")).encode()
 
-    async def hangs_up(app, body, more):
+    async def hangs_up(client, body, more):
         told, events = [], iter([{"type": "http.request", "body": body, "more_body": more}])
 
         async def receive():
@@ -297,17 +280,15 @@ def test_who_hangs_up_costs_the_model_nothing():
             told.append(event)
 
         scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b""}
-        await app(scope | {"http_version": "1.1", "root_path": ""}, receive, send)
+        await client._transport.app(scope | {"http_version": "1.1", "root_path": ""}, receive, send)
         return told[0]["status"]
 
-    async def run():
-        app = create_app(model, "shapes")
-        async with reached(app) as client:
-            asyncio.get_running_loop().call_later(0.2, model.gate.set)
-            gone = (hangs_up(app, text, False), hangs_up(app, text[:20], True))
-            return await asyncio.gather(ask(client, "q0"), ask(client, "q1"), *gone)
+    def talk(client):
+        asyncio.get_running_loop().call_later(0.2, model.gate.set)
+        gone = (hangs_up(client, text, False), hangs_up(client, text[:20], True))
+        return asyncio.gather(ask(client, "q0"), ask(client, "q1"), *gone)
 
-    *replies, late, early = asyncio.run(run())
+    *replies, late, early = spoken(talk, model)
     assert [reply.status_code for reply in replies] == [200, 200] and late == early == 499
     assert sorted(question for questions, *_ in model.batches for question in questions) == ["q0", "q1"]
 
