@@ -49,7 +49,7 @@ def load(name_or_path: str, preset: str | None = None, **parameters: Any) -> Mod
     ConfigError names a parameter that is unknown, out of range or only a run's; ModelError says why a model cannot be
     loaded.
     """
-    _refuse(parameters, OF_A_RUN, "belongs to a run over a dataset (python -m dmlr run), not to a loaded model")
+    _refuse(parameters)
     config = Config.make(preset, model_name_or_path=name_or_path, **parameters)
     return Model(VLM.load(config), config)
 
@@ -61,7 +61,6 @@ def wrap(model: torch.nn.Module, processor: Any, preset: str | None = None, **pa
     """
     from dmlr.model.attention import ATTENTION
 
-    _refuse(parameters, OF_A_RUN, "belongs to a run over a dataset, not to a loaded model")
     own = AT_LOAD - {"min_pixels", "max_pixels", "deep_patches"}
     _refuse(parameters, own, "is a matter of loading, and this model is loaded already")
     name = getattr(model, "name_or_path", "") or type(model).__name__
@@ -107,7 +106,6 @@ class Model:
         """
         check_names([method], METHODS, what="method")
         _refuse(parameters, AT_LOAD, "is fixed when a model is loaded: give it to dmlr.load")
-        _refuse(parameters, OF_A_RUN, "belongs to a run over a dataset (python -m dmlr run), not to a question")
         config = self.config.replace(**parameters)
         asked = [_asked(question) for question in questions]
         good = [question for question, error in asked if error is None]
@@ -192,10 +190,13 @@ def _asked(question: str | tuple | Mapping[str, Any]) -> tuple[Question, Excepti
     return Question(idx if idx is not None else identity(text, opened), text, opened), None
 
 
-def _refuse(parameters: Mapping[str, Any], names: set[str], why: str) -> None:
-    check_names(parameters)
-    if wrong := next((name for name in parameters if name in names), None):
-        raise ConfigError(f"{wrong} {why}")
+def _refuse(parameters: Iterable[str], fixed: Iterable[str] = (), why: str = "") -> None:
+    """ConfigError for a parameter that is fixed, with the reason, and for one that only a run has."""
+    for name in parameters:
+        if name in OF_A_RUN:
+            raise ConfigError(f"{name} belongs to a run over a dataset (python -m dmlr run)")
+        if name in fixed:
+            raise ConfigError(f"{name} {why}")
 
 
 def _sharing_weights(model: torch.nn.Module) -> torch.nn.Module:
