@@ -167,8 +167,8 @@ def released(vlm: VLM, config: Config, more: bool = True) -> dict[str, float]:
     """The released behaviour in the model's dtype. Its decoding is taken to be ours at batch 1, with a KV cache."""
     prompt, plain = prompts(vlm, config), config.replace(max_num_steps=0)
 
-    def of(config: Config, tokens: int = 256, iterations: int = 2) -> float:
-        return iteration(released_loop(vlm, config, prompt[tokens]), iterations, vlm.device)
+    def of(config: Config, tokens: int = 256) -> float:
+        return iteration(released_loop(vlm, config, prompt[tokens]), 2 if tokens == 256 else 1, vlm.device)
 
     figures = {"iteration": of(config)}
     for tokens, name in examples(vlm, more).items():
@@ -176,8 +176,7 @@ def released(vlm: VLM, config: Config, more: bool = True) -> dict[str, float]:
         figures[name] = config.max_num_steps * figures["iteration"] + ours
     if more:
         figures["peak_bytes"] = least_peak(vlm, partial(released_loop(vlm, config, prompt[1024]), 2))
-        figures["iteration_16_patches"] = of(many_patches(config))
-        figures |= {f"iteration_{tokens}_image_tokens": of(config, tokens, 1) for tokens in (64, 1024)}
+        figures |= variations(of, config)
     return {f"released_{name}": value for name, value in figures.items()}
 
 
@@ -185,10 +184,10 @@ def ours(vlm: VLM, config: Config, batches: Sequence[int], more: bool = True) ->
     """The loop as `config` says, whole examples, and what both need of memory over the weights."""
     prompt, largest = prompts(vlm, config), max(batches)
 
-    def of(config: Config, batch: int = 1, tokens: int = 256) -> float:
+    def of(config: Config, tokens: int = 256, batch: int = 1) -> float:
         return iteration(loop(vlm, config, prompt[tokens], batch), config.max_num_steps, vlm.device) / batch
 
-    figures = {f"iteration_batch_{batch}": of(config, batch) for batch in batches}
+    figures = {f"iteration_batch_{batch}": of(config, batch=batch) for batch in batches}
     for batch in batches:
         figures[f"forward_batch_{batch}"] = seconds(forward(vlm, config, prompt[256], batch), vlm.device) / batch
     for tokens, name in examples(vlm, more).items():
@@ -198,8 +197,7 @@ def ours(vlm: VLM, config: Config, batches: Sequence[int], more: bool = True) ->
     if more:
         figures["peak_bytes"] = least_peak(vlm, lambda: loop(vlm, config, prompt[1024], 1)(2))
         figures[f"peak_bytes_batch_{largest}"] = least_peak(vlm, example(vlm, config, prompt[256], largest))
-        figures["iteration_16_patches"] = of(many_patches(config))
-        figures |= {f"iteration_{tokens}_image_tokens": of(config, 1, tokens) for tokens in (64, 1024)}
+        figures |= variations(of, config)
     return figures
 
 
@@ -215,9 +213,10 @@ def prompts(vlm: VLM, config: Config) -> dict[int, Encoded]:
     return {tokens: random_prompt(vlm, side, side * side + TEXT, length) for tokens, side in SIDES.items()}
 
 
-def many_patches(config: Config) -> Config:
-    """16 patches per think token instead of 16 in all."""
-    return config.replace(initial_patch_count=16, max_total_patches=None)
+def variations(of: Callable[..., float], config: Config) -> dict[str, float]:
+    """An iteration with 16 patches per think token instead of 16 in all, and with other images."""
+    figures = {"iteration_16_patches": of(config.replace(initial_patch_count=16, max_total_patches=None))}
+    return figures | {f"iteration_{tokens}_image_tokens": of(config, tokens) for tokens in (64, 1024)}
 
 
 def measure(shape: str, device: str, more: bool = True) -> dict:
