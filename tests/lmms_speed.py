@@ -7,6 +7,7 @@ questions at batch 1. Theirs loads in bfloat16, and is timed so too.
 """
 
 import json
+import operator
 import statistics
 import sys
 import time
@@ -38,21 +39,19 @@ def theirs(path, batch, as_loaded=False):
     return model
 
 
-def ours(path, batch, method):
-    return DMLR(path, method, preset="demo", prompt="task", budget="task", batch_size=batch)
-
-
 def main(path="data/models/shapes-vl", count="32"):
     docs = json.loads((SHAPES / "mathematics.json").read_text())[: int(count)]
-    how = {"max_new_tokens": 64}
+    asked = [(doc["prompt"], messages_of, {"max_new_tokens": 64}, i, "shapes", "test") for i, doc in enumerate(docs)]
     about = [{"task": "shapes", "doc_id": i, "repeats": 1} for i in range(len(docs))]
-    arguments = [(doc["prompt"], messages_of, how, i, "shapes", "test") for i, doc in enumerate(docs)]
-    every = [Instance("generate_until", one, 0, what) for one, what in zip(arguments, about, strict=True)]
+    every = [Instance("generate_until", one, 0, what) for one, what in zip(asked, about, strict=True)]
+    ours = {"preset": "demo", "prompt": "task", "budget": "task"}
     for batch, requests in ((16, every), (1, every[: len(every) // 2])):
         models = {
             "qwen2_5_vl of lmms-eval": theirs(path, batch),
             "the same in bfloat16": theirs(path, batch, as_loaded=True),
-            **{f"dmlr, method={method}": ours(path, batch, method) for method in ("vanilla", "dmlr")},
+            **{
+                f"dmlr, method={method}": DMLR(path, method, batch_size=batch, **ours) for method in ("vanilla", "dmlr")
+            },
         }
         seconds, said = {name: [] for name in models}, {}
         for number in range(4):  # the first warms up
@@ -65,10 +64,8 @@ def main(path="data/models/shapes-vl", count="32"):
         base = said["qwen2_5_vl of lmms-eval"]
         for name in models:
             rate = len(requests) / statistics.median(seconds[name][1:])
-            same = sum(one == other for one, other in zip(said[name], base, strict=True))
-            print(
-                f"batch {batch:2}  {name:24} {rate:7.2f} questions/s, {same} of {len(base)} texts as theirs", flush=True
-            )
+            same = f"{sum(map(operator.eq, said[name], base))} of {len(base)} texts as theirs"
+            print(f"batch {batch:2}  {name:24} {rate:7.2f} questions/s, {same}", flush=True)
 
 
 if __name__ == "__main__":

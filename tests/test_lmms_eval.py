@@ -5,9 +5,9 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 from lmms_tasks.letters import SCORERS
@@ -24,12 +24,6 @@ HARNESS = ROOT / ".venv-lmms" / "bin" / "python"
 DOCS = [{"prompt": "How many stars?\nA. 1\nB. 2", "image": noise_image(i, 56, 56)} for i in range(4)]
 
 
-@dataclass
-class GenerationResult:
-    text: str
-    token_counts: object
-
-
 class Lmms:
     """As far as lmms-eval's base class is used."""
 
@@ -41,16 +35,14 @@ class Lmms:
 @pytest.fixture
 def plug(monkeypatch):
     """dmlr.lmms_eval among stand-ins."""
-    api = {"GenerationResult": GenerationResult, "Instance": object, "TokenCounts": lambda *counts: counts}
+    result = namedtuple("GenerationResult", "text token_counts")
     stand_ins = {
-        "lmms_eval.api.instance": api,
-        "lmms_eval.api.model": {"lmms": Lmms},
-        "lmms_eval.models.registry_v2": {"ModelManifest": lambda name, **how: (name, how)},
+        "api.instance": {"GenerationResult": result, "Instance": object, "TokenCounts": lambda *counts: counts},
+        "api.model": {"lmms": Lmms},
+        "models.registry_v2": {"ModelManifest": lambda name, **how: (name, how)},
     }
-    for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.models", *stand_ins):
-        module = ModuleType(name)
-        vars(module).update(stand_ins.get(name, {}))
-        monkeypatch.setitem(sys.modules, name, module)
+    for name, content in stand_ins.items():
+        monkeypatch.setitem(sys.modules, f"lmms_eval.{name}", SimpleNamespace(**content))
     monkeypatch.delitem(sys.modules, "dmlr.lmms_eval", raising=False)
     yield importlib.import_module("dmlr.lmms_eval")
     sys.modules.pop("dmlr.lmms_eval", None)
