@@ -57,18 +57,17 @@ def open_image(source: str | Path | ImageFile | Image.Image, most: int | None = 
     more than `most` pixels (none: MAX_IMAGE_PIXELS) or pixels that are no number, or has sides that differ by more than
     MAX_ASPECT_RATIO times.
     """
-    name = _name(source)
-    most = most or MAX_IMAGE_PIXELS
+    name, image, most = "image", source, most or MAX_IMAGE_PIXELS
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the pixel limit below decides
-            image = source
             if not isinstance(source, Image.Image):
-                content = source.content if isinstance(source, ImageFile) else _read(str(source), name)
-                image = Image.open(io.BytesIO(content))
+                file = source if isinstance(source, ImageFile) else read_image_file(source)
+                name = file.name
+                image = Image.open(io.BytesIO(file.content))
                 if image.format == "PNG":  # whose checksums loading does not look at
                     image.verify()
-                    image = Image.open(io.BytesIO(content))
+                    image = Image.open(io.BytesIO(file.content))
             shape, sides = f"{image.width} x {image.height}", sorted(image.size)
             if sides[0] * sides[1] > most:
                 raise ImageError(f"{name}: {shape} pixels are more than {most} (decompression bomb?)")
@@ -88,43 +87,34 @@ def open_image(source: str | Path | ImageFile | Image.Image, most: int | None = 
 
 def read_image_file(source: str | Path) -> ImageFile:
     """The file behind a path, URL or data string, not decoded. ImageError when it cannot be read."""
-    return ImageFile(_name(source), _read(str(source), _name(source)))
-
-
-def _name(source: str | Path | ImageFile | Image.Image) -> str:
-    if isinstance(source, Image.Image):
-        return "image"
-    return source.name if isinstance(source, ImageFile) else shorten(without_password(str(source)))
-
-
-def _read(source: str, name: str) -> bytes:
-    if source.lower().startswith("data:"):
-        try:
-            return base64.b64decode(re.sub(r"\s", "", source.partition(",")[2]), validate=True)
-        except binascii.Error as error:
-            raise ImageError(f"{name}: not valid base64 ({error})") from None
-    if re.match(r"(?i)https?://", source):
-        return _download(source, name)
+    source = str(source)
+    name = shorten(without_password(source))
     try:
-        content = Path(local_path(source)).read_bytes()
+        if source.lower().startswith("data:"):
+            content = base64.b64decode(re.sub(r"\s", "", source.partition(",")[2]), validate=True)
+        elif re.match(r"(?i)https?://", source):
+            content = _download(source)
+        elif not (content := Path(local_path(source)).read_bytes()):
+            raise ValueError("the file is empty (0 bytes)")
+    except binascii.Error as error:
+        raise ImageError(f"{name}: not valid base64 ({error})") from None
     except (OSError, ValueError) as error:
         raise ImageError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
-    if not content:
-        raise ImageError(f"{name}: the file is empty (0 bytes)")
-    return content
+    return ImageFile(name, content)
 
 
-def _download(url: str, name: str) -> bytes:
+def _download(url: str) -> bytes:
+    """What a server sends. ValueError for nothing, too much, or not in time."""
     try:
         urlparse(url).port  # noqa: B018 (raises; the client finds it while it connects, and says nothing)
     except ValueError as error:
-        raise ImageError(f"{name}: cannot be fetched ({error})") from None
+        raise ValueError(f"cannot be fetched ({error})") from None
     # A thread with an event loop of its own: notebooks already run one in this thread.
     with start_blocking_portal() as portal:
-        return portal.call(_fetch, url, name)
+        return portal.call(_fetch, url)
 
 
-async def _fetch(url: str, name: str) -> bytes:
+async def _fetch(url: str) -> bytes:
     import httpx2
 
     content = bytearray()
@@ -138,12 +128,12 @@ async def _fetch(url: str, name: str) -> bytes:
                 async for chunk in response.aiter_bytes():
                     content += chunk
                     if len(content) > MAX_DOWNLOAD:
-                        raise ImageError(f"{name}: larger than {MAX_DOWNLOAD >> 20} MiB")
+                        raise ValueError(f"larger than {MAX_DOWNLOAD >> 20} MiB")
     except TimeoutError:
-        raise ImageError(f"{name}: not fetched within {_DOWNLOAD_SECONDS} seconds") from None
+        raise ValueError(f"not fetched within {_DOWNLOAD_SECONDS} seconds") from None
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         reason = without_password(f"{type(error).__name__}: {error}").split("\n")[0]
-        raise ImageError(f"{name}: cannot be fetched ({reason})") from None
+        raise ValueError(f"cannot be fetched ({reason})") from None
     return bytes(content)
 
 
