@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +49,8 @@ def choice_fields(question: str, choices: list[str], index: int, *, listed: bool
         prompt = "\n".join([f"{question}\n\nOptions:".lstrip(), *lines])
     letter, option = letters[index], choices[index]
     solution = letter if option in ("", letter) else f"{letter}. {option}"
-    chosen = {"choices": choices, "letter": letter, "option": option}
-    return {"prompt": prompt, "solution": solution, "kind": "choice", **chosen}
+    fields = {"prompt": prompt, "solution": solution, "kind": "choice"}
+    return fields | {"choices": choices, "letter": letter, "option": option}
 
 
 def _index(answer: Any, choices: list[str], *, letter_first: bool) -> int | None:
@@ -83,10 +83,11 @@ def _texts(values: Any) -> list[str]:
     return [] if values is None else [str(value).strip() for value in values]
 
 
-def _there(row: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+def _there(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return {name: row[name] for name in names if row.get(name) is not None}
 
 
+# Of a question without options, by its answer_type: what the judge takes, and what is asked for.
 _FORMS = {
     "integer": ("number", "Answer with a whole number."),
     "float": ("number", "Answer with a number{rounded}."),
@@ -95,36 +96,35 @@ _FORMS = {
 
 
 def _mathvista(row: Mapping[str, Any]) -> dict[str, Any]:
-    choices, answer_type, unit = _texts(row["choices"]), row["answer_type"], row["unit"] or None
-    precision = None if row["precision"] is None or math.isnan(row["precision"]) else int(row["precision"])
+    choices, answer_type, unit, places = _texts(row["choices"]), row["answer_type"], row["unit"] or None, None
+    if row["precision"] is not None and not math.isnan(row["precision"]):
+        places = int(row["precision"])
     question = row["question"].strip() + (f" (Unit: {unit})" if unit else "")
-    fields: dict[str, Any] = {"id": str(row["pid"])}
     index = _index(row["answer"], choices, letter_first=False)
-    if choices and index is not None:
-        fields |= choice_fields(question, choices, index)
+    if index is not None:
+        fields = choice_fields(question, choices, index)
     else:
-        rounded = "" if precision is None else f", rounded to {precision} decimal place{'' if precision == 1 else 's'}"
+        rounded = "" if places is None else f", rounded to {places} decimal place{'' if places == 1 else 's'}"
         kind, form = _FORMS.get(answer_type, (None, ""))
-        fields |= {
-            "prompt": f"{question}\n{form.format(rounded=rounded)}".strip(),
-            "solution": str(row["answer"]).strip(),
-        }
-        fields |= ({"kind": kind} if kind else {}) | ({"choices": choices} if choices else {})
-        fields |= {"precision": precision} if answer_type == "float" and precision is not None else {}
-    fields |= {"question_type": row["question_type"], "answer_type": answer_type, "unit": unit}
+        prompt, solution = f"{question}\n{form.format(rounded=rounded)}".strip(), str(row["answer"]).strip()
+        precision = places if answer_type == "float" else None
+        asked = {"kind": kind, "choices": choices or None, "precision": precision}
+        fields = {"prompt": prompt, "solution": solution, **_there(asked, asked)}
     kept = ("category", "task", "context", "skills", "source", "grade", "language")
-    return fields | _there(row.get("metadata") or {}, kept)
+    about = {"question_type": row["question_type"], "answer_type": answer_type, "unit": unit}
+    return {"id": str(row["pid"]), **fields, **about, **_there(row.get("metadata") or {}, kept)}
 
 
 def _mathvision(row: Mapping[str, Any]) -> dict[str, Any]:
     (question, *choices), pictures = _without_placeholders(row["question"], *_texts(row["options"]))
     answer = str(row["answer"]).strip()
-    fields = {"id": str(row["id"]), "category": row.get("subject"), "level": row.get("level")}
-    fields |= {"pictures": max(1, pictures)}
     index = _index(answer, choices, letter_first=True)
-    if choices and index is not None:
-        return fields | choice_fields(question, choices, index)
-    return fields | {"prompt": question, "solution": answer} | ({"choices": choices} if choices else {})
+    if index is not None:
+        fields = choice_fields(question, choices, index)
+    else:
+        fields = {"prompt": question, "solution": answer} | ({"choices": choices} if choices else {})
+    about = {"id": str(row["id"]), "category": row.get("subject"), "level": row.get("level")}
+    return {**about, "pictures": max(1, pictures), **fields}
 
 
 def _mm_math(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,29 +136,28 @@ def _mm_math(row: Mapping[str, Any]) -> dict[str, Any]:
         question += (
             "\n\nSeveral answers are asked for: put all of them, in order and separated by commas, into one box."
         )
-        if all(parse_number(answer) for answer in answers):
+        if all(map(parse_number, answers)):
             fields |= {"kind": "list", "solution": repr(answers)}
     known = {"year": row.get("year"), "difficulty": row.get("difficult"), "category": row.get("knowledge")}
     return {"prompt": question, **fields, **known}
 
 
 def _hallusionbench(row: Mapping[str, Any]) -> dict[str, Any]:
-    key = [str(row[name]) for name in ("category", "subcategory", "set_id")]
-    # A question without its figure belongs to no figure; it does belong to the question that it controls for.
-    figure = "/".join([*key, str(row["figure_id"])]) if row.get("image") is not None else None
-    answer = {"0": "No", "1": "Yes"}.get(str(row["gt_answer"]).strip())
-    if answer is None:
+    questions = "/".join(str(row[name]) for name in ("category", "subcategory", "set_id"))
+    figure, answer = f"{questions}/{row['figure_id']}", str(row["gt_answer"]).strip()
+    if answer not in ("0", "1"):
         raise ValueError(f"gt_answer {row['gt_answer']!r} is neither 0 nor 1")
     return {
         "prompt": row["question"].strip(),
-        "solution": answer,
+        "solution": "Yes" if answer == "1" else "No",
         "kind": "yesno",
-        "id": "/".join([*key, str(row["figure_id"]), str(row["question_id"])]),
+        "id": f"{figure}/{row['question_id']}",
         "category": row["category"],
         "subcategory": row["subcategory"],
         "visual_input": str(row["visual_input"]),
-        "figure_group": figure,
-        "question_group": "/".join([*key, str(row["question_id"])]),
+        # A question without its figure belongs to no figure; it does belong to the question that it controls for.
+        "figure_group": None if row.get("image") is None else figure,
+        "question_group": f"{questions}/{row['question_id']}",
         "answer_details": row.get("gt_answer_details"),
     }
 
@@ -169,8 +168,7 @@ _MMVP_ANSWERS = {99: "b", 100: "a", 279: "b", 280: "a"}
 
 
 def _mmvp(row: Mapping[str, Any]) -> dict[str, Any]:
-    number = int(row["Index"])
-    choices = list(parse_options(row["Options"]).values())
+    number, choices = int(row["Index"]), list(parse_options(row["Options"]).values())
     answer = _MMVP_ANSWERS.get(number, row["Correct Answer"])
     index = _index(answer, choices, letter_first=True)
     if index is None:
@@ -180,13 +178,12 @@ def _mmvp(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _mmstar(row: Mapping[str, Any]) -> dict[str, Any]:
     (question,), _ = _without_placeholders(row["question"])
-    options = parse_options(question) or inline_options(question)
-    choices, letter = list(options.values()), str(row["answer"]).strip().upper()
-    source = row["meta_info"].get("source") if isinstance(row.get("meta_info"), Mapping) else None
+    options, letter = parse_options(question) or inline_options(question), str(row["answer"]).strip().upper()
     fields = {"id": int(row["index"]), "category": row["category"], "l2_category": row["l2_category"]}
-    fields |= {"source": source} if source else {}
+    if isinstance(about := row.get("meta_info"), Mapping) and about.get("source"):
+        fields |= {"source": about["source"]}
     if letter in options:
-        return fields | choice_fields(question, choices, ord(letter) - 65, listed=True)
+        return fields | choice_fields(question, list(options.values()), ord(letter) - 65, listed=True)
     return fields | {"prompt": question, "solution": letter, "kind": "choice", "letter": letter}
 
 
@@ -204,8 +201,7 @@ def inline_options(question: str) -> dict[str, str]:
 
 
 def _scienceqa(row: Mapping[str, Any]) -> dict[str, Any]:
-    hint = (row["hint"] or "").strip()
-    (question,), _ = _without_placeholders(row["question"])
+    hint, ((question,), _) = (row["hint"] or "").strip(), _without_placeholders(row["question"])
     fields = choice_fields(f"{hint}\n\n{question}".strip(), _texts(row["choices"]), int(row["answer"]))
     return fields | _there(row, ("task", "grade", "subject", "topic", "category", "skill"))
 

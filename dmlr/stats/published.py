@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from dmlr.data.benchmarks import BENCHMARKS
+
 SOURCE = (
     "Liu et al., arXiv 2512.12623, Table 1 (at most 1000 items each; labels of its rows as far as they are legible)"
 )
-BENCHMARKS = ("mathvista", "mathvision", "mmmath", "hallusionbench", "mmvp", "mmstar", "scienceqa")
 _TABLE = """
 Qwen2.5-VL-7B  vanilla         58.7  21.6  37.5  65.4  68.7  59.3  49.7
 Qwen2.5-VL-7B  multimodal-cot  56.4  21.8  35.6  63.6  68.1  57.9  49.5
@@ -29,10 +30,9 @@ Qwen3-VL-4B    dmlr            65.6  29.4  65.9  72.7  72.3  60.3  54.9
 # Hub names of models that the paper calls otherwise. VLAA-Thinker exists with 3B and 7B, and the paper does not say
 # which it took: neither has its numbers.
 _CALLED = {"r1-onevision-7b": "r1-onevision"}
-_ROWS = [line.split() for line in _TABLE.split("\n") if line]
 TABLE_1 = {
     (model.lower(), method, benchmark): float(value)
-    for model, method, *values in _ROWS
+    for model, method, *values in map(str.split, _TABLE.strip().splitlines())
     for benchmark, value in zip(BENCHMARKS, values, strict=True)
 }
 
