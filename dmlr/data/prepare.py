@@ -31,7 +31,7 @@ from dmlr.config import check_names
 from dmlr.data.benchmarks import BENCHMARKS, Benchmark
 from dmlr.data.check import check_dataset, report
 from dmlr.data.images import MAX_DOWNLOAD, ImageFile, open_image, shorten
-from dmlr.json_files import as_json, replace_file
+from dmlr.json_files import as_json, replace_file, write_json
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the hub's library is imported, below
 
@@ -66,9 +66,10 @@ class Folder:
         except (OSError, ValueError, TypeError, KeyError):  # none yet, or one that cannot be trusted
             self.sums, self.origin = {}, {}
 
-    def damaged(self) -> list[str]:
-        """Files of the manifest that are missing or have another content, in its order."""
-        return [name for name in self.sums if not self._is_whole(name)]
+    def is_whole(self, name: str) -> bool:
+        """Whether a file is there with the content that the manifest knows."""
+        path = self.path / name
+        return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == self.sums[name]
 
     def write(self, name: str, content: bytes) -> None:
         """Make sure that a file has this content, and write it whole or not at all; one that has it is not touched.
@@ -81,19 +82,14 @@ class Folder:
                 f"{path}: the source now gives another content than the one the folder was made from; "
                 f"give that source, or remove {self.path} to make it anew"
             )
-        if not self._is_whole(name):
+        if not self.is_whole(name):
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, content)
             self.written.append(name)
 
     def finish(self) -> None:
         """Write the manifest."""
-        content = {"source": self.origin, "files": dict(sorted(self.sums.items()))}
-        replace_file(self.path / MANIFEST, as_json(content))
-
-    def _is_whole(self, name: str) -> bool:
-        path = self.path / name
-        return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == self.sums[name]
+        write_json(self.path / MANIFEST, {"source": self.origin, "files": dict(sorted(self.sums.items()))})
 
 
 def prepare(
@@ -114,10 +110,11 @@ def prepare(
     """
     if sample is not None and sample < 1:
         raise BenchmarkError(f"sample = {sample}: a sample has at least one row")
-    name = _canonical(name)
+    given, name = name.lower(), re.sub(r"[^a-z0-9]", "", name.lower()).removesuffix("mini")  # MathVista-mini, MM_Math
+    check_names([name if name in BENCHMARKS else given], BENCHMARKS, "benchmark")
     files = Folder(Path(out) / name)
     wanted = f"{name}.json" if sample is None else f"{name}-{sample}-seed{seed}.json"
-    damaged, remarks = files.damaged(), []
+    damaged, remarks = [name for name in files.sums if not files.is_whole(name)], []
     if damaged:
         more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
         remarks.append(f"missing or changed, made again: {', '.join(damaged[:3])}{more}")
@@ -140,16 +137,7 @@ def prepare(
 def sample_rows(rows: list[dict], count: int, seed: int) -> list[dict]:
     """`count` rows with the smallest hashes of (seed, idx), in file order: the same on every machine and version."""
     ranked = sorted(rows, key=lambda row: hashlib.sha256(f"{seed}/{row['idx']}".encode()).digest())
-    chosen = {row["idx"] for row in ranked[:count]}
-    return [row for row in rows if row["idx"] in chosen]
-
-
-def _canonical(name: str) -> str:
-    """MathVista-mini, MM_Math, mm-math, ... as a key of BENCHMARKS. ConfigError names the nearest."""
-    key = re.sub(r"[^a-z0-9]", "", name.lower()).removesuffix("mini")
-    if key not in BENCHMARKS:
-        check_names([name.lower()], BENCHMARKS, "benchmark")
-    return key
+    return sorted(ranked[:count], key=lambda row: row["idx"])
 
 
 def _make(name: str, files: Folder, source: str | Path | None) -> list[str]:
@@ -200,8 +188,8 @@ def row_of(benchmark: Benchmark, raw: Mapping[str, Any], number: int) -> tuple[d
             image.save(converted := io.BytesIO(), "PNG")
             content = converted.getvalue()
         path = f"images/{number:05d}{_KEPT.get(kind, '.png')}"
-    first = {"prompt": fields.pop("prompt"), "solution": fields.pop("solution"), "image_path": path, "idx": number}
-    return {**first, **fields}, content
+    first = {"prompt": fields["prompt"], "solution": fields["solution"], "image_path": path, "idx": number}
+    return first | fields, content
 
 
 # ---------------------------------------------------------------------------------------------- the hub's files
