@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dmlr.data.examples import Example, Notes, Problem, read_rows
 from dmlr.data.images import ImageError, open_image, shorten
+from dmlr.judge.choice import as_choice
 from dmlr.judge.extract import normalize_text, options_of, split_choice, unbox
 
 MANY = 20  # questions whose first option is never right: by chance, with two options each, once in a million files
@@ -45,10 +46,11 @@ def _of_file(examples: list[Example], problems: list[Problem]) -> list[Problem]:
     if len(lost) > 1 and len(lost) == sum(len(example.images) for example in examples):
         message = f"none of the {len(lost)} images is there: put them where the paths lead, or start in their folder"
         found.append(Problem(None, None, "images_elsewhere", message))
-    chosen = [_chosen(unbox(example.solution), options) for example in examples if (options := _options(example))]
-    right, empty = len(chosen) - chosen.count(None) - chosen.count("?"), chosen.count(None)
-    if right >= MANY and "A" not in chosen:
-        message = f"none of {right} solutions is the first option"
+    asked = [(unbox(example.solution), options) for example in examples if (options := _options(example))]
+    chosen = [right[0] for answer, options in asked if answer and (right := as_choice(answer, options, "choice"))]
+    if len(chosen) >= MANY and "A" not in chosen:
+        empty = sum(not answer for answer, _ in asked)
+        message = f"none of {len(chosen)} solutions is the first option"
         message += f", and {empty} are empty: was answer index 0 taken for none?" if empty else ""
         found.append(Problem(None, None, "first_option_never", message))
     return found
@@ -56,19 +58,6 @@ def _of_file(examples: list[Example], problems: list[Problem]) -> list[Problem]:
 
 def _options(example: Example) -> dict[str, str]:
     return options_of(example.meta.get("choices"), example.question)
-
-
-def _letter(answer: str) -> str | None:
-    """The letter that an answer names: "b", "(b)", "B. dog"; None for any other text."""
-    part = split_choice(answer)
-    return part[0] if part else answer.upper() if len(answer) == 1 and answer.isalpha() else None
-
-
-def _chosen(answer: str, options: dict[str, str]) -> str | None:
-    """Letter of the option that an answer is, by its text or its letter; "?" of no option, None without an answer."""
-    same = [letter for letter, text in options.items() if normalize_text(text) == normalize_text(answer)]
-    named = _letter(answer)
-    return None if not answer else same[0] if same else named if named in options else "?"
 
 
 def _check_twin(example: Example, twin: Example, notes: Notes) -> None:
@@ -110,7 +99,8 @@ def _check_solution(example: Example, notes: Notes) -> None:
     if not all(texts.values()):
         notes.add("options_empty", "an option has no text")
 
-    part, letter, whole = split_choice(answer), _letter(answer), normalize_text(answer) in texts.values()
+    part, whole = split_choice(answer), normalize_text(answer) in texts.values()
+    letter = part[0] if part else answer.upper() if len(answer) == 1 and answer.isalpha() else None
     by_accident, shown = re.match(r"([A-H])[.):]?\s", answer), f"the solution {shorten(answer)!r}"
     if whole and by_accident and texts.get(by_accident[1]) != normalize_text(answer):
         notes.add("option_like_letter", f"{shown} is an option's text that begins like a letter by accident")

@@ -8,6 +8,7 @@ looks closer.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -65,10 +66,9 @@ class Problem:
 def load_dataset(path: str | Path) -> tuple[list[Example], list[Problem]]:
     """Usable examples in file order, and the problems found without opening any image.
 
-    Raises DatasetError when the file is missing, is not valid JSON (NaN and Infinity included), or is not a
-    list with at least one element. Relative image paths are looked up in the file's folder, then in the
-    working folder. A null or absent `image_path` is a text-only question, unless it is absent in this row
-    and present in others: that row has lost its image.
+    Raises DatasetError when the file is missing, is not valid JSON (NaN and Infinity included), or is not a list with
+    at least one element. Relative image paths are looked up in the file's folder, then in the working folder. A null
+    or absent `image_path` is a text-only question; where other rows have one, a row that lacks it has lost its image.
     """
     rows = list(read_rows(path))
     problems = [problem for _, notes in rows for problem in notes.problems]
@@ -177,26 +177,28 @@ def _prompt(row: dict, notes: Notes) -> str:
     prompt = row.get("prompt")
     if prompt is None:
         notes.add("prompt_missing", "no prompt", True)
-    elif not isinstance(prompt, str) or not prompt.strip():
+        return ""
+    if not isinstance(prompt, str) or not prompt.strip():
         notes.add("prompt_empty", f"the prompt is {'empty' if isinstance(prompt, str) else 'not text'}", True)
-    else:
-        text = _LITERAL_NEWLINE.sub("\n", prompt)
-        if text != prompt:
-            notes.add("literal_newline", "the prompt holds a literal backslash-n; it is read as a new line")
-        if _CONTROL.search(text):
-            notes.add("control_characters", "the prompt holds control characters")
-        return text
-    return ""
+        return ""
+    text = _LITERAL_NEWLINE.sub("\n", prompt)
+    if text != prompt:
+        notes.add("literal_newline", "the prompt holds a literal backslash-n; it is read as a new line")
+    return _looked_at("prompt", text, notes)
 
 
 def _solution(row: dict, notes: Notes) -> str:
-    text = "" if row.get("solution") is None else str(row["solution"])
-    if not text.strip():
-        kind, what = ("missing", "no solution") if row.get("solution") is None else ("empty", "the solution is empty")
-        notes.add(f"solution_{kind}", f"{what}: the row cannot be judged")
-        return ""
+    solution = row.get("solution")
+    if solution is not None and (text := str(solution)).strip():
+        return _looked_at("solution", text, notes)
+    kind, what = ("missing", "no solution") if solution is None else ("empty", "the solution is empty")
+    notes.add(f"solution_{kind}", f"{what}: the row cannot be judged")
+    return ""
+
+
+def _looked_at(name: str, text: str, notes: Notes) -> str:
     if _CONTROL.search(text):
-        notes.add("control_characters", "the solution holds control characters")
+        notes.add("control_characters", f"the {name} holds control characters")
     return text
 
 
@@ -218,12 +220,9 @@ def _image(source: Any, folder: Path, notes: Notes) -> str | None:
         return None
     if re.match(r"(?i)https?://|data:", source):
         return source
-    local = Path(local_path(source))
-    for candidate in (folder / local, local):
-        try:
-            if candidate.is_file():
-                return str(candidate)
-        except (OSError, ValueError):  # a name too long, or with a NUL
-            break
+    with contextlib.suppress(OSError, ValueError):  # of a name too long, or with a NUL
+        local = Path(local_path(source))
+        if there := next(filter(Path.is_file, (folder / local, local)), None):
+            return str(there)
     notes.add("image_missing", f"image file {shorten(source)!r} is neither in {folder} nor in the working folder", True)
     return source
