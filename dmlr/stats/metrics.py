@@ -8,7 +8,7 @@ imported where they are used: a run needs none of them.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -107,26 +107,21 @@ def paired(a: Records, b: Records) -> Paired:
     common = [idx for idx in a if idx in b]
     gained = [idx for idx in common if b[idx] and not a[idx]]
     lost = [idx for idx in common if a[idx] and not b[idx]]
-    if not common:
-        return Paired(0, math.nan, math.nan, math.nan, gained, lost, 1.0)
-    from scipy.stats import bootstrap
-
     differences = np.array([float(b[idx]) - a[idx] for idx in common])
-    low = high = mean = float(differences.mean())
+    low = high = mean = float(differences.mean()) if common else math.nan
     if len(common) > 1:
+        from scipy.stats import bootstrap
+
         how = {"confidence_level": LEVEL, "n_resamples": 10_000, "method": "percentile", "batch": 500}
         low, high = bootstrap([differences], np.mean, rng=np.random.default_rng(0), **how).confidence_interval
     return Paired(len(common), mean, float(low), float(high), gained, lost, mcnemar_exact(len(gained), len(lost)))
 
 
 def _by_idx(records: Records) -> dict[Any, bool]:
-    by_idx: dict[Any, bool] = {}
-    for record, right in _judged(records):
-        idx = record["data_idx"]
-        if idx in by_idx:
-            raise ValueError(f"data_idx {idx!r} occurs twice in one run")
-        by_idx[idx] = right
-    return by_idx
+    judged = [(record["data_idx"], right) for record, right in _judged(records)]
+    if doubled := [idx for idx, count in Counter(idx for idx, _ in judged).items() if count > 1]:
+        raise ValueError(f"data_idx {doubled[0]!r} occurs twice in one run")
+    return dict(judged)
 
 
 def efficiency(records: Records) -> dict[str, float | int | None]:

@@ -6,24 +6,24 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+JUDGED = {"correct": True, "wrong": False, "unparsed": False}  # verdicts on an answer, and whether it is right
+
 
 def outcome(record: Mapping[str, Any]) -> str:
     """correct, wrong, unparsed, judge_failed, error or skipped: what a record counts as, everywhere."""
-    stop = str(record.get("stop_reason") or "")
+    stop, verdict = str(record.get("stop_reason") or ""), record.get("verdict")
     if stop == "error":
         return "error"
     if stop.startswith("skipped"):
         return "skipped"
-    verdict = record.get("verdict")
-    if verdict in ("correct", "wrong", "unparsed", "judge_failed"):
+    if verdict in (*JUDGED, "judge_failed"):
         return verdict
-    known = {True: "correct", False: "wrong"}
-    return known.get(record.get("is_correct"), "judge_failed")
+    return {True: "correct", False: "wrong"}.get(record.get("is_correct"), "judge_failed")
 
 
 def is_right(record: Mapping[str, Any]) -> bool | None:
     """Whether a judged record is correct; None for an error, a skipped example or a failed judge call."""
-    return {"correct": True, "wrong": False, "unparsed": False}.get(outcome(record))
+    return JUDGED.get(outcome(record))
 
 
 def tally(records: Iterable[Mapping[str, Any]]) -> dict[str, int | float | None]:
@@ -31,8 +31,8 @@ def tally(records: Iterable[Mapping[str, Any]]) -> dict[str, int | float | None]
 
     Errors, skipped examples and failed judge calls are no wrong answers: they are counted beside `total`.
     """
-    counts = Counter(outcome(record) for record in records)
-    total = counts["correct"] + counts["wrong"] + counts["unparsed"]
+    counts = Counter(map(outcome, records))
+    total = sum(counts[verdict] for verdict in JUDGED)
     return {
         "accuracy": counts["correct"] / total if total else None,
         "correct": counts["correct"],
