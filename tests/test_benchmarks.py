@@ -19,7 +19,7 @@ from dmlr.cli import main
 from dmlr.data.benchmarks import BENCHMARKS, choice_fields, inline_options
 from dmlr.data.check import check_dataset
 from dmlr.data.examples import load_dataset
-from dmlr.data.prepare import BenchmarkError, Folder, prepare, sample_rows
+from dmlr.data.prepare import BenchmarkError, Folder, prepare, raw_rows, row_of, sample_rows
 from dmlr.judge import judge
 from dmlr.run.verdicts import hints
 from dmlr.stats.metrics import group_accuracy
@@ -177,13 +177,22 @@ def prepared(tmp_path_factory):
     return made
 
 
+@pytest.fixture
+def copied(prepared, tmp_path):
+    """Copies what was prepared of a benchmark, to be damaged: source, folder of the copy, rows."""
+
+    def copied(name):
+        source, result, rows = prepared[name]
+        return source, shutil.copytree(result.path.parent, tmp_path / "out" / name), rows
+
+    return copied
+
+
 def snapshot(folder):
     """Times, inodes and contents: what a file that was not touched keeps."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
-    return {
-        path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.stat().st_ino, path.read_bytes())
-        for path in files
-    }
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    about = {name: (path.stat().st_mtime_ns, path.stat().st_ino, path.read_bytes()) for name, path in files.items()}
+    return {name: kept for name, kept in about.items() if not name.endswith(".lock")}
 
 
 def contents(folder):
@@ -292,15 +301,12 @@ def test_hallusionbench_has_its_groups_and_its_questions_without_image(prepared)
     assert (figures.correct, figures.total, questions.correct, questions.total) == (2, 3, 2, 3)
 
 
-def test_mmvp_answers_that_were_mended_in_a_copy_are_not_damaged_again(prepared, tmp_path):
-    path = tmp_path / "source/data/train-00000-of-00001.parquet"
-    mmvp(tmp_path / "source")
-    raw = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path)).to_list()
-    for row in raw[2:]:
-        row["Correct Answer"] = {"(a)": "(b)", "(b)": "(a)"}[row["Correct Answer"]]
-    table(path, raw)
-    made = prepare("mmvp", tmp_path / "out", source=tmp_path / "source")
-    assert json.loads(made.path.read_bytes()) == prepared["mmvp"][2]
+def test_mmvp_answers_that_were_mended_in_a_copy_are_not_damaged_again(prepared):
+    source, _, rows = prepared["mmvp"]
+    raw = list(raw_rows(BENCHMARKS["mmvp"], source, None))
+    for given in raw[2:]:
+        given["Correct Answer"] = {"(a)": "(b)", "(b)": "(a)"}[given["Correct Answer"]]
+    assert [row_of(BENCHMARKS["mmvp"], given, i)[0] for i, given in enumerate(raw)] == rows
 
 
 def test_options_in_a_line():
@@ -336,29 +342,26 @@ def test_an_interrupted_preparation_is_completed_without_touching_what_is_done(p
     assert contents(tmp_path / "mmvp") == contents(result.path.parent)
 
 
-def test_damaged_files_are_made_again_and_named(prepared, tmp_path):
-    source, made, rows = prepared["mmstar"]
-    shutil.copytree(made.path.parent, tmp_path / "mmstar")
-    result = prepare("mmstar", tmp_path, source=source, sample=2)
-    before, image = contents(tmp_path), rows[1]["image_path"]
-    (tmp_path / "mmstar" / image).write_bytes(b"x")
-    result.path.unlink()
-    again = prepare("mmstar", tmp_path, source=source)
-    assert sorted(again.written) == sorted([image, result.path.name]) and image in again.remarks[0]
-    assert contents(tmp_path) == before
+def test_damaged_files_are_made_again_and_named(copied):
+    source, folder, rows = copied("mmstar")
+    sample = prepare("mmstar", folder.parent, source=source, sample=2).path
+    before, image = contents(folder), rows[1]["image_path"]
+    (folder / image).write_bytes(b"x")
+    sample.unlink()
+    again = prepare("mmstar", folder.parent, source=source)
+    assert sorted(again.written) == sorted([image, sample.name]) and image in again.remarks[0]
+    assert contents(folder) == before
 
 
-def test_another_source_is_refused_and_overwrites_nothing(prepared, tmp_path):
-    source, made, rows = prepared["mmstar"]
-    shutil.copytree(made.path.parent, tmp_path / "out/mmstar")
-    (tmp_path / "out/mmstar" / rows[0]["image_path"]).unlink()
-    before = snapshot(tmp_path / "out")
-    mmstar(tmp_path / "other")
-    raw = datasets.Dataset.from_parquet(str(source / "mmstar.parquet"), cache_dir=str(tmp_path / "cache")).to_list()
-    table(tmp_path / "other/mmstar.parquet", raw[::-1])
+def test_another_source_is_refused_and_overwrites_nothing(copied, tmp_path):
+    source, folder, rows = copied("mmstar")
+    (folder / rows[0]["image_path"]).unlink()
+    before = snapshot(folder)
+    table(tmp_path / "other/mmstar.parquet", list(raw_rows(BENCHMARKS["mmstar"], source, None))[::-1])
+    shutil.copy(source / "README.md", tmp_path / "other")
     with pytest.raises(BenchmarkError, match=r"another content.*remove"):
-        prepare("mmstar", tmp_path / "out", source=tmp_path / "other")
-    assert snapshot(tmp_path / "out") == before
+        prepare("mmstar", folder.parent, source=tmp_path / "other")
+    assert snapshot(folder) == before
 
 
 def test_a_second_process_is_told_to_wait(tmp_path, prepared):
@@ -368,27 +371,27 @@ def test_a_second_process_is_told_to_wait(tmp_path, prepared):
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"files": 1}'])
-def test_a_manifest_that_cannot_be_read_is_made_anew(prepared, tmp_path, content):
-    source, result, _ = prepared["mmmath"]
-    shutil.copytree(result.path.parent, tmp_path / "mmmath")
-    (tmp_path / "mmmath/manifest.json").write_bytes(content)
-    assert prepare("mmmath", tmp_path, source=source).written == [], "the other files are as they should be"
-    assert contents(tmp_path / "mmmath") == contents(result.path.parent)
+def test_a_manifest_that_cannot_be_read_is_made_anew(copied, content):
+    source, folder, _ = copied("mmmath")
+    before = contents(folder)
+    (folder / "manifest.json").write_bytes(content)
+    assert prepare("mmmath", folder.parent, source=source).written == [], "the other files are as they should be"
+    assert contents(folder) == before
 
 
 # ---------------------------------------------------------------------------------------------- samples
 
 
-def test_a_sample_is_drawn_by_its_seed(prepared, tmp_path):
-    source, _, rows = prepared["mathvista"]
-    result = prepare("mathvista", tmp_path, source=source, sample=3, seed=1)
+def test_a_sample_is_drawn_by_its_seed(copied):
+    source, folder, rows = copied("mathvista")
+    result = prepare("mathvista", folder.parent, source="not read", sample=3, seed=1)
     chosen = json.loads(result.path.read_bytes())
     assert result.path.name == "mathvista-3-seed1.json" and result.rows == len(chosen) == 3
     assert chosen == [row for row in rows if row in chosen] == sample_rows(rows, 3, 1)
-    more = prepare("mathvista", tmp_path, source=source, sample=99, seed=1)  # more than there are: all of them
+    more = prepare("mathvista", folder.parent, source="not read", sample=99, seed=1)  # more than there are: all of them
     assert more.written == ["mathvista-99-seed1.json"] and json.loads(more.path.read_bytes()) == rows
     with pytest.raises(BenchmarkError, match="at least one"):
-        prepare("mathvista", tmp_path, source=source, sample=0)
+        prepare("mathvista", folder.parent, source=source, sample=0)
 
 
 def test_samples_are_nested_and_the_same_everywhere():
