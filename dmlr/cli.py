@@ -103,19 +103,19 @@ def bench(args: argparse.Namespace) -> int:
 @command(argument("files", nargs="+", metavar="FILE", help="JSON list of {prompt, solution, image_path, idx}"))
 def check(args: argparse.Namespace) -> int:
     """what is wrong with a dataset file; exit status 1 where anything is, 2 where a file cannot be used at all"""
-    from dmlr.data.check import check_rows, report, summary
-    from dmlr.data.examples import DatasetError, read_rows
+    from dmlr.data.check import check_examples, report, summary
+    from dmlr.data.examples import DatasetError, read_dataset
 
     status = 0
     for path in args.files:
         try:
-            rows = list(read_rows(path))
+            examples, problems = read_dataset(path)
         except DatasetError as error:
             print(error, file=sys.stderr)
             status = 2
             continue
-        problems = check_rows(rows)
-        print(f"{path}: {summary(len(rows), problems)}\n{report(problems)}")
+        problems = check_examples(examples, problems)
+        print(f"{path}: {summary(examples, problems)}\n{report(problems)}")
         status = max(status, 1 if problems else 0)
     return status
 

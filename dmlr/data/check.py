@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
-from dmlr.data.examples import Example, Notes, Problem, read_rows
+from dmlr.data.examples import Example, Problem, read_dataset
 from dmlr.data.images import ImageError, open_image, shorten
 from dmlr.judge.choice import as_choice
 from dmlr.judge.extract import normalize_text, options_of, split_choice, unbox
@@ -24,19 +25,21 @@ def check_dataset(path: str | Path) -> list[Problem]:
 
     Raises DatasetError as load_dataset does. Problems of the whole file come first, then those of its rows in order.
     """
-    return check_rows(list(read_rows(path)))
+    return check_examples(*read_dataset(path))
 
 
-def check_rows(rows: list[tuple[Example | None, Notes]]) -> list[Problem]:
-    """`check_dataset` of rows as `read_rows` gives them."""
+def check_examples(examples: list[Example], problems: list[Problem]) -> list[Problem]:
+    """`check_dataset` of a file as `read_dataset` gives it."""
+    unusable = {problem.row for problem in problems if problem.fatal}
     first: dict[tuple, Example] = {}
-    for example, notes in rows:
-        if example is not None:
-            _check_images(example, notes)
-            _check_solution(example, notes)
-            _check_twin(example, first.setdefault((example.question, example.images), example), notes)
-    problems = [one for _, notes in rows for one in sorted(notes.problems, key=lambda problem: not problem.fatal)]
-    return _of_file([example for example, _ in rows if example], problems) + problems
+    found = list(problems)
+    for example in examples:
+        twin = first.setdefault((example.question, example.images), example)
+        images = () if example.row in unusable else _unreadable(example)
+        for kind, message in (*images, *_of_solution(example), *_of_twin(example, twin)):
+            found.append(Problem(example.row, example.idx, kind, message, fatal=kind == "image_unreadable"))
+    found.sort(key=lambda problem: (problem.row, not problem.fatal))
+    return _of_file(examples, found) + found
 
 
 def _of_file(examples: list[Example], problems: list[Problem]) -> list[Problem]:
@@ -60,56 +63,55 @@ def _options(example: Example) -> dict[str, str]:
     return options_of(example.meta.get("choices"), example.question)
 
 
-def _check_twin(example: Example, twin: Example, notes: Notes) -> None:
+def _of_twin(example: Example, twin: Example) -> Iterator[tuple[str, str]]:
     if twin is example:
         return
     if normalize_text(twin.solution) == normalize_text(example.solution):
-        notes.add("row_doubled", f"the same question and image as row {twin.row}")
+        yield "row_doubled", f"the same question and image as row {twin.row}"
     else:
-        notes.add("rows_contradict", f"the question and image of row {twin.row} with another solution")
+        yield "rows_contradict", f"the question and image of row {twin.row} with another solution"
 
 
-def _check_images(example: Example, notes: Notes) -> None:
-    for source in example.images if not notes.fatal else ():
-        if source.lower().startswith(("http://", "https://")):
-            continue  # a check stays on this machine
-        try:
-            open_image(source)
-        except ImageError as error:
-            notes.add("image_unreadable", str(error), True)
+def _unreadable(example: Example) -> Iterator[tuple[str, str]]:
+    for source in example.images:
+        if not source.lower().startswith(("http://", "https://")):  # a check stays on this machine
+            try:
+                open_image(source)
+            except ImageError as error:
+                yield "image_unreadable", str(error)
 
 
-def _check_solution(example: Example, notes: Notes) -> None:
+def _of_solution(example: Example) -> Iterator[tuple[str, str]]:
     answer, options = unbox(example.solution), _options(example)
     if not answer:
         if example.solution.strip():
-            notes.add("solution_unparsable", f"nothing in the solution {shorten(example.solution)!r} is an answer")
+            yield "solution_unparsable", f"nothing in the solution {shorten(example.solution)!r} is an answer"
         return
     if answer.count("{") != answer.count("}"):
-        notes.add("solution_unparsable", f"braces do not match in the solution {shorten(answer)!r}")
+        yield "solution_unparsable", f"braces do not match in the solution {shorten(answer)!r}"
     if not options:
         return
     texts = {letter: normalize_text(text) for letter, text in options.items()}
     doubled = [text for text in options.values() if list(texts.values()).count(normalize_text(text)) > 1]
     if doubled and len(set(doubled)) == len(doubled):
         alike = " and ".join(map(repr, map(shorten, doubled)))
-        notes.add("options_alike", f"options that differ in case or punctuation alone: {alike}")
+        yield "options_alike", f"options that differ in case or punctuation alone: {alike}"
     elif doubled:
-        notes.add("options_doubled", f"options with the same text: {shorten(doubled[0])!r}")
+        yield "options_doubled", f"options with the same text: {shorten(doubled[0])!r}"
     if not all(texts.values()):
-        notes.add("options_empty", "an option has no text")
+        yield "options_empty", "an option has no text"
 
     part, whole = split_choice(answer), normalize_text(answer) in texts.values()
     letter = part[0] if part else answer.upper() if len(answer) == 1 and answer.isalpha() else None
     by_accident, shown = re.match(r"([A-H])[.):]?\s", answer), f"the solution {shorten(answer)!r}"
     if whole and by_accident and texts.get(by_accident[1]) != normalize_text(answer):
-        notes.add("option_like_letter", f"{shown} is an option's text that begins like a letter by accident")
+        yield "option_like_letter", f"{shown} is an option's text that begins like a letter by accident"
     elif letter and letter not in options and (part or not whole):
-        notes.add("letter_not_an_option", f"{shown} names a letter that is not among {', '.join(options)}")
+        yield "letter_not_an_option", f"{shown} names a letter that is not among {', '.join(options)}"
     elif part and part[1] and normalize_text(part[1]) != texts[letter]:
-        notes.add("option_text_differs", f"option {letter} reads {shorten(options[letter])!r}, {shown}")
+        yield "option_text_differs", f"option {letter} reads {shorten(options[letter])!r}, {shown}"
     elif not letter and not whole:
-        notes.add("solution_not_an_option", f"{shown} is neither a letter nor the text of an option")
+        yield "solution_not_an_option", f"{shown} is neither a letter nor the text of an option"
 
 
 def report(problems: list[Problem]) -> str:
@@ -135,8 +137,9 @@ def report(problems: list[Problem]) -> str:
     return "\n".join(lines) or "no problems found"
 
 
-def summary(rows: int, problems: list[Problem]) -> str:
+def summary(examples: list[Example], problems: list[Problem]) -> str:
     """One line: how many rows a run can use, and how many of the others it could not judge."""
     unusable = {problem.row for problem in problems if problem.fatal}
     silent = {problem.row for problem in problems if problem.kind in ("solution_missing", "solution_empty")}
-    return f"{rows} rows: {len(unusable)} unusable, {len(silent)} without a solution; {len(problems)} problems"
+    rows = unusable | {example.row for example in examples}
+    return f"{len(rows)} rows: {len(unusable)} unusable, {len(silent)} without a solution; {len(problems)} problems"

@@ -12,7 +12,6 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 from dmlr.config import locate
 from dmlr.data.images import ImageError, local_path, open_image, shorten
 
-__all__ = ["DatasetError", "Example", "ImageError", "Notes", "Problem", "load_dataset", "open_image", "read_rows"]
+__all__ = ["DatasetError", "Example", "ImageError", "Problem", "load_dataset", "open_image", "read_dataset"]
 
 # A literal backslash-n, unless it begins a LaTeX command (\neq, \nu, ...) or follows another backslash.
 _LITERAL_NEWLINE = re.compile(
@@ -70,46 +69,42 @@ def load_dataset(path: str | Path) -> tuple[list[Example], list[Problem]]:
     at least one element. Relative image paths are looked up in the file's folder, then in the working folder. A null
     or absent `image_path` is a text-only question; where other rows have one, a row that lacks it has lost its image.
     """
-    rows = list(read_rows(path))
-    problems = [problem for _, notes in rows for problem in notes.problems]
-    return [example for example, notes in rows if example and not notes.fatal], problems
+    examples, problems = read_dataset(path)
+    unusable = {problem.row for problem in problems if problem.fatal}
+    return [example for example in examples if example.row not in unusable], problems
 
 
-class Notes:
-    """Collects the problems of one row."""
-
-    def __init__(self, row: int) -> None:
-        self.row, self.idx, self.problems = row, None, []
-
-    def add(self, kind: str, message: str, fatal: bool = False) -> None:
-        self.problems.append(Problem(self.row, self.idx, kind, message, fatal))
-
-    @property
-    def fatal(self) -> bool:
-        return any(problem.fatal for problem in self.problems)
-
-
-def read_rows(path: str | Path) -> Iterator[tuple[Example | None, Notes]]:
-    """Each row with its problems, as an Example also when it is unusable for the lack of its image alone.
-
-    Raises DatasetError as load_dataset does.
-    """
+def read_dataset(path: str | Path) -> tuple[list[Example], list[Problem]]:
+    """As `load_dataset`, with the examples that are unusable for the lack of their images alone."""
     path = Path(locate(str(path)))
-    rows = _read(path)
+    rows, examples, problems = _read(path), [], []
     has_images = any(isinstance(row, dict) and row.get("image_path") for row in rows)
     seen: dict[str, int] = {}
-    for number, row in enumerate(rows):
-        notes, example = Notes(number), None
-        if isinstance(row, dict):
-            row = _whole_characters(row, notes)
-            parts = _idx(row, seen, notes), _prompt(row, notes), _solution(row, notes)
-            usable = not notes.fatal
-            images = _images(row, path.parent, has_images, notes)
-            meta = {k: v for k, v in row.items() if k not in ("prompt", "solution", "image_path", "idx")}
-            example = Example(number, *parts, images, meta) if usable else None
-        else:
-            notes.add("not_an_object", f"expected an object with prompt and solution, found {type(row).__name__}", True)
-        yield example, notes
+    for number, content in enumerate(rows):
+        row = _Row(number, content, problems)
+        if not isinstance(content, dict):
+            kind = type(content).__name__
+            row.note("not_an_object", f"expected an object with prompt and solution, found {kind}", True)
+            continue
+        _mend_characters(row)
+        parts = _idx(row, seen), _prompt(row), _solution(row), _images(row, path.parent, has_images)
+        meta = {k: v for k, v in row.content.items() if k not in ("prompt", "solution", "image_path", "idx")}
+        if None not in parts:
+            examples.append(Example(number, *parts, meta))
+    return examples, problems
+
+
+@dataclass
+class _Row:
+    """A row as it is read, and where its problems go, which name its idx as soon as it is known."""
+
+    number: int
+    content: Any
+    problems: list[Problem]
+    idx: int | str | None = None
+
+    def note(self, kind: str, message: str, fatal: bool = False) -> None:
+        self.problems.append(Problem(self.number, self.idx, kind, message, fatal))
 
 
 def _read(path: Path) -> list:
@@ -147,76 +142,78 @@ def _object(pairs: list[tuple[str, Any]]) -> dict:
     return row if len(row) == len(pairs) else _KeysTwice(row)
 
 
-def _whole_characters(row: dict, notes: Notes) -> dict:
-    """The row in text that can be written: JSON may hold half of a character (\\ud83d), no file or page can."""
-    if isinstance(row, _KeysTwice):
-        notes.add("key_doubled", "a key is there twice: its last value counts")
-    text = json.dumps(row, ensure_ascii=False)
-    if not _HALF.search(text):
-        return row
-    notes.add("half_characters", "holds half of a character (a lone surrogate); it is read as a question mark")
-    return json.loads(text.encode("utf-8", "replace"))
+def _mend_characters(row: _Row) -> None:
+    """Makes of it text that can be written: JSON may hold half of a character (\\ud83d), no file or page can."""
+    if isinstance(row.content, _KeysTwice):
+        row.note("key_doubled", "a key is there twice: its last value counts")
+    text = json.dumps(row.content, ensure_ascii=False)
+    if _HALF.search(text):
+        row.note("half_characters", "holds half of a character (a lone surrogate); it is read as a question mark")
+        row.content = json.loads(text.encode("utf-8", "replace"))
 
 
-def _idx(row: dict, seen: dict[str, int], notes: Notes) -> int | str:
-    idx = row.get("idx")
+def _idx(row: _Row, seen: dict[str, int]) -> int | str | None:
+    """None for a row that cannot be used, here and below."""
+    idx = row.content.get("idx")
     idx = int(idx) if isinstance(idx, float) and idx.is_integer() else idx
     if idx is None:
-        notes.add("idx_missing", "no idx: its position is used")
-        idx = notes.row
+        row.note("idx_missing", "no idx: its position is used")
+        idx = row.number
     elif isinstance(idx, bool) or not isinstance(idx, int | str) or idx == "":
-        notes.add("idx_invalid", f"idx must be an integer or a string, found {idx!r}", True)
-        return notes.row
-    notes.idx = idx
-    if (first := seen.setdefault(str(idx), notes.row)) != notes.row:
-        notes.add("idx_doubled", f"idx {idx!r} is already taken by row {first}", True)
+        row.note("idx_invalid", f"idx must be an integer or a string, found {idx!r}", True)
+        return None
+    row.idx = idx
+    if (first := seen.setdefault(str(idx), row.number)) != row.number:
+        row.note("idx_doubled", f"idx {idx!r} is already taken by row {first}", True)
+        return None
     return idx
 
 
-def _prompt(row: dict, notes: Notes) -> str:
-    prompt = row.get("prompt")
+def _prompt(row: _Row) -> str | None:
+    prompt = row.content.get("prompt")
     if prompt is None:
-        notes.add("prompt_missing", "no prompt", True)
-        return ""
+        row.note("prompt_missing", "no prompt", True)
+        return None
     if not isinstance(prompt, str) or not prompt.strip():
-        notes.add("prompt_empty", f"the prompt is {'empty' if isinstance(prompt, str) else 'not text'}", True)
-        return ""
+        row.note("prompt_empty", f"the prompt is {'empty' if isinstance(prompt, str) else 'not text'}", True)
+        return None
     text = _LITERAL_NEWLINE.sub("\n", prompt)
     if text != prompt:
-        notes.add("literal_newline", "the prompt holds a literal backslash-n; it is read as a new line")
-    return _looked_at("prompt", text, notes)
+        row.note("literal_newline", "the prompt holds a literal backslash-n; it is read as a new line")
+    return _checked_text("prompt", text, row)
 
 
-def _solution(row: dict, notes: Notes) -> str:
-    solution = row.get("solution")
+def _solution(row: _Row) -> str:
+    solution = row.content.get("solution")
     if solution is not None and (text := str(solution)).strip():
-        return _looked_at("solution", text, notes)
+        return _checked_text("solution", text, row)
     kind, what = ("missing", "no solution") if solution is None else ("empty", "the solution is empty")
-    notes.add(f"solution_{kind}", f"{what}: the row cannot be judged")
+    row.note(f"solution_{kind}", f"{what}: the row cannot be judged")
     return ""
 
 
-def _looked_at(name: str, text: str, notes: Notes) -> str:
+def _checked_text(name: str, text: str, row: _Row) -> str:
     if _CONTROL.search(text):
-        notes.add("control_characters", f"the {name} holds control characters")
+        row.note("control_characters", f"the {name} holds control characters")
     return text
 
 
-def _images(row: dict, folder: Path, has_images: bool, notes: Notes) -> tuple[str, ...]:
-    sources = row.get("image_path")
-    if sources is None and ("image_path" in row or not has_images):
+def _images(row: _Row, folder: Path, has_images: bool) -> tuple[str, ...]:
+    """Sources of the images, found or not."""
+    sources = row.content.get("image_path")
+    if sources is None and ("image_path" in row.content or not has_images):
         return ()
     if sources is None or sources == "":
-        notes.add("image_missing", "names no image, but other rows do (write null for a question without one)", True)
+        row.note("image_missing", "names no image, but other rows do (write null for a question without one)", True)
         return ()
-    images = [_image(source, folder, notes) for source in (sources if isinstance(sources, list) else [sources])]
+    images = [_image(source, folder, row) for source in (sources if isinstance(sources, list) else [sources])]
     return tuple(source for source in images if source)
 
 
-def _image(source: Any, folder: Path, notes: Notes) -> str | None:
+def _image(source: Any, folder: Path, row: _Row) -> str | None:
     if not isinstance(source, str) or not source:
         kind = type(source).__name__
-        notes.add("image_invalid", f"image_path must be text or a list of texts, found {kind}", True)
+        row.note("image_invalid", f"image_path must be text or a list of texts, found {kind}", True)
         return None
     if re.match(r"(?i)https?://|data:", source):
         return source
@@ -224,5 +221,6 @@ def _image(source: Any, folder: Path, notes: Notes) -> str | None:
         local = Path(local_path(source))
         if there := next(filter(Path.is_file, (folder / local, local)), None):
             return str(there)
-    notes.add("image_missing", f"image file {shorten(source)!r} is neither in {folder} nor in the working folder", True)
+    message = f"image file {shorten(source)!r} is neither in {folder} nor in the working folder"
+    row.note("image_missing", message, True)
     return source
