@@ -96,19 +96,17 @@ _FORMS = {
 
 
 def _mathvista(row: Mapping[str, Any]) -> dict[str, Any]:
-    choices, answer_type, unit, places = _texts(row["choices"]), row["answer_type"], row["unit"] or None, None
-    if row["precision"] is not None and not math.isnan(row["precision"]):
-        places = int(row["precision"])
+    choices, answer_type, unit = _texts(row["choices"]), row["answer_type"], row["unit"] or None
+    precision = None if row["precision"] is None or math.isnan(row["precision"]) else int(row["precision"])
     question = row["question"].strip() + (f" (Unit: {unit})" if unit else "")
     index = _index(row["answer"], choices, letter_first=False)
     if index is not None:
         fields = choice_fields(question, choices, index)
     else:
-        rounded = "" if places is None else f", rounded to {places} decimal place{'' if places == 1 else 's'}"
+        rounded = "" if precision is None else f", rounded to {precision} decimal place{'' if precision == 1 else 's'}"
         kind, form = _FORMS.get(answer_type, (None, ""))
         prompt, solution = f"{question}\n{form.format(rounded=rounded)}".strip(), str(row["answer"]).strip()
-        precision = places if answer_type == "float" else None
-        asked = {"kind": kind, "choices": choices or None, "precision": precision}
+        asked = {"kind": kind, "choices": choices or None, "precision": precision if answer_type == "float" else None}
         fields = {"prompt": prompt, "solution": solution, **_there(asked, asked)}
     kept = ("category", "task", "context", "skills", "source", "grade", "language")
     about = {"question_type": row["question_type"], "answer_type": answer_type, "unit": unit}
@@ -201,7 +199,8 @@ def inline_options(question: str) -> dict[str, str]:
 
 
 def _scienceqa(row: Mapping[str, Any]) -> dict[str, Any]:
-    hint, ((question,), _) = (row["hint"] or "").strip(), _without_placeholders(row["question"])
+    hint = (row["hint"] or "").strip()
+    (question,), _ = _without_placeholders(row["question"])
     fields = choice_fields(f"{hint}\n\n{question}".strip(), _texts(row["choices"]), int(row["answer"]))
     return fields | _there(row, ("task", "grade", "subject", "topic", "category", "skill"))
 
