@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 import shutil
 import socket
 import zipfile
@@ -22,7 +23,6 @@ from dmlr.data.examples import load_dataset
 from dmlr.data.prepare import BenchmarkError, Folder, prepare, raw_rows, row_of, sample_rows
 from dmlr.judge import judge
 from dmlr.run.verdicts import hints
-from dmlr.stats.metrics import group_accuracy
 
 datasets.disable_progress_bars()
 
@@ -190,9 +190,9 @@ def copied(prepared, tmp_path):
 
 def snapshot(folder):
     """Times, inodes and contents: what a file that was not touched keeps."""
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    about = {name: (path.stat().st_mtime_ns, path.stat().st_ino, path.read_bytes()) for name, path in files.items()}
-    return {name: kept for name, kept in about.items() if not name.endswith(".lock")}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    kept = [(path.stat().st_mtime_ns, path.stat().st_ino, path.read_bytes()) for path in files]
+    return {path.relative_to(folder).as_posix(): about for path, about in zip(files, kept, strict=True)}
 
 
 def contents(folder):
@@ -205,6 +205,7 @@ def contents(folder):
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_benchmark_becomes_a_sound_file_whose_solutions_the_judge_accepts(prepared, name):
     _, result, rows = prepared[name]
+    assert name == "mmmath" or f"where the benchmark has {BENCHMARKS[name].rows}" in result.remarks[0]
     assert result.rows == len(rows) and [row["idx"] for row in rows] == list(range(len(rows)))
     assert [problem for problem in check_dataset(result.path) if problem.fatal] == []
     for example in load_dataset(result.path)[0]:
@@ -237,6 +238,7 @@ def test_preparing_again_changes_nothing_and_another_folder_gets_the_same_bytes(
 # ------------------------------------------------------------------------------------- one by one
 
 PRICE = "What is the price? (Unit: $)\nAnswer with a number, rounded to 1 decimal place."
+ORDER = "\n\nSeveral answers are asked for: put all of them, in order and separated by commas, into one box."
 FIGURES = "(Image 1) becomes (Image 2). Which?\n\nOptions:\nA. (Image 3)\nB. (Image 4)"
 
 
@@ -256,8 +258,13 @@ FIGURES = "(Image 1) becomes (Image 2). Which?\n\nOptions:\nA. (Image 3)\nB. (Im
         ("mathvision", "prompt", ["Which figure fits?\n\nOptions: A, B, C, D, E", ..., "Find $x$.", FIGURES, ...]),
         ("mmmath", "answers", [["5"], ["30^{\\circ}", "\\frac{9\\sqrt{3}}{2}"], ["3", "1,200"]]),
         ("mmmath", "solution", ["\\boxed{5}", ..., "['3', '1,200']"]),
+        ("mmmath", "prompt", ["As shown, find the length of $AB$.", "(1) ... (2) ..." + ORDER, ...]),
+        ("mmmath", "kind", [None, None, "list"]),
+        ("mmmath", "relative_tolerance", [0.01] * 3),
         ("mmmath", "category", ["circles"] * 3),
         ("hallusionbench", "solution", ["Yes", "No", "No", "Yes", "Yes"]),
+        ("hallusionbench", "image_path", [*[f"images/0000{i}.png" for i in range(4)], None]),
+        ("hallusionbench", "question_group", ["VS/chart/0/0", "VS/chart/0/1", "VS/chart/0/0", ..., "VS/chart/0/0"]),
         ("hallusionbench", "figure_group", ["VS/chart/0/1", "VS/chart/0/1", "VS/chart/0/2", "VD/chart/0/1", None]),
         ("mmvp", "solution", ["A. Open", "B. Closed", "B. Short", "A. Long", "B. Sitting", "A. Standing"]),
         ("mmvp", "pair_id", [0, 0, 49, 49, 139, 139]),
@@ -280,25 +287,6 @@ def test_an_image_keeps_its_bytes_where_every_reader_takes_them(prepared, name, 
     content = (result.path.parent / rows[1]["image_path"]).read_bytes()
     assert Image.open(io.BytesIO(content)).format == (kind or "PNG"), "ScienceQA's was WEBP"
     assert kind is None or content == picture(2 if name == "mathvista" else 1, format=kind)
-
-
-def test_mm_math_asks_for_several_answers_in_order(prepared):
-    _, result, rows = prepared["mmmath"]
-    assert ["in order" in row["prompt"] for row in rows] == [False, True, True]
-    first, _, last = load_dataset(result.path)[0]
-    near = [judge(answer, first.solution, **hints(first)).status for answer in ("5.04", "5.06")]
-    order = [judge(answer, last.solution, **hints(last)).status for answer in ("\\boxed{3, 1200}", "\\boxed{1200, 3}")]
-    assert near == order == ["correct", "wrong"]
-
-
-def test_hallusionbench_has_its_groups_and_its_questions_without_image(prepared):
-    _, result, rows = prepared["hallusionbench"]
-    assert [row["image_path"] is None for row in rows] == [False] * 4 + [True]
-    assert any("5 rows, where the benchmark has 1129" in remark for remark in result.remarks)
-    records = [{**row, "data_idx": row["idx"], "verdict": "correct"} for row in rows]
-    records[2]["verdict"] = "wrong"
-    figures, questions = (group_accuracy(records, key) for key in ("figure_group", "question_group"))
-    assert (figures.correct, figures.total, questions.correct, questions.total) == (2, 3, 2, 3)
 
 
 def test_mmvp_answers_that_were_mended_in_a_copy_are_not_damaged_again(prepared):
@@ -382,22 +370,21 @@ def test_a_manifest_that_cannot_be_read_is_made_anew(copied, content):
 # ---------------------------------------------------------------------------------------------- samples
 
 
-def test_a_sample_is_drawn_by_its_seed(copied):
-    source, folder, rows = copied("mathvista")
-    result = prepare("mathvista", folder.parent, source="not read", sample=3, seed=1)
-    chosen = json.loads(result.path.read_bytes())
-    assert result.path.name == "mathvista-3-seed1.json" and result.rows == len(chosen) == 3
-    assert chosen == [row for row in rows if row in chosen] == sample_rows(rows, 3, 1)
-    more = prepare("mathvista", folder.parent, source="not read", sample=99, seed=1)  # more than there are: all of them
-    assert more.written == ["mathvista-99-seed1.json"] and json.loads(more.path.read_bytes()) == rows
+def test_a_sample_is_drawn_by_its_seed_from_what_is_there(copied):
+    _, folder, rows = copied("mathvista")
+    for count in (3, 99):  # of six
+        made = prepare("mathvista", folder.parent, source="not read", sample=count, seed=1)
+        assert made.written == [made.path.name] == [f"mathvista-{count}-seed1.json"]
+        assert json.loads(made.path.read_bytes()) == sample_rows(rows, count, 1) and made.rows == min(count, 6)
     with pytest.raises(BenchmarkError, match="at least one"):
-        prepare("mathvista", folder.parent, source=source, sample=0)
+        prepare("mathvista", folder.parent, sample=0)
 
 
 def test_samples_are_nested_and_the_same_everywhere():
     rows = [{"idx": i} for i in range(50)]
     assert [row["idx"] for row in sample_rows(rows, 5, 0)] == [10, 16, 31, 39, 46]
     assert all(row in sample_rows(rows, 20, 0) for row in sample_rows(rows, 10, 0))
+    assert sample_rows(rows, 99, 1) == rows
 
 
 # ------------------------------------------------------------------------------- sources that are no good
@@ -407,13 +394,13 @@ def run(*argv):
     return main(["data", *map(str, argv)])
 
 
-def test_the_command_prepares_and_then_verifies(prepared, tmp_path, capsys):
-    source = prepared["scienceqa"][0]
-    assert run("ScienceQA", "--out", tmp_path, "--source", source, "--sample", 2, "--seed", 5) == 0
-    assert "scienceqa-2-seed5.json: 2 rows (5 files written)" in capsys.readouterr().out
+def test_the_command_verifies_and_draws(copied, capsys):
+    _, folder, _ = copied("scienceqa")
     for name in ("scienceqa", "Science-QA", "science_qa"):
-        assert run(name, "--out", tmp_path, "--source", "unused") == 0
+        assert run(name, "--out", folder.parent, "--source", "unused") == 0
         assert "3 rows (unchanged, checksums verified)" in capsys.readouterr().out
+    assert run("ScienceQA-mini", "--out", folder.parent, "--sample", 2, "--seed", 5) == 0
+    assert "scienceqa-2-seed5.json: 2 rows (1 files written)" in capsys.readouterr().out
 
 
 TWO_FILES = "expected one .jsonl file and the .zip of its images, found 0 and 0"
@@ -450,21 +437,21 @@ def test_what_cannot_work_ends_in_one_sentence(argv, files, message, tmp_path, m
 GOOD = {"Index": 1, "Question": "?", "Options": "(a) Yes (b) No", "Correct Answer": "(a)", "image": image()}
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"image": {"bytes": b"no image", "path": "1.jpg"}}, "row 0: its image: not an image"),
-        ({"image": {"bytes": picture()[:60], "path": "1.jpg"}}, "row 0: its image: cannot be read"),
-        ({"image": {"bytes": None, "path": "/etc/hostname"}}, "row 0: has no image in column 'image'"),
-        ({"Correct Answer": "(c)"}, "row 0: answer '(c)' is not among the options"),
-        ({"Question": None}, "row 0: 'NoneType' object"),
-    ],
-)
-def test_a_damaged_row_is_named_and_costs_the_others_nothing(changes, message, tmp_path):
-    table(tmp_path / "source/train.parquet", [GOOD | changes, GOOD])
+def test_a_damaged_row_is_named_and_costs_the_others_nothing(tmp_path):
+    damaged = {
+        "its image: not an image": {"image": {"bytes": b"no image", "path": "1.jpg"}},
+        "its image: cannot be read": {"image": {"bytes": picture()[:60], "path": "1.jpg"}},
+        "has no image in column 'image'": {"image": {"bytes": None, "path": "/etc/hostname"}},
+        "answer '(c)' is not among the options": {"Correct Answer": "(c)"},
+        "'NoneType' object": {"Question": None},
+    }
+    for message, changes in damaged.items():
+        with pytest.raises((ValueError, AttributeError), match=re.escape(message)):
+            row_of(BENCHMARKS["mmvp"], GOOD | changes, 0)
+    table(tmp_path / "source/train.parquet", [*(GOOD | changes for changes in damaged.values()), GOOD])
     result = prepare("mmvp", tmp_path / "out", source=tmp_path / "source")
-    assert result.rows == 1 and json.loads(result.path.read_bytes())[0]["idx"] == 1
-    assert "1 rows cannot be used" in result.remarks[0] and message in result.remarks[0]
+    assert result.rows == 1 and json.loads(result.path.read_bytes())[0]["idx"] == 5
+    assert "5 rows cannot be used and are left out: row 0: its image: not an image" in result.remarks[0]
 
 
 def test_a_local_source_is_read_without_calling_out(prepared, tmp_path, monkeypatch):

@@ -62,11 +62,14 @@ def shown(tmp_path, monkeypatch):
 def test_runs_stand_in_order_with_everything_that_is_no_plain_right_or_wrong(tmp_path, shown):
     write_run(tmp_path, "a", "dmlr", [True, True, "unparsed", "judge_failed", "error", False])
     write_run(tmp_path, "a", "vanilla", [True, False, True, True, True, True])
+    write_run(tmp_path, "b", "vanilla", ["error", "judge_failed"], "mine.json")
     tables, expected = shown(), metrics.wilson(2, 4)
-    first, second = tables.runs
+    first, second, unjudged = tables.runs
     names = {"run": "a", "dataset": "MMVP", "method": "dmlr"}
     interval = f"{expected.low:.1%} – {expected.high:.1%}"
     assert first["method"] == "vanilla"
+    assert (unjudged["accuracy"], unjudged["95 % interval"], unjudged["n"]) == ("–", "–", 0)
+    assert tables.table_1[0]["mine"] == "–"
     assert second == names | {"seed": "42", "accuracy": "50.0%", "95 % interval": interval, "n": 4}, "one setting"
     counts = {"judged": 4, "abstained": 0, "unparsed": 1, "judge failed": 1, "errors": 1, "skipped": 0}
     assert tables.outcomes[1] == names | counts | {"s each": "0.50"}
@@ -189,14 +192,6 @@ def test_calibration_says_what_the_interval_says(tmp_path, shown):
     write_run(tmp_path, "none", "vanilla", [True, False] * 30)
     said = {row["run"]: row["a higher reward is"] for row in shown().calibration}
     assert said == {"up": "more often right", "down": "more often wrong", "none": "cannot tell"}
-
-
-def test_a_run_without_a_judged_answer_has_no_number(tmp_path, shown):
-    write_run(tmp_path, "a", "vanilla", ["error", "judge_failed"])
-    tables = shown()
-    (row,) = tables.runs
-    assert (row["accuracy"], row["95 % interval"], row["n"]) == ("–", "–", 0)
-    assert tables.table_1[0]["MMVP"] == "–"
 
 
 def test_a_broken_run_costs_itself_only_and_where_a_run_lies_is_its_name(tmp_path):
