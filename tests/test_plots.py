@@ -13,8 +13,11 @@ from dmlr.show import plots
 BENCHMARK = root() / "notebooks" / "03_benchmark.ipynb"
 
 
-def test_kept_patches_are_outlined_in_their_cells_and_colours():
-    fig = plots.kept_patches(Image.new("RGB", (60, 40)), [[0], [5, 7]], grid=(2, 4))  # cells of 15 × 20 pixels
+def test_kept_patches_are_outlined_in_their_cells_and_colours(tmp_path):
+    drawing = Image.new("RGB", (60, 40)), [[0], [5, 7]], (2, 4)  # cells of 15 × 20 pixels
+    plots.save_kept_patches(tmp_path / "new" / "0.png", *drawing)
+    assert Image.open(tmp_path / "new" / "0.png").width > 300
+    fig = plots.kept_patches(*drawing)
     found = [(to_hex(p.get_edgecolor()).upper(), *p.get_bbox().bounds) for p in fig.axes[0].patches]
     assert [colour for colour, *_ in found] == [plots.TOKEN_COLOURS[0], *[plots.TOKEN_COLOURS[1]] * 2]
     centres = [(x + w / 2, y + h / 2) for _, x, y, w, h in found]
@@ -50,11 +53,6 @@ def test_accuracy_bars_of_any_number_of_methods_fit_their_figure(count, recwarn)
     fig.canvas.draw()
     assert fig.axes[0].get_legend().get_window_extent().width < fig.bbox.width
     assert fig.axes[0].get_window_extent().width > 0.7 * fig.bbox.width and not list(recwarn)
-
-
-def test_a_saved_drawing_is_a_picture(tmp_path):
-    plots.save_kept_patches(tmp_path / "new" / "0.png", Image.new("RGB", (60, 40)), [[1]], (2, 4))
-    assert Image.open(tmp_path / "new" / "0.png").width > 300
 
 
 def test_rewards_of_records_are_a_row_per_iteration_and_their_means_are_drawn():
