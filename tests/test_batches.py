@@ -13,7 +13,7 @@ from tiny import noise_image, tiny_vlm
 from dmlr.config import Config
 from dmlr.methods.answers import Question
 from dmlr.model import memory
-from dmlr.model.families.family import Pictures
+from dmlr.model.families import Pictures
 from dmlr.model.vlm import VLM
 from dmlr.run import batches
 from dmlr.run.batches import ahead, answer_batch, by_halves, work_of
@@ -68,7 +68,7 @@ def test_what_ran_out_of_memory_is_not_tried_again(cramped, monkeypatch, recorde
 
     def recording(self, batch):
         if recorded:
-            vlm.recordings.kept["of this batch"] = None
+            vlm.recordings["of this batch"] = None
         return prefill(self, batch)
 
     monkeypatch.setattr(VLM, "prefill", recording)

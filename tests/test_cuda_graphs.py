@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from recomputed import noise_of
-from test_oracle import BASE, QUESTIONS, VARIANTS, encode
-from tiny import noise_image, tiny_vlm
+from test_oracle import BASE, GPU, VARIANTS, encode
+from tiny import tiny_vlm
 from tiny_families import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,13 +19,11 @@ from dmlr.config import Config
 from dmlr.loop.injection import Patches
 from dmlr.loop.optimize import optimize
 from dmlr.loop.score import confidence
-from dmlr.methods.answers import Question
 from dmlr.model import cpu_linear
 from dmlr.model import graphs as cuda_graphs
 from dmlr.model.decode import decode
 from dmlr.model.graphs import MOST, ROUNDED, Recording
 from dmlr.model.vlm import VLM
-from dmlr.run.batches import answer_batch
 
 READS_BACK = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
 
@@ -51,10 +49,9 @@ class Recorder(TorchDispatchMode):
                     old.copy_(new)
 
 
-def record_on_a_cpu(function, inputs):
-    recorder = Recorder()
-    with recorder:
-        outputs = function(*inputs)
+def record_on_a_cpu(function, inputs, flags, pool):
+    with Recorder() as recorder:
+        outputs = function(*inputs, **flags)
     for tensor in outputs:  # whoever reads the outputs without a replay is found out
         if tensor is not None:
             tensor.fill_(float("nan"))
@@ -68,7 +65,7 @@ def as_on_a_gpu(monkeypatch):
 
     def record(function, inputs, flags, pool):
         recorded.append((*(tuple(x.shape) for x in inputs), flags))
-        return record_on_a_cpu(lambda *x: function(*x, **flags), inputs)
+        return record_on_a_cpu(function, inputs, flags, pool)
 
     monkeypatch.setattr(cuda_graphs, "record", record)
     monkeypatch.setattr(VLM, "on_one_gpu", True)
@@ -76,11 +73,9 @@ def as_on_a_gpu(monkeypatch):
     return recorded
 
 
-def loop(vlm, config, batch=4):
-    return loop_over(vlm, config, encode(vlm, config, batch))
-
-
-def loop_over(vlm, config, encoded):
+def loop(vlm, config, rows=4):
+    """rows: so many questions, or prompts."""
+    encoded = encode(vlm, config, rows) if isinstance(rows, int) else rows
     return optimize(vlm, vlm.prefill(encoded), config, noise_of(vlm, config, range(len(encoded))))
 
 
@@ -97,9 +92,24 @@ def same(plain, other, atol=1e-6):
     assert plain.final.patches.tolist() == other.final.patches.tolist()
 
 
-@pytest.mark.parametrize("name", ["paper", "released", "every patch", "late start, interval, candidate", "answer"])
-def test_a_replayed_loop_is_the_loop(name, as_on_a_gpu):
-    vlm, config = tiny_vlm(), Config(**{**BASE, **VARIANTS[name]})
+def dynamic():
+    """InternVL3's checkpoints ask for frequencies that change beyond the context alone."""
+    vlm = TINY["internvl"]()
+    vlm.text_model.rotary_emb.rope_type = "dynamic"
+    return VLM(vlm.model, vlm.processor)
+
+
+@pytest.mark.parametrize(
+    ("build", "variant"),
+    [
+        *((tiny_vlm, VARIANTS[name]) for name in ("paper", "released", "every patch", "answer")),
+        (tiny_vlm, VARIANTS["late start, interval, candidate"]),
+        (partial(TINY["qwen3_vl"], deep_patches=True), {}),
+        (dynamic, {}),
+    ],
+)
+def test_a_replayed_loop_is_the_loop(build, variant, as_on_a_gpu):
+    vlm, config = build(), Config(**BASE | variant)
     plain = loop(vlm, config)
     assert not as_on_a_gpu
     replayed = loop(vlm, config.replace(cuda_graphs=True))
@@ -108,56 +118,29 @@ def test_a_replayed_loop_is_the_loop(name, as_on_a_gpu):
     same(plain, replayed)
 
 
-def test_batches_of_other_prompts_and_images_are_replayed_from_one_recording(as_on_a_gpu):
+def test_one_recording_serves_what_has_the_same_shapes(as_on_a_gpu):
+    """Prompts and images of other lengths, another seed or answer of an endpoint's request, and every control of the
+    battery, which scores a state once."""
     vlm, config = tiny_vlm(), Config(**BASE, cuda_graphs=True)
     rows = encode(vlm, config, 4)
-    batches = [rows[:2], rows[2:], rows[1:3]]
-    lengths = {max(len(e.input_ids) for e in batch) for batch in batches}
+    lengths = {max(len(e.input_ids) for e in batch) for batch in (rows[:2], rows[2:])}
     assert len(lengths) > 1 and len({-(-length // ROUNDED) for length in lengths}) == 1
-    first, *others = batches
-    loop_over(vlm, config, first)
+    loop(vlm, config, rows[:2])
+    decode(vlm, vlm.prefill(rows[:2]), 24, recorded=True)
     count = len(as_on_a_gpu)
-    for batch in others:
-        same(loop_over(vlm, config.replace(cuda_graphs=False), batch), loop_over(vlm, config, batch))
+    for other in (config, config.replace(seed=7, max_num_steps=4, sigma=0.1)):
+        same(loop(vlm, other.replace(cuda_graphs=False), rows[2:]), loop(vlm, other, rows[2:]))
+        plain = decode(vlm, vlm.prefill(rows[2:]), 20)
+        assert decode(vlm, vlm.prefill(rows[2:]), 20, recorded=True) == plain
     assert len(as_on_a_gpu) == count
-    loop_over(vlm, config, rows[:3])
+    loop(vlm, config, rows[:3])
     assert len(as_on_a_gpu) > count, "another batch size is another shape"
-
-
-def test_what_a_reward_does_not_depend_on_records_nothing_anew(as_on_a_gpu):
-    """Another seed or answer of an endpoint's request, and every control of the battery, which scores a state once."""
-    vlm, config = tiny_vlm(), Config(**BASE, cuda_graphs=True)
-    loop(vlm, config)
-    decode(vlm, vlm.prefill(encode(vlm, config, 2)), 20, recorded=True)
-    count, other = len(as_on_a_gpu), config.replace(seed=7, max_num_steps=4, sigma=0.1)
-    same(loop(vlm, other.replace(cuda_graphs=False)), loop(vlm, other))
-    decode(vlm, vlm.prefill(encode(vlm, config, 2)), 24, recorded=True)
-    assert len(as_on_a_gpu) == count
-
-
-def test_patches_with_deep_features_are_replayed_too(as_on_a_gpu):
-    vlm, config = TINY["qwen3_vl"](deep_patches=True), Config(**BASE)
-    assert vlm.deep_levels
-    same(loop(vlm, config, 2), loop(vlm, config.replace(cuda_graphs=True), 2))
-    assert as_on_a_gpu
-
-
-def test_tokens_that_are_replayed_are_the_tokens(as_on_a_gpu):
-    """Rows of different lengths, in two batches that share one recording."""
-    vlm = tiny_vlm()
-    rows = encode(vlm, Config(**BASE), 4)
-    for batch in (rows[:2], rows[2:]):
-        plain = decode(vlm, vlm.prefill(batch), 20)
-        assert decode(vlm, vlm.prefill(batch), 20, recorded=True) == plain
-    assert len(as_on_a_gpu) == 1
 
 
 class Launches(TorchDispatchMode):
     """How many operations Python starts; views are none."""
 
-    def __init__(self):
-        super().__init__()
-        self.count = 0
+    count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         views = [r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns]
@@ -165,36 +148,26 @@ class Launches(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def launches(work):
-    with Launches() as counted:
-        work()
-    return counted.count
-
-
 def test_python_starts_few_operations_once_they_are_recorded(monkeypatch):
     """As many layers as the 7B model has: what is started does not depend on their widths."""
-    vlm, config = tiny_vlm(layers=28), Config(**BASE, cuda_graphs=True)
-    (row,) = encode(vlm, config, 1)
-    outputs = []
+    vlm, config, outputs = tiny_vlm(layers=28), Config(**BASE), []
+    rows = encode(vlm, config, 1)
 
     def record(function, inputs, flags, pool):
         if not outputs:
             outputs[:] = function(*inputs, **flags)
         return Recording(inputs, tuple(outputs), lambda: None)
 
-    def per_token(recorded):
-        def work(count):
-            return lambda: decode(vlm, vlm.prefill([row]), 40, recorded=recorded, pick=stop_at(count))
-
-        work(2)()  # what is recorded is started once
-        return (launches(work(8)) - launches(work(4))) / 4
-
-    def stop_at(count):
-        end = torch.tensor(vlm.eos_ids[:1])
-        return lambda logits, rows, step: logits.argmax(dim=-1) if step + 1 < count else end
+    def launches(count, recorded):
+        """Of an answer of so many tokens."""
+        with Launches() as counted:
+            decode(vlm, vlm.prefill(rows), count, recorded=recorded)
+        return counted.count
 
     monkeypatch.setattr(cuda_graphs, "record", record)
-    plain, replayed = per_token(False), per_token(True)
+    monkeypatch.setitem(vlm.__dict__, "eos_ids", [-1])
+    launches(2, True)  # what is recorded is started once
+    plain, replayed = ((launches(8, recorded) - launches(4, recorded)) / 4 for recorded in (False, True))
     print(f"operations a token: {plain:g}, recorded {replayed:g}")
     assert replayed < 25 < 28 * 15 < plain
 
@@ -211,38 +184,19 @@ def test_recordings_that_were_not_used_for_longest_leave_first():
     assert not vlm.recordings
 
 
-def test_a_batch_lacks_no_memory_that_recordings_hold(as_on_a_gpu, monkeypatch):
-    vlm, config = tiny_vlm(), Config(**BASE, cuda_graphs=True)
-    questions = [Question(i, text, [noise_image(i, *size)]) for i, (text, size) in enumerate(QUESTIONS[:3])]
-    expected = answer_batch(vlm, "dmlr", questions, config)
-    prefill, asked = VLM.prefill, []
-
-    def cramped(self, batch):
-        asked.append((len(batch), len(self.recordings)))
-        if self.recordings:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return prefill(self, batch)
-
-    monkeypatch.setattr(VLM, "prefill", cramped)
-    found = answer_batch(vlm, "dmlr", questions, config)
-    assert asked == [(3, 2), (3, 0)], "the loop's and the answer's are let go of, and the batch is whole"
-    assert [(a.text, a.error) for a in found] == [(a.text, None) for a in expected]
-
-
 class Driver:
     """torch.cuda as far as recording needs it, without a GPU: which streams are current, and what runs on which."""
 
     def __init__(self, monkeypatch, at_the_end=None):
-        self.streams, self.devices, self.at_the_end = [self.stream_of("cuda:0")], [torch.device("cuda:0")], at_the_end
-        monkeypatch.setattr(torch.cuda, "Stream", self.stream_of)
-        monkeypatch.setattr(cuda_graphs, "side_stream", cache(self.stream_of))  # no other test may be given this one
+        self.streams, self.devices, self.at_the_end = [self.stream("cuda:0")], [torch.device("cuda:0")], at_the_end
+        monkeypatch.setattr(cuda_graphs, "side_stream", cache(self.stream))  # no other test may be given this one
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.streams[-1])
         monkeypatch.setattr(torch.cuda, "stream", partial(self.within, self.streams))
         monkeypatch.setattr(torch.cuda, "device", partial(self.within, self.devices))
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None, pool=object))
         monkeypatch.setattr(torch.cuda, "graph", self.graph)
 
-    def stream_of(self, device="cuda:0"):
+    def stream(self, device):
         return SimpleNamespace(device=torch.device(device), wait_stream=lambda other: None)
 
     @contextmanager
@@ -263,33 +217,35 @@ class Driver:
             raise self.at_the_end
         self.streams.pop()
 
+    def record(self, device):
+        """A recording of tensors there: the stream and the device on which the function runs."""
+        seen = []
+        tensor = SimpleNamespace(device=torch.device(device))
+        cuda_graphs.record(lambda x: seen.append((self.streams[-1], self.devices[-1])), [tensor], {}, None)
+        return seen
+
 
 def test_recordings_are_made_on_one_stream_of_the_device_where_the_tensors_are(monkeypatch):
-    driver, seen = Driver(monkeypatch), []
-    tensor = SimpleNamespace(device=torch.device("cuda:1"))
-    for _ in range(2):
-        cuda_graphs.record(lambda x: seen.append((driver.streams[-1], driver.devices[-1])), [tensor], {}, None)
+    driver = Driver(monkeypatch)
+    seen = driver.record("cuda:1") + driver.record("cuda:1")
     assert len(seen) == 4 and all(stream is seen[0][0] for stream, _ in seen)
-    assert seen[0][0].device == seen[0][1] == tensor.device and len(driver.streams) == len(driver.devices) == 1
+    assert seen[0][0].device == seen[0][1] == torch.device("cuda:1")
+    assert len(driver.streams) == len(driver.devices) == 1
 
 
 def test_a_capture_that_fails_leaves_its_stream(monkeypatch):
     driver = Driver(monkeypatch, at_the_end=RuntimeError("capture invalidated"))
     with pytest.raises(RuntimeError, match="take cuda_graphs = false .capture invalidated."):
-        cuda_graphs.record(lambda x: None, [SimpleNamespace(device=torch.device("cuda:0"))], {}, None)
+        driver.record("cuda:0")
     assert len(driver.streams) == len(driver.devices) == 1
 
 
-class StaysOn(TorchDispatchMode):
+class StaysOnMeta(TorchDispatchMode):
     """No operation makes a tensor on another device: a copy from the CPU makes a GPU wait, and no graph holds it."""
-
-    def __init__(self, device):
-        super().__init__()
-        self.device = device
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        assert all(x.device.type == self.device for x in tree_leaves(out) if isinstance(x, torch.Tensor)), function
+        assert all(x.is_meta for x in tree_leaves(out) if isinstance(x, torch.Tensor)), function
         return out
 
 
@@ -300,27 +256,15 @@ def test_a_forward_stays_on_its_device(family):
     prefix = vlm.prefill(encode(vlm, config, 3))
     vlm.model.to("meta")
     prefix = replace(prefix, **{k: v.to("meta") for k, v in vars(prefix).items() if isinstance(v, torch.Tensor)})
-    for layer in prefix.cache.layers:
-        layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")
+    prefix.cache = prefix.cache.each(lambda x: x.to("meta"))
     latents = torch.zeros(3, 2, 4, vlm.text_config.hidden_size, device="meta")
     index, count = (torch.zeros(*shape, dtype=torch.long, device="meta") for shape in ((3, 4, 5), (3, 4)))
-    with StaysOn("meta"):
+    with StaysOnMeta():
         reward, attention = confidence(vlm, prefix, config, latents, Patches(index, count), True)
     assert reward.shape == (3, 2) and attention.shape == (3, 4, prefix.images.shape[1])
 
 
-def test_frequencies_that_change_beyond_the_context_alone_are_not_looked_at(as_on_a_gpu):
-    """InternVL3's checkpoints ask for a dynamic RoPE."""
-    vlm, config = TINY["internvl"](), Config(**BASE)
-    expected = loop(vlm, config, 2)
-    vlm.text_model.rotary_emb.rope_type = "dynamic"
-    same(expected, loop(VLM(vlm.model, vlm.processor), config.replace(cuda_graphs=True), 2))
-    assert as_on_a_gpu
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("hidden", [48, 512])  # heads of 12 and 128
+@pytest.mark.parametrize("hidden", [pytest.param(hidden, marks=GPU) for hidden in (48, 512)])  # heads of 12 and 128
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_replayed_loop_on_a_gpu_is_the_loop(dtype, hidden):
     """In half precision the padding of the recorded prefix moves rewards by what rounding does."""

@@ -61,8 +61,7 @@ def test_every_family_has_the_parameters_and_the_cache_that_its_settings_say(fam
     encoded = encode(vlm, "be brief", "how many?", [noise_image(0)])
     with LiveTensors(vlm.model) as live:
         prefix = vlm.prefill([encoded] * 4)
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in prefix.cache.layers)
-    assert held == 4 * prefix.cache.length * shape.cache(vlm.dtype.itemsize)
+    assert prefix.cache.nbytes == 4 * prefix.cache.length * shape.cache(vlm.dtype.itemsize)
     work = Work(prompt=len(encoded.input_ids), image_tokens=len(encoded.image_columns), new_tokens=0)
     assert peak(shape, 4, work, 4) > live.peak / 2, "these are so small that what is not counted shows"
 
@@ -150,8 +149,7 @@ def test_what_recordings_hold_is_not_counted_twice(monkeypatch):
     work = workload(config, images=16, prompt=60)
     free = 3.01 * peak(vlm.shape, 4, work, 1) / USABLE["cuda"]
     vlm.recordings.over(vlm.prefill([random_prompt(vlm, 4, 60, 4)] * 3), 64, "decode")
-    (recorded,) = vlm.recordings.kept.values()
-    taken = sum(x.nbytes for layer in recorded.buffer.cache.layers for x in (layer.keys, layer.values))
+    taken = sum(recorded.buffer.cache.nbytes for recorded in vlm.recordings.values())
     monkeypatch.setattr(VLM, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free - taken, 10**12))
     assert work.buffers and vlm.fitting_batch(work) == 3

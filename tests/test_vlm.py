@@ -1,77 +1,18 @@
-"""Encoding, prefill, extension and decoding on tiny random models of the real architecture."""
+"""Encoding, prefill, extension and decoding on a tiny random model; test_families.py does the same for every family."""
 
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from test_oracle import GPU
 from tiny import noise_image, tiny_vlm
-from transformers import AutoModelForImageTextToText
 
 from dmlr.model.decode import LOOK_EVERY, decode
 from dmlr.model.encode import PromptError, encode
-from dmlr.model.vlm import VLM
-from dmlr.prompts import Prompts
-
-PROMPTS = Prompts()
 
 
 @pytest.fixture(scope="module")
 def vlm():
     return tiny_vlm()
-
-
-@pytest.fixture(scope="module")
-def folder(vlm, tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny-model")
-    vlm.model.save_pretrained(path)
-    vlm.processor.save_pretrained(path)
-    return path
-
-
-def generate(vlm, model, image, question, max_new_tokens):
-    """Plain transformers: chat template, processor, `generate`."""
-    encoded = encode(vlm, PROMPTS.system, PROMPTS.task(question), [image])
-    inputs = vlm.processor(text=[encoded.prompt], images=[image], return_tensors="pt", return_mm_token_type_ids=True)
-    out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    return out[0, inputs["input_ids"].shape[1] :].tolist()
-
-
-def test_the_rules_of_a_checkpoint_apply_as_in_generate(vlm, folder, monkeypatch):
-    """Repetition penalty, n-grams and banned words, in a padded batch; sampling does not apply."""
-    rules = {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "bad_words_ids": [[104], [105, 106]]}
-    sampling = {"do_sample": True, "temperature": 0.1}
-    plain = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager")
-    for name, value in rules.items():
-        setattr(plain.generation_config, name, value)
-        monkeypatch.setattr(vlm.model.generation_config, name, value)
-    for name, value in sampling.items():
-        monkeypatch.setattr(vlm.model.generation_config, name, value)
-    asked = [("What is it" + "?" * (9 * i), noise_image(i)) for i in range(3)]
-    prompts = [encode(vlm, PROMPTS.system, PROMPTS.task(text), [image]) for text, image in asked]
-    free = decode(vlm, vlm.prefill(prompts), 24)
-    for (text, image), ruled, one in zip(
-        asked, decode(vlm, vlm.prefill(prompts), 24, generation="checkpoint"), free, strict=True
-    ):
-        assert ruled.ids == generate(vlm, plain, image, text, 24) != one.ids
-
-
-def test_image_size_follows_min_and_max_pixels(vlm):
-    image = noise_image(0, 280, 280)  # 100 merged tokens
-    for low, high, count in [(None, 25, 25), (144, 160, 144), (None, None, 16)]:
-        resized = VLM(vlm.model, vlm.processor, low, high)
-        encoded = encode(resized, "", "How many?", [image])
-        assert len(encoded.image_columns) == count
-        assert encoded.patch_grid[0] * encoded.patch_grid[1] == count
-
-
-def test_extend_leaves_the_prefix_as_it_was(vlm):
-    prefix = vlm.prefill([encode(vlm, "", "?", [noise_image(1)], 2)])
-    before = [layer.keys[:, :, : layer.length].clone() for layer in prefix.cache.layers]
-    embeds = torch.randn(1, 5, prefix.images.shape[2])
-    vlm.extend(prefix, embeds, torch.ones(1, 5, dtype=torch.bool), torch.tensor([[4]]))
-    assert prefix.cache.length == before[0].shape[2] == prefix.mask.shape[1]
-    for layer, keys in zip(prefix.cache.layers, before, strict=True):
-        assert torch.equal(layer.keys[:, :, : layer.length], keys)
 
 
 @pytest.mark.parametrize("placed", [False, True])
@@ -86,7 +27,7 @@ def test_rewards_are_read_from_logits_that_half_precision_does_not_round(device,
     slots = torch.randn(1, 5, 48), torch.ones(1, 5, dtype=torch.bool), torch.arange(5)[None]
     slots = [tensor.to(device) for tensor in slots]
     with torch.no_grad():
-        (logits, _), (states, _) = half.extend(prefix, *slots), half.states(prefix, *slots)
+        logits, states = (half.extend(prefix, *slots, logits=wanted)[0] for wanted in (True, False))
     torch.testing.assert_close(logits, states.float() @ head.weight.float().T, atol=1e-4, rtol=1e-5)
     assert (logits != logits.bfloat16()).any()
 

@@ -83,7 +83,8 @@ def alignment_score(vlm: VLM, prefix: Prefix, config: Config) -> Score:
     def reward_of(latents: torch.Tensor, patches: Patches, with_attention: bool):
         embeds, filled = interleave(latents, prefix.images, patches)
         read = torch.arange(embeds.shape[2], device=embeds.device).expand_as(filled)  # no patches: [B, L]
-        states, attention = vlm.states(prefix, embeds[:, 0], filled, read, read[0] if with_attention else None)
+        rows = read[0] if with_attention else None
+        states, attention = vlm.extend(prefix, embeds[:, 0], filled, read, rows, logits=False)
         loss = alignment_loss(states.float(), images, positive, negative, config.ulr_temperature)
         return -loss[:, None], attention
 
@@ -135,5 +136,5 @@ def question_attention(vlm: VLM, prefix: Prefix) -> torch.Tensor:
     earlier = replace(prefix, mask=before, next_position=prefix.next_position - count)
     embeds = vlm.embed(prefix.prompt_ids[:, columns - slots : columns])
     rows = torch.arange(slots, device=count.device)
-    _, attention = vlm.states(earlier, embeds, filled, rows[-1:].expand(len(count), 1), probe_rows=rows)
+    _, attention = vlm.extend(earlier, embeds, filled, rows[-1:].expand(len(count), 1), probe_rows=rows, logits=False)
     return (attention * filled[..., None]).sum(dim=1) / count[:, None]

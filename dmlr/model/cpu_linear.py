@@ -53,10 +53,7 @@ def through_onednn(model: torch.nn.Module) -> torch.nn.Module:
     if not torch.backends.mkldnn.is_available():
         return model
     small = SMALL * sum(p.nbytes for p in model.parameters()) <= psutil.virtual_memory().total
-    for module in _reclassed(model, torch.nn.Linear, Linear).modules():
-        if type(module) is Linear:
-            module.packs = small
-    return model
+    return _reclassed(model, torch.nn.Linear, Linear, packs=small)
 
 
 def through_torch(model: torch.nn.Module) -> torch.nn.Module:
@@ -64,9 +61,10 @@ def through_torch(model: torch.nn.Module) -> torch.nn.Module:
     return _reclassed(model, Linear, torch.nn.Linear)
 
 
-def _reclassed(model: torch.nn.Module, before: type, after: type) -> torch.nn.Module:
+def _reclassed(model: torch.nn.Module, before: type, after: type, **state: bool) -> torch.nn.Module:
     for module in model.modules():
         if type(module) is before:  # not of a subclass: quantised layers have their own product
             module.__class__ = after
             module.__dict__.pop("_packed", None)
+            module.__dict__.update(state)
     return model

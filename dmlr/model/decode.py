@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from transformers import GenerationConfig
@@ -67,7 +68,7 @@ def decode(
     left = vlm.context_length - reserve - prefix.mask.sum(dim=1)
     limit = left.clamp(1, max_new_tokens)  # [B], each row's own
     stay = recorded and feed is None
-    feed = RecordedFeed(vlm, prefix, max_new_tokens) if stay else feed or follow(vlm)
+    feed = recorded_feed(vlm, prefix, max_new_tokens) if stay else feed or partial(follow, vlm)
     ids = prefix.prompt_ids if rules else prefix.prompt_ids[:, :0]  # [B, P + S + step]
     begin, sound = ids.shape[1], prefix.logits.isfinite().all(dim=1)
     finished = ~sound
@@ -95,33 +96,29 @@ def decode(
     ]
 
 
-def follow(vlm: VLM) -> Feed:
+def follow(vlm: VLM, prefix: Prefix, token: torch.Tensor, rows: list[int]) -> Prefix:
     """The feed of plain decoding: the token itself goes behind each row."""
+    vlm.append(prefix, vlm.embed(token[:, None]), torch.ones_like(token, dtype=torch.bool)[:, None])
+    return prefix
+
+
+def recorded_feed(vlm: VLM, prefix: Prefix, max_new_tokens: int) -> Feed:
+    """The same as one recording, replayed for every token: keys are written at a column that is itself a tensor."""
+    recorded = vlm.recordings.over(prefix, max_new_tokens, "decode")
+    position = prefix.next_position.clone()  # [B]
+    column = position.new_full((1,), recorded.buffer.mask.shape[1])
+
+    def step(*where: torch.Tensor) -> tuple[torch.Tensor]:
+        return (vlm.step(recorded.buffer, *where),)
 
     def feed(prefix: Prefix, token: torch.Tensor, rows: list[int]) -> Prefix:
-        vlm.append(prefix, vlm.embed(token[:, None]), torch.ones_like(token, dtype=torch.bool)[:, None])
-        return prefix
-
-    return feed
-
-
-class RecordedFeed:
-    """The same as one recording, replayed for every token: keys are written at a column that is itself a tensor."""
-
-    def __init__(self, vlm: VLM, prefix: Prefix, max_new_tokens: int) -> None:
-        self.vlm, self.recorded = vlm, vlm.recordings.over(prefix, max_new_tokens, "decode")
-        self.position = prefix.next_position.clone()  # [B]
-        self.column = self.position.new_full((1,), self.recorded.buffer.mask.shape[1])
-
-    def __call__(self, prefix: Prefix, token: torch.Tensor, rows: list[int]) -> Prefix:
-        """token: [B]. Of the prefix that it returns only `logits` is of use."""
-        logits = self.recorded(self._step, token, self.position, self.column)[0]
-        self.position += 1
-        self.column += 1
+        """Of the prefix that it returns only `logits` is of use."""
+        (logits,) = recorded(step, token, position, column)
+        position.add_(1)
+        column.add_(1)
         return replace(prefix, logits=logits)
 
-    def _step(self, *where: torch.Tensor) -> tuple[torch.Tensor]:
-        return (self.vlm.step(self.recorded.buffer, *where),)
+    return feed
 
 
 def processors(

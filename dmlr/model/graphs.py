@@ -95,11 +95,8 @@ class Recorded:
         return tuple(x if x is None else x.clone() for x in recording.outputs)
 
 
-class Recordings:
+class Recordings(OrderedDict[Hashable, Recorded]):
     """Those of one model, for MOST purposes and shapes at a time; beyond, the longest unused leaves first."""
-
-    def __init__(self) -> None:
-        self.kept: OrderedDict[Hashable, Recorded] = OrderedDict()
 
     def over(self, prefix: Prefix, slots: int, purpose: Hashable) -> Recorded:
         """A buffer that holds this batch, with space for `slots` behind it, and what was recorded over it before.
@@ -109,23 +106,15 @@ class Recordings:
         sizes = prefix.mask.shape[1], prefix.images.shape[1], slots
         columns, tokens, slots = (-(-n // ROUNDED) * ROUNDED for n in sizes)
         key = purpose, len(prefix.mask), columns, tokens, slots
-        if key not in self.kept:
-            while len(self.kept) >= MOST:
-                self.kept.popitem(last=False)
-            self.kept[key] = Recorded(prefix.buffer(columns, tokens, slots))
-        self.kept.move_to_end(key)
-        prefix.copy_to(self.kept[key].buffer)
-        return self.kept[key]
-
-    def __len__(self) -> int:
-        return len(self.kept)
+        if key not in self:
+            while len(self) >= MOST:
+                self.popitem(last=False)
+            self[key] = Recorded(prefix.buffer(columns, tokens, slots))
+        self.move_to_end(key)
+        prefix.copy_to(self[key].buffer)
+        return self[key]
 
     @property
     def nbytes(self) -> int:
         """Of the keys and values in their buffers."""
-        layers = [layer for recorded in self.kept.values() for layer in recorded.buffer.cache.layers]
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
-
-    def clear(self) -> None:
-        """Lets go of all of them, and of the memory that they hold."""
-        self.kept.clear()
+        return sum(recorded.buffer.cache.nbytes for recorded in self.values())

@@ -45,7 +45,9 @@ def load_checkpoint(config: Config) -> tuple:
     try:
         settings = AutoConfig.from_pretrained(path, **shared)
         check_known(settings)
-        vision = vision_attention(settings.model_type, device, name)
+        # flash attention sees all windows of Qwen2.5-VL in one call; where it is missing each length is (attention.py)
+        windows = settings.model_type == "qwen2_5_vl" and torch.device(device).type == "cuda" and name != "float32"
+        vision = "flash_attention_2" if windows and is_flash_attn_2_available() else "sdpa"
         model, loaded = AutoModelForImageTextToText.from_pretrained(
             path,
             dtype=getattr(torch, name),
@@ -80,13 +82,6 @@ def check_whole(name: str, loaded: Mapping[str, Iterable]) -> None:
         if keys:
             more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
             raise ModelError(f"cannot load {name!r}: weights {what}: {', '.join(keys[:NAMED])}{more}")
-
-
-def vision_attention(kind: str, device: str, dtype: str) -> str:
-    """Flash attention sees all windows of Qwen2.5-VL in one call; where it is missing each length is (attention.py)."""
-    here = kind == "qwen2_5_vl" and torch.device(device).type == "cuda" and dtype != "float32"
-    there = here and is_flash_attn_2_available()
-    return "flash_attention_2" if there else "sdpa"
 
 
 def quantised(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:

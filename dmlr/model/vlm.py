@@ -1,6 +1,6 @@
 """The model: prefill, extend, append, step.
 
-The only file that runs transformers' models (loading.py loads them, families/ says how architectures differ, cache.py
+The only file that runs transformers' models (loading.py loads them, families.py says how architectures differ, cache.py
 holds their caches). It runs embeddings over a cached prefix and returns logits and attention. Knows nothing about how a
 question becomes a prompt (encode.py), how an answer is chosen token by token (decode.py), rewards, or what the extra
 embeddings mean.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -21,15 +20,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dmlr.config import Config
 from dmlr.model import memory
-from dmlr.model.cache import AttentionProbe, KVCache, Prefix, additive_mask, at_least_float32
+from dmlr.model.cache import AttentionProbe, KVCache, Prefix, additive_mask
 from dmlr.model.cpu_linear import Linear, through_onednn
-from dmlr.model.families import family_of
-from dmlr.model.families.family import Grid
+from dmlr.model.families import FAMILIES, Grid, check_known
 from dmlr.model.graphs import Recordings
 from dmlr.model.memory import Shape, Work
 
-# cuDNN's attention plans anew for every shape: a prefix has another length at every token, and images have many sizes.
-GPU_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# Without cuDNN's, which plans anew for every shape: a prefix has another length at every token, images have many sizes.
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Encoded:
 
 
 class VLM:
-    """A frozen vision-language model with its processor, of one of the architectures in families/.
+    """A frozen vision-language model with its processor, of one of the architectures in families.py.
 
     min_pixels, max_pixels: limits of image sizes in merged visual tokens, as far as the family can choose; none: the
     processor's own. deep_patches: interleaved patches bring their deep features too, where the model has any
@@ -66,10 +64,15 @@ class VLM:
         max_pixels: int | None = None,
         deep_patches: bool = False,
     ):
+        check_known(model.config)
         self.model = through_onednn(model.eval().requires_grad_(False))
         self.processor, self.tokenizer = processor, processor.tokenizer
-        self.family = family_of(model, processor, min_pixels, max_pixels)
+        self.family = FAMILIES[model.config.model_type](model, processor, min_pixels, max_pixels)
+        self.text_model = self.family.text_model  # the language model without its head
         self.deep_levels = self.family.deep_levels if deep_patches else 0
+        self.text_config, self.shape = model.config.get_text_config(), Shape.of(model.config)
+        self.image_token_id: int = model.config.image_token_id
+        self.key_group = self.shape.heads // self.shape.kv_heads  # query heads that share a key head
         self.recordings = Recordings()
         self.budget = math.inf  # bytes that a batch may be estimated at: half of what ran out of memory
 
@@ -82,15 +85,6 @@ class VLM:
         return cls(model, processor, config.min_pixels, config.max_pixels, config.deep_patches)
 
     # what the model is
-
-    @property
-    def text_model(self) -> torch.nn.Module:
-        """The language model without its head."""
-        return self.family.text_model
-
-    @property
-    def image_token_id(self) -> int:
-        return self.model.config.image_token_id
 
     @property
     def device(self) -> torch.device:
@@ -107,20 +101,6 @@ class VLM:
     @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
-
-    @property
-    def text_config(self):
-        return self.model.config.get_text_config()
-
-    @cached_property
-    def shape(self) -> Shape:
-        """Its sizes."""
-        return Shape.of(self.model.config)
-
-    @property
-    def key_group(self) -> int:
-        """Query heads that share a key head."""
-        return self.shape.heads // self.shape.kv_heads
 
     @property
     def context_length(self) -> int:
@@ -181,26 +161,22 @@ class VLM:
         left = partial(pad_sequence, batch_first=True, padding_side="left")
         ids = left([e.input_ids for e in batch], padding_value=self.tokenizer.pad_token_id or 0).to(self.device)
         positions = left([e.positions.T for e in batch]).permute(2, 0, 1).to(self.device)  # [axes, B, P]
-        mask = (torch.arange(length) >= torch.tensor(pads)[:, None]).to(self.device)  # [B, P]
+        mask = left([torch.ones_like(e.input_ids, dtype=torch.bool) for e in batch]).to(self.device)  # [B, P]
         prompts = [
             torch.cat([e.input_ids[:1].expand(n), e.input_ids, e.suffix_ids]) for e, n in zip(batch, pads, strict=True)
         ]
         columns = [e.image_columns + n for e, n in zip(batch, pads, strict=True)]
-        image_mask = pad_sequence([row >= 0 for row in columns], batch_first=True).to(self.device)  # [B, N]
-        columns = pad_sequence(columns, batch_first=True).to(self.device)
+        columns = pad_sequence(columns, batch_first=True, padding_value=-1).to(self.device)  # [B, N]
+        image_mask, columns = columns >= 0, columns.clamp(min=0)
         embeds = self._with_features(self.embed(ids), ids == self.image_token_id, batch)
-        images = embeds.gather(1, columns[..., None].expand(-1, -1, embeds.shape[2])) * image_mask[..., None]
+        images = at(embeds, columns) * image_mask[..., None]
         if not self.deep_levels:
             images = images[..., : self.text_config.hidden_size]
 
         cache = KVCache()
-        causal = None  # without padding SDPA needs no mask
-        if max(pads):
-            causal = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
-            causal = (causal & mask[:, None]) | torch.eye(length, dtype=torch.bool, device=self.device)
-            causal = causal[:, None]
-        hidden = self._run(embeds, positions, causal, cache)
-        cache.commit(length)
+        # without padding SDPA needs no mask
+        hidden = self._run(embeds, positions, visible(mask)[:, None] if max(pads) else None, cache)
+        cache.length = length
         suffix = batch[0].suffix_ids
         assert all(torch.equal(e.suffix_ids, suffix) for e in batch), "one chat template, one suffix"
         return Prefix(
@@ -209,7 +185,7 @@ class VLM:
             next_position=torch.stack([e.positions.max() + 1 for e in batch]).to(self.device),
             logits=self._logits(hidden[:, -1]),
             images=images,
-            image_states=hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[2])),
+            image_states=at(hidden, columns),
             image_mask=image_mask,
             image_columns=columns,
             prompt_ids=torch.stack(prompts).to(self.device),
@@ -217,13 +193,6 @@ class VLM:
         )
 
     def extend(
-        self, prefix: Prefix, embeds: torch.Tensor, filled: torch.Tensor, read: torch.Tensor, **how
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `states`, with next-token logits [B, R, V] in float32 in place of hidden states."""
-        states, attention = self.states(prefix, embeds, filled, read, **how)
-        return (self._logits if how.get("commit") else self._exact_logits)(states), attention
-
-    def states(
         self,
         prefix: Prefix,
         embeds: torch.Tensor,
@@ -232,28 +201,26 @@ class VLM:
         probe_rows: torch.Tensor | None = None,
         samples: int = 1,
         commit: bool = False,
+        logits: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Runs S more slots over the cached prefix; drops them again unless `commit`.
 
         embeds: [B, S, D], or [B, S, (1 + n) D] with what n deep levels add.
         filled: [B, S], False for slots that nothing may attend to and that take no position.
-        read: [B, R], slots whose last hidden states are wanted.
+        read: [B, R], slots whose next-token logits are wanted; without `logits` their last hidden states.
         probe_rows: [A], slots whose attention over the image tokens is wanted.
         samples: M sequences of S / M slots each that all follow the prefix and do not see each other (they share its
         keys and values instead of repeating them).
 
-        Returns states [B, R, D] and attention [B, A, N], mean over layers and heads (None without probe_rows).
-        Differentiable in `embeds`.
+        Returns logits [B, R, V] in float32 or states [B, R, D], and attention [B, A, N], mean over layers and heads
+        (None without probe_rows). Differentiable in `embeds`.
         """
         batch, slots, _ = embeds.shape
         assert filled.shape == (batch, slots) and read.shape[0] == batch
         assert not commit or samples == 1
         order = filled.view(batch, samples, -1).long().cumsum(dim=2).view(batch, slots)
         positions = (prefix.next_position[:, None] + order - 1).expand(self.family.position_axes, batch, slots)
-        sample = torch.arange(slots, device=embeds.device) // (slots // samples)
-        causal = torch.ones(slots, slots, dtype=torch.bool, device=embeds.device).tril() & (sample[:, None] == sample)
-        new = (causal & filled[:, None]) | torch.eye(slots, dtype=torch.bool, device=embeds.device)
-        mask = torch.cat([prefix.mask[:, None].expand(-1, slots, -1), new.expand(batch, -1, -1)], dim=2)
+        mask = torch.cat([prefix.mask[:, None].expand(-1, slots, -1), visible(filled, samples)], dim=2)  # [B, S, T]
         probe = None
         if probe_rows is not None:
             wide = torch.promote_types(self.dtype, torch.float32)
@@ -261,15 +228,17 @@ class VLM:
         mask = additive_mask(mask, self.key_group, self.dtype)
         hidden = self._run(embeds.to(self.dtype), positions, mask, prefix.cache, probe)
         if commit:
-            prefix.cache.commit(slots)
+            prefix.cache.length += slots
             prefix.mask = torch.cat([prefix.mask, filled], dim=1)
             prefix.next_position = prefix.next_position + order[:, -1]
-        states = hidden.gather(1, read[..., None].expand(-1, -1, hidden.shape[2]))  # [B, R, D]
+        out = at(hidden, read)  # [B, R, D]
+        if logits:
+            out = (self._logits if commit else self._exact_logits)(out)
         if probe is None:
-            return states, None
-        weights = probe.total / len(prefix.cache.layers)  # [B, A, T], each row sums to one
+            return out, None
+        weights = probe.total / len(prefix.cache.stored)  # [B, A, T], each row sums to one
         index = prefix.image_columns[:, None].expand(-1, weights.shape[1], -1)
-        return states, weights.gather(2, index.to(weights.device)).masked_fill(~prefix.image_mask[:, None], 0.0)
+        return out, weights.gather(2, index.to(weights.device)).masked_fill(~prefix.image_mask[:, None], 0.0)
 
     @torch.no_grad()
     def append(self, prefix: Prefix, embeds: torch.Tensor, filled: torch.Tensor) -> None:
@@ -285,9 +254,8 @@ class VLM:
         same memory.
         """
         batch, columns = buffer.mask.shape
-        for layer in buffer.cache.layers:
-            layer.column = column
-        capacity = buffer.cache.layers[0].keys.shape[2]
+        buffer.cache.column = column
+        capacity = buffer.cache.stored[0][0].shape[2]
         behind = torch.arange(columns, capacity, device=token.device) <= column
         mask = torch.cat([buffer.mask, behind.expand(batch, -1)], dim=1)[:, None]  # [B, 1, capacity]
         mask = additive_mask(mask, self.key_group, self.dtype)
@@ -296,16 +264,12 @@ class VLM:
 
     # inside
 
-    def _kernels(self) -> AbstractContextManager:
-        """Of attention, on a GPU."""
-        return sdpa_kernel(GPU_KERNELS) if self.device.type == "cuda" else nullcontext()
-
     def _with_features(self, embeds: torch.Tensor, places: torch.Tensor, batch: list[Encoded]) -> torch.Tensor:
         """Embeddings [B, P, D] with visual features at `places` [B, P], and the deep ones beside them."""
         seen = [e.image_inputs for e in batch if e.image_inputs]
         if not seen:
             return embeds
-        with self._kernels():
+        with sdpa_kernel(KERNELS):
             features, deep = self.family.features(seen, self.device, self.dtype)
         embeds[places] = features.to(embeds)
         for level in deep:
@@ -321,7 +285,7 @@ class VLM:
         if deep:  # zeros for what is no patch, so all rows are named: a mask would make a GPU wait for its count
             rows = torch.arange(len(embeds), device=embeds.device)
             also = {"visual_pos_masks": rows, "deepstack_visual_embeds": deep}
-        with self._kernels():
+        with sdpa_kernel(KERNELS):
             out = self.text_model(
                 inputs_embeds=embeds,
                 position_ids=positions if self.family.position_axes > 1 else positions[0],
@@ -334,8 +298,9 @@ class VLM:
         return out.last_hidden_state.to(self.device)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., D] -> [..., V] in float32 or more."""
-        return at_least_float32(self.model.get_output_embeddings()(hidden).to(self.device))
+        """[..., D] -> [..., V] in float32 or more: half precision is widened for softmax and entropy."""
+        logits = self.model.get_output_embeddings()(hidden).to(self.device)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _exact_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The same of a few rows by a product in float32, also in half precision: what rewards are compared by."""
@@ -349,3 +314,17 @@ class VLM:
         else:
             wide = F.linear(rows.float(), head.weight.float())
         return wide.unflatten(0, hidden.shape[:-1]).to(self.device)
+
+
+def at(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """[B, R, D]: what x [B, S, D] has at `places` [B, R]."""
+    return x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
+
+
+def visible(filled: torch.Tensor, samples: int = 1) -> torch.Tensor:
+    """[B, S, S], True where slots [B, S] may look: at themselves, and at those before that are `filled` and of the same
+    sample of S / M slots."""
+    slots = filled.shape[1]
+    sample = torch.arange(slots, device=filled.device) // (slots // samples)
+    causal = torch.ones(slots, slots, dtype=torch.bool, device=filled.device).tril() & (sample[:, None] == sample)
+    return (causal & filled[:, None]) | torch.eye(slots, dtype=torch.bool, device=filled.device)

@@ -27,7 +27,7 @@ from dmlr.methods.answers import by_halves, failed, free
 from dmlr.methods.prompting import encode_task, prompts_of
 from dmlr.methods.workload import workload
 from dmlr.model.encode import encode
-from dmlr.model.families.family import Pictures
+from dmlr.model.families import Pictures
 from dmlr.model.memory import Work
 from dmlr.model.vlm import VLM
 
