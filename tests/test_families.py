@@ -32,6 +32,15 @@ ASKED = [  # question, sizes of its images
 ]
 LOOP = {"num_thought_tokens": 3, "max_num_steps": 3, "lr": 0.02, "sigma": 0.05, "max_new_tokens": 5}
 USE_PATCHES = ("icot", "unoptimised")
+RULES = {
+    "repetition_penalty": 1.2,
+    "no_repeat_ngram_size": 3,
+    "bad_words_ids": [[104], [105, 106]],
+    "min_new_tokens": 3,
+    "suppress_tokens": [100, 101],
+    "do_sample": True,
+    "temperature": 0.1,
+}
 ATTENTION_BLOCKS = ("attn", "self_attn", "attention")  # of vision towers
 VARIANTS = {
     "paper": {"initial_patch_count": 1, "patch_increment": 1},
@@ -62,26 +71,23 @@ def test_every_family_is_here():
     assert set(TINY) == set(FAMILIES)
 
 
-def test_vanilla_equals_generate(vlm, tmp_path):
-    """A batch of mixed questions against transformers' own `generate`, one by one, of the saved checkpoint."""
+@pytest.mark.parametrize("rules", [{}, RULES], ids=["plain", "rules"])
+def test_answers_of_a_loaded_checkpoint_equal_generate(vlm, tmp_path, rules):
+    """A batch of mixed questions against transformers' own `generate`, one by one. Of the rules in generation_config
+    sampling does not apply."""
     vlm.model.save_pretrained(tmp_path)
+    vlm.processor.save_pretrained(tmp_path)
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation="eager")
-    texts = set()
-    for decoded, encoded, (_, sizes), seed in zip(
-        decode(vlm, vlm.prefill(asked(vlm)), 8), asked(vlm), ASKED, range(len(ASKED)), strict=True
-    ):
+    loaded = VLM.load(Config(model_name_or_path=str(tmp_path), device="cpu", max_pixels=None))
+    for settings in (plain.generation_config, loaded.model.generation_config):
+        vars(settings).update(rules)
+    free, said = (decode(loaded, loaded.prefill(asked(loaded)), 8, generation=how) for how in ("plain", "checkpoint"))
+    for decoded, encoded, (_, sizes), seed in zip(said, asked(vlm), ASKED, range(len(ASKED)), strict=True):
         inputs = vlm.family.inputs(encoded.prompt, pictures(sizes, seed))
         out = plain.generate(**inputs, max_new_tokens=8, do_sample=False)
         assert decoded.ids == out[0, inputs["input_ids"].shape[1] :].tolist()
-        texts.add(decoded.text)
-    assert len(texts) > 2, "a random model that always says the same proves little"
-
-
-def test_loaded_from_a_folder_says_the_same(vlm, tmp_path):
-    vlm.model.save_pretrained(tmp_path)
-    vlm.processor.save_pretrained(tmp_path)
-    loaded = VLM.load(Config(model_name_or_path=str(tmp_path), device="cpu", max_pixels=None))
-    assert decode(loaded, loaded.prefill(asked(loaded)), 8) == decode(vlm, vlm.prefill(asked(vlm)), 8)
+    assert (said == free) == (not rules)
+    assert len({decoded.text for decoded in said}) > 2, "a random model that always says the same proves little"
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -148,13 +154,15 @@ def test_patches_come_from_one_two_and_no_images(vlm, name):
             assert any(answer.reasoning.patches) == bool(question.images)
 
 
-def test_image_sizes_follow_max_pixels(vlm):
-    """Fewer tokens where a family can choose; the fixed sizes of the LLaVA family stay."""
-    kind = vlm.model.config.model_type
-    count = len(encode(vlm, "", "?", [noise_image(0, 224, 224)]).image_columns)
-    small = VLM(vlm.model, vlm.processor, None, 6)
-    fewer = len(encode(small, "", "?", [noise_image(0, 224, 224)]).image_columns)
-    assert fewer == count if kind.startswith("llava") else fewer <= 6 < count
+def test_image_sizes_follow_min_and_max_pixels(vlm):
+    """Where a family can choose; the fixed sizes of the LLaVA family stay, and only Qwen's have a least one."""
+
+    def count(low, high):
+        return len(encode(VLM(vlm.model, vlm.processor, low, high), "", "?", [noise_image(0, 224, 224)]).image_columns)
+
+    kind, own = vlm.model.config.model_type, count(None, None)
+    assert count(None, 6) == own if kind.startswith("llava") else count(None, 6) <= 6 < own
+    assert 144 <= count(144, 160) <= 160 if kind.startswith("qwen") else count(2, None) == own
 
 
 def test_an_architecture_that_is_not_known_says_what_is_missing():

@@ -94,51 +94,53 @@ def test_bits_without_their_library_say_so(monkeypatch):
         Config(load_in_bits=3)
 
 
-def test_an_unknown_architecture_is_refused_before_its_weights(tmp_path):
-    LlamaConfig().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="'llama' is not supported: it has no vision tower"):
-        VLM.load(Config(model_name_or_path=str(tmp_path)))
+NORM, STORED = "model.language_model.norm.weight", "model.norm.weight"  # a weight in the model, and in its file
+FAULTS = {  # message: what was done to the folder of a checkpoint, whose weights by name are given too
+    f"weights are missing: {NORM}": lambda path, weights: weights.pop(STORED),
+    "missing: model.visual.* and [0-9]+ more": lambda path, weights: [
+        weights.pop(key) for key in list(weights) if "visual" in key
+    ],
+    f"weights have another shape: {NORM}": lambda path, weights: weights.update({STORED: weights[STORED][:5].clone()}),
+    "okenizer": lambda path, weights: [file.unlink() for file in path.glob("tokenizer*")],
+    "cannot load folder": lambda path, weights: (path / "config.json").write_text("{}"),
+    "'llama' is not supported: it has no vision tower": lambda path, weights: LlamaConfig().save_pretrained(path),
+}
 
 
 def damaged(folder, tmp_path, change):
-    """A copy of a checkpoint whose weights `change` was done to, in place."""
+    """Of a copy of a checkpoint to which `change` was done."""
     path = shutil.copytree(folder, tmp_path / "damaged")
     weights = load_file(path / "model.safetensors")
-    (norm,) = (key for key in weights if key.endswith("norm.weight") and "layers" not in key and "visual" not in key)
-    change(weights, norm)
+    change(path, weights)
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     return Config(model_name_or_path=str(path), device="cpu", max_pixels=None, max_new_tokens=4, max_num_steps=1)
 
 
+@pytest.mark.parametrize("message", FAULTS)
+def test_a_damaged_checkpoint_says_what_is_wrong(folder, tmp_path, message):
+    """Weights that are not there are not random instead."""
+    with pytest.raises(ModelError, match=message):
+        VLM.load(damaged(folder, tmp_path, FAULTS[message]))
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "message"),
     [
-        (lambda w, norm: w.pop(norm), "weights are missing: model.language_model.norm.weight"),
-        (lambda w, _: [w.pop(key) for key in list(w) if "visual" in key], "missing: model.visual.* and [0-9]+ more"),
-        (
-            lambda w, norm: w.update({norm: w[norm][:5].clone()}),
-            "weights have another shape: model.language_model.norm.weight",
-        ),
-        (lambda w, _: (w.clear(), w.update(x=torch.ones(1))), "weights are missing: lm_head.weight"),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", "no such folder here, .* cannot be reached"),
+        ("data/models/shapes_vl/x", "no name of the form owner/model"),
     ],
 )
-def test_weights_that_are_not_there_are_not_random_instead(folder, tmp_path, change, message):
-    with pytest.raises(ModelError, match=message):
-        VLM.load(damaged(folder, tmp_path, change))
+def test_a_model_that_is_not_here_says_so(name, message):
+    with pytest.raises(ModelError, match=f"cannot load name '{name}': .*{message}"):
+        VLM.load(Config(model_name_or_path=name))
 
 
 @pytest.mark.parametrize("method", ["vanilla", "dmlr", "multimodal-cot"])
 def test_weights_that_are_no_numbers_are_an_error_of_every_method(folder, tmp_path, method):
-    config = damaged(folder, tmp_path, lambda w, norm: w[norm].fill_(torch.nan))
+    config = damaged(folder, tmp_path, lambda path, weights: weights[STORED].fill_(torch.nan))
     questions = [Question(i, "How many?", [noise_image(i)]) for i in range(2)]
     for answer in answer_batch(VLM.load(config), method, questions, config):
         assert (answer.stop_reason, answer.text) == ("error", "") and "not" in answer.error and "finite" in answer.error
-
-
-def test_a_folder_without_a_tokenizer_says_so(folder, tmp_path):
-    path = shutil.copytree(folder, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
-    with pytest.raises(ModelError, match="okenizer"):
-        VLM.load(Config(model_name_or_path=str(path)))
 
 
 def test_a_model_that_is_dropped_is_gone(folder):
@@ -149,21 +151,11 @@ def test_a_model_that_is_dropped_is_gone(folder):
     assert gone() is None
 
 
-def test_a_model_that_is_not_here_says_so(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match="cannot load folder"):
-        VLM.load(Config(model_name_or_path=str(tmp_path)))
-    with pytest.raises(ModelError, match="'Qwen/Qwen2.5-VL-3B-Instruct': no such folder here, .* cannot be reached"):
-        VLM.load(Config(model_name_or_path="Qwen/Qwen2.5-VL-3B-Instruct"))
-    with pytest.raises(ModelError, match="no name of the form owner/model"):
-        VLM.load(Config(model_name_or_path="data/models/shapes_vl/x"))
-
-
-REFUSALS = {
-    "gated": (403, "GatedRepo"),
-    "nobody": (401, "RepoNotFound"),
-    "empty": (404, "EntryNotFound"),
-    "old": (404, "RevisionNotFound"),
+REFUSALS = {  # by owner: as the hub says it, and what is said here
+    "gated": (403, "GatedRepo", "accept its terms"),
+    "nobody": (401, "RepoNotFound", "misspelt, or private"),
+    "empty": (404, "EntryNotFound", "Unrecognized model"),
+    "old": (404, "RevisionNotFound", "not this revision"),
 }
 
 
@@ -171,7 +163,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """Refuses as the hub does: by headers."""
 
     def do_HEAD(self):
-        status, code = REFUSALS[next((owner for owner in REFUSALS if owner in self.path), "empty")]
+        status, code, _ = REFUSALS[next((owner for owner in REFUSALS if owner in self.path), "empty")]
         self.send_response(status)
         self.send_header("X-Error-Code", code)
         self.send_header("X-Repo-Commit", "0" * 40)
@@ -187,12 +179,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def test_what_the_hub_refuses_is_said_in_a_line(tmp_path):
     """Gated, misspelt, of another kind, without that revision: each with what helps, and never the token."""
     code = """if True:
-        import json
+        import json, sys
         from dmlr.config import Config
         from dmlr.model.families import ModelError
         from dmlr.model.vlm import VLM
         said = {}
-        for owner in ("gated", "nobody", "empty", "old"):
+        for owner in sys.argv[1:]:
             try:
                 VLM.load(Config(model_name_or_path=owner + "/model", revision="v1" if owner == "old" else ""))
             except ModelError as error:
@@ -203,11 +195,10 @@ def test_what_the_hub_refuses_is_said_in_a_line(tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         own = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}", "HF_HOME": str(tmp_path),
                "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secret"}  # fmt: skip
-        done = subprocess.run([sys.executable, "-c", code], env=os.environ | own, capture_output=True, text=True)
+        command = [sys.executable, "-c", code, *REFUSALS]
+        done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
         server.shutdown()
     said = json.loads(done.stdout.splitlines()[-1])
-    assert "accept its terms" in said["gated"]
-    assert "misspelt, or private" in said["nobody"]
-    assert "not this revision" in said["old"]
-    assert "Unrecognized model" in said["empty"]
+    for owner, (_, _, message) in REFUSALS.items():
+        assert message in said[owner]
     assert "hf_secret" not in done.stdout + done.stderr
