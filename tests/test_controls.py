@@ -4,14 +4,20 @@ import dataclasses
 
 import pytest
 import torch
+from recomputed import noise_of
 from test_optimize import questions
 from tiny import tiny_vlm
 
 from dmlr.config import Config
 from dmlr.data.boxes import touched
 from dmlr.data.examples import Example
+from dmlr.loop.optimize import initial_latents
+from dmlr.loop.reference import Reference, eager
 from dmlr.methods import METHODS, controls
-from dmlr.methods.controls import CONTROLS, loop_result
+from dmlr.methods.controls import CONTROLS, Batch
+from dmlr.methods.latent import prefill_latent
+from dmlr.model.encode import encode
+from dmlr.prompts import Prompts
 from dmlr.run.batches import partners
 
 CONFIG = Config(num_thought_tokens=4, max_num_steps=4, lr=0.02, sigma=0.05, max_new_tokens=6, initial_patch_count=1)
@@ -27,9 +33,15 @@ def asked():
     return questions(3)
 
 
+def batch_of(vlm, asked, config=CONFIG):
+    prefix, _ = prefill_latent(vlm, asked, config, Prompts())
+    noise = noise_of(vlm, config, [question.idx for question in asked])
+    return Batch(vlm, asked, prefix, config, noise, prefix.suffix_ids)
+
+
 @pytest.fixture(scope="module")
 def found(vlm, asked):
-    found = loop_result(vlm, asked, CONFIG)
+    found = batch_of(vlm, asked)
     assert not torch.equal(found.state.latents, found.start) and found.state.patches.count.any(), "nothing to change"
     return found
 
@@ -48,13 +60,10 @@ def test_other_patches_with_the_same_latents(found, name):
     assert state.patches.tolist() != found.state.patches.tolist()
 
 
-def test_displaced_is_as_far_from_the_start(found):
+def test_displaced_and_gaussian_have_the_loops_size(found):
     ours, theirs = (latents - found.start for latents in (controls.displaced(found).latents, found.state.latents))
     torch.testing.assert_close(ours.norm(dim=2), theirs.norm(dim=2))
     assert torch.cosine_similarity(ours, theirs, dim=2).abs().max() < 0.6, "the direction is another one"
-
-
-def test_gaussian_has_the_size_of_each_think_token(found):
     sizes = [latents.pow(2).mean(dim=2).sqrt() for latents in (controls.gaussian(found).latents, found.state.latents)]
     torch.testing.assert_close(*sizes, rtol=0.5, atol=0)
 
@@ -73,8 +82,9 @@ def test_permuted_moves_every_think_token_with_its_patches(found):
 
 def test_true_patches_lie_in_the_box_and_are_as_many_as_random_ones(found):
     true, drawn = controls.true_patches(found), controls.random_patches(found)
-    for row, (question, encoded) in enumerate(zip(found.questions, found.encoded, strict=True)):
-        inside = touched(question.boxes, question.images[0].size, encoded.patch_grid)
+    for row, question in enumerate(found.questions):
+        grid = encode(found.vlm, "", "?", question.images).patch_grid
+        inside = touched(question.boxes, question.images[0].size, grid)
         for patches, others in zip(true.patches.tolist()[row], drawn.patches.tolist()[row], strict=True):
             assert inside[patches].all()
             assert len(patches) == min(len(others), inside.sum()) > 0
@@ -88,16 +98,12 @@ def test_an_oracle_without_its_truth_is_an_error(vlm, asked):
 
 
 def test_swapped_is_the_partners_result_behind_our_prompt(vlm, asked):
-    answers = METHODS["swapped"](vlm, asked, CONFIG)
-    partners = METHODS["dmlr"](vlm, [q.partner() for q in asked], CONFIG)
-    vanillas = METHODS["dmlr"](vlm, asked, CONFIG)
-    for answer, partner, own, question in zip(answers, partners, vanillas, asked, strict=True):
-        torch.testing.assert_close(answer.reasoning.latents, partner.reasoning.latents, atol=1e-5, rtol=0)
-        assert answer.details["patches"] == partner.reasoning.patches
-        assert answer.details["loop_of"] == question.partner().idx
-        assert answer.prompt == own.prompt and answer.reasoning.start_reward == pytest.approx(
-            own.reasoning.start_reward, abs=1e-5
-        )
+    answers, own = (METHODS[name](vlm, asked, CONFIG) for name in ("swapped", "dmlr"))
+    for answer, mine, row in zip(answers, own, (-1, 0, 1), strict=True):  # whose partner that is
+        torch.testing.assert_close(answer.reasoning.latents, own[row].reasoning.latents, atol=1e-5, rtol=0)
+        assert answer.details["patches"] == own[row].reasoning.patches and answer.details["loop_of"] == asked[row].idx
+        assert answer.prompt == mine.prompt
+        assert answer.reasoning.start_reward == pytest.approx(mine.reasoning.start_reward, abs=1e-5)
 
 
 def test_a_partner_is_another_question():
@@ -115,22 +121,15 @@ def test_controls_of_a_run_share_one_loop(vlm, asked, monkeypatch):
 
 def test_oracle_latents_make_the_truth_more_likely(vlm, asked):
     config = CONFIG.replace(max_num_steps=10, sigma=0.5, initial_patch_count=0, patch_increment=0)
-    answers = METHODS["oracle-latents"](vlm, asked, config)
-    found = loop_result(vlm, asked, config)
-    score = controls.truth_score(vlm, found.prefix, asked)
-    latents = torch.stack([a.reasoning.latents for a in answers])
-    before, after = (score(z[:, None], found.retrieval.nothing).reward for z in (found.start, latents))
-    assert (after > before + 0.1).all()
-    assert all(a.details["oracle"] for a in answers)
-
-
-def test_the_truths_gradient_is_that_of_finite_differences():
-    vlm = tiny_vlm()
-    vlm.model.double()
-    asked = questions(2)
-    found = loop_result(vlm, asked, CONFIG)
-    score, latents = controls.truth_score(vlm, found.prefix, asked), found.start.double()
-    gradient = score(latents[:, None], found.state.patches, with_gradient=True).gradient
-    direction = gradient / gradient.norm(dim=(1, 2), keepdim=True)
-    up, down = (score((latents + e * direction)[:, None], found.state.patches).reward[:, 0] for e in (1e-5, -1e-5))
-    torch.testing.assert_close((up - down) / 2e-5, gradient.norm(dim=(1, 2)), rtol=1e-2, atol=0, check_dtype=False)
+    answers, oracle = METHODS["oracle-latents"](vlm, asked, config), eager(vlm)
+    prefix, encoded = prefill_latent(vlm, asked, config, Prompts())
+    starts = initial_latents(vlm, prefix, config)
+    for question, answer, row, start in zip(asked, answers, encoded, starts, strict=True):
+        truth, reference = torch.tensor(vlm.tokenizer.encode(question.solution)), Reference(oracle, row, config)
+        chances = []
+        for latents in (start, answer.reasoning.latents):
+            with torch.no_grad():
+                logits, *_ = reference.forward(latents, [[]] * 4, [*row.suffix_ids.tolist(), *truth.tolist()])
+            before = logits[-len(truth) - 1 : -1].log_softmax(dim=1)
+            chances.append(before.gather(1, truth[:, None]).mean().item())
+        assert chances[1] > chances[0] + 0.1 and answer.details["oracle"]

@@ -3,7 +3,7 @@
 import torch
 
 from dmlr.config import Config
-from dmlr.loop.injection import Patches, caps_of, choose_patches, interleave, reward_slots
+from dmlr.loop.injection import Patches, Retrieval, caps_of, interleave, reward_slots
 
 
 def test_caps_share_the_total_and_follow_the_stride():
@@ -21,23 +21,18 @@ def test_caps_share_the_total_and_follow_the_stride():
 
 
 def test_kept_patches_come_first_then_the_most_attended():
+    config = Config(num_thought_tokens=1, initial_patch_count=2, patch_increment=2)
+    retrieve = Retrieval(torch.ones(1, 4, dtype=torch.bool), config)
     attention = torch.tensor([[[0.1, 0.4, 0.2, 0.3]]])
-    mask = torch.ones(1, 4, dtype=torch.bool)
-    none = Patches.none(1, 1, attention.device)
-    caps = torch.tensor([[4]])
-    chosen = choose_patches(attention, mask, none, torch.tensor([2]), caps, 2)
-    assert chosen.tolist() == [[[1, 3]]]
-    kept = Patches(torch.tensor([[[0, 2]]]), torch.tensor([[2]]))
-    assert choose_patches(attention, mask, kept, torch.tensor([3]), caps, 4).tolist() == [[[0, 2, 1]]]
-    assert choose_patches(attention, mask, kept, torch.tensor([1]), caps, 4).tolist() == [[[0, 2]]]  # nothing leaves
+    assert retrieve(attention, retrieve.nothing, torch.tensor([2])).tolist() == [[[1, 3]]]
+    kept = Patches.of([[[0, 2]]], attention.device)
+    assert retrieve(attention, kept, torch.tensor([3]), 1).tolist() == [[[0, 2, 1]]]
+    assert retrieve(attention, kept, torch.tensor([1]), 1).tolist() == [[[0, 2]]]  # nothing leaves
 
 
 def test_ties_go_to_the_lower_index_and_padding_is_never_chosen():
-    attention = torch.tensor([[[0.5, 0.5, 0.9]]])
-    mask = torch.tensor([[True, True, False]])
-    none = Patches.none(1, 1, attention.device)
-    chosen = choose_patches(attention, mask, none, torch.tensor([9]), torch.tensor([[2]]), 3)
-    assert chosen.tolist() == [[[0, 1]]]
+    retrieve = Retrieval(torch.tensor([[True, True, False]]), Config(num_thought_tokens=1, initial_patch_count=3))
+    assert retrieve(torch.tensor([[[0.5, 0.5, 0.9]]]), retrieve.nothing, torch.tensor([9])).tolist() == [[[0, 1]]]
 
 
 def test_interleaving_order_and_reward_slots():

@@ -77,7 +77,7 @@ def caps_of(config: Config, num_patches: torch.Tensor) -> torch.Tensor:
 
 
 class Retrieval:
-    """Z_cand: which patches each think token of a batch may try, given what ranks them, kept patches and budget."""
+    """Z_cand of Algorithm 1: which patches each think token of a batch may try."""
 
     def __init__(self, image_mask: torch.Tensor, config: Config):
         """image_mask: [B, N]. `initial_patch_count` none is every patch, 0 is none (in the released code 0 is all)."""
@@ -91,32 +91,18 @@ class Retrieval:
         self.nothing = Patches.none(len(counts), config.num_thought_tokens, counts.device)
 
     def __call__(self, attention: torch.Tensor, kept: Patches, budget: torch.Tensor, t: int = 0) -> Patches:
-        """attention: [B, L, N]. The shapes in iteration t are known without looking at the rows."""
-        width = min(self.widest, self.first + t * self.growth)
-        return choose_patches(attention, self.image_mask, kept, budget, self.caps, width)
+        """The kept patches first, then the most attended ones, up to the budget; ties go to the lower index.
 
-
-def choose_patches(
-    attention: torch.Tensor,
-    image_mask: torch.Tensor,
-    kept: Patches,
-    budget: torch.Tensor,
-    caps: torch.Tensor,
-    width: int,
-) -> Patches:
-    """Z_cand of Algorithm 1: the kept patches first, then the most attended ones, up to the budget.
-
-    attention: [B, L, N] of each think token over image tokens; image_mask: [B, N]; budget: [B] patches per think token;
-    caps: [B, L]; width: K of the result, an upper bound on what budget and caps allow. Ties go to the lower index.
-    """
-    width = min(width, attention.shape[2])
-    score = attention.masked_fill(~image_mask[:, None], -1.0)
-    slot = torch.arange(kept.index.shape[2], device=attention.device)
-    priority = torch.where(slot < kept.count[..., None], 2.0 + slot.flip(0), 0.0)  # attention is at most one
-    score = score.scatter_reduce(2, kept.index, priority.to(score.dtype), reduce="amax")
-    index = score.sort(dim=2, descending=True, stable=True).indices[:, :, :width]
-    count = torch.maximum(torch.minimum(budget[:, None], caps), kept.count).clamp(max=width)
-    return Patches(index, count)
+        attention: [B, L, N] of each think token over image tokens; budget: [B] patches per think token. The shapes in
+        iteration t are known without looking at the rows.
+        """
+        width = min(self.widest, self.first + t * self.growth, attention.shape[2])
+        score = attention.masked_fill(~self.image_mask[:, None], -1.0)
+        slot = torch.arange(kept.index.shape[2], device=attention.device)
+        priority = torch.where(slot < kept.count[..., None], 2.0 + slot.flip(0), 0.0)  # attention is at most one
+        score = score.scatter_reduce(2, kept.index, priority.to(score.dtype), reduce="amax")
+        index = score.sort(dim=2, descending=True, stable=True).indices[:, :, :width]
+        return Patches(index, torch.maximum(torch.minimum(budget[:, None], self.caps), kept.count).clamp(max=width))
 
 
 def interleave(latents: torch.Tensor, images: torch.Tensor, patches: Patches) -> tuple[torch.Tensor, torch.Tensor]:

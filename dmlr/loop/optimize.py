@@ -66,17 +66,15 @@ def example_generator(seed: int, idx: int | str, purpose: str = "") -> torch.Gen
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def example_noise(
-    seed: int, idx: int | str, steps: int, samples: int, num_thought_tokens: int, dim: int
-) -> torch.Tensor:
+def example_noise(config: Config, idx: int | str, dim: int) -> torch.Tensor:
     """Standard normal noise [T, M, L, D] that depends on (seed, idx) only; iteration t's does not depend on T.
 
     Several samples are antithetic pairs: every odd one is the negative of the one before it.
     """
-    generator = example_generator(seed, idx)
-    draws = [torch.randn(max(samples // 2, 1), num_thought_tokens, dim, generator=generator) for _ in range(steps)]
-    noise = torch.stack(draws) if draws else torch.zeros(0, max(samples // 2, 1), num_thought_tokens, dim)
-    return noise if samples == 1 else torch.stack([noise, -noise], dim=2).flatten(1, 2)
+    generator, shape = example_generator(config.seed, idx), (max(config.num_samples // 2, 1), config.num_thought_tokens)
+    draws = [torch.randn(*shape, dim, generator=generator) for _ in range(config.max_num_steps)]
+    noise = torch.stack(draws) if draws else torch.zeros(0, *shape, dim)
+    return noise if config.num_samples == 1 else torch.stack([noise, -noise], dim=2).flatten(1, 2)
 
 
 def initial_latents(vlm: VLM, prefix: Prefix, config: Config) -> torch.Tensor:

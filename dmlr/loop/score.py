@@ -59,15 +59,14 @@ def confidence(
     half precision too.
     """
     _, samples, length, _ = latents.shape
-    tail = {"think_next": prefix.suffix_ids[:1], "answer": prefix.suffix_ids}.get(config.reward_position)
+    tail = prefix.suffix_ids[: {"think_next": 1, "answer": None}.get(config.reward_position, 0)]
     embeds, filled = interleave(latents, prefix.images, patches)  # [B, M, S, D], [B, S]
-    if tail is not None:
-        embeds, filled = with_tokens(vlm, embeds, filled, tail)
+    embeds, filled = with_tokens(vlm, embeds, filled, tail)
     if config.reward_position == "think":  # nothing that is read can see the patches of the last group
         used = 1 + (length - 1) * (1 + patches.index.shape[2])
         embeds, filled = embeds[:, :, :used], filled[:, :used]
     starts = embeds.shape[2] * torch.arange(samples, device=embeds.device)[:, None]  # [M, 1], first slots
-    read = reward_slots(patches, config.reward_position, 0 if tail is None else len(tail))  # [B, R]
+    read = reward_slots(patches, config.reward_position, len(tail))  # [B, R]
     think = torch.arange(length, device=embeds.device) * (1 + patches.index.shape[2])  # [L]
     logits, attention = vlm.extend(
         prefix,

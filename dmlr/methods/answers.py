@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -51,13 +52,6 @@ class Answer:
     reasoning: Reasoning | None = None
     prompt_tokens: int = 0  # of the prompt that was answered, image and think tokens included
     details: dict[str, Any] = field(default_factory=dict)  # what else the method did, as plain values for the record
-
-    @classmethod
-    def of(cls, encoded: Encoded, decoded: Decoded, seconds: dict[str, float], **more: Any) -> Answer:
-        """What was decoded after a prompt; `more` stands in place of what these say."""
-        values = {"text": decoded.text, "prompt": encoded.prompt, "stop_reason": decoded.stop_reason}
-        values |= {"num_new_tokens": decoded.num_tokens, "prompt_tokens": encoded.num_tokens, "seconds": seconds}
-        return cls(**values | more)
 
 
 @dataclass
@@ -121,14 +115,21 @@ class Clock:
     """Seconds per phase; waits for the GPU, so that a phase pays for its own work."""
 
     def __init__(self, device: torch.device):
-        self.device, self.seconds, self.last = device, {}, time.perf_counter()
+        self.device, self.seconds, self.last = device, defaultdict(float), time.perf_counter()
 
     def lap(self, phase: str) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+        self.seconds[phase] += now - self.last
         self.last = now
 
-    def per_example(self, batch: int) -> dict[str, float]:
-        return {phase: seconds / batch for phase, seconds in self.seconds.items()}
+
+def answers_of(encoded: Sequence[Encoded], decoded: Sequence[Decoded], clock: Clock) -> list[Answer]:
+    """What was decoded, just now, after each prompt of a batch."""
+    clock.lap("decode")
+    each = {phase: seconds / len(encoded) for phase, seconds in clock.seconds.items()}
+    return [
+        Answer(d.text, e.prompt, d.stop_reason, d.num_tokens, each, prompt_tokens=e.num_tokens)
+        for e, d in zip(encoded, decoded, strict=True)
+    ]

@@ -1,8 +1,8 @@
 """Controls: what a gain must be larger than before latents, patches or the search can be given the credit.
 
-All are one mechanism: a loop's result for a question, changed, scored once and decoded again, with the same prompt and
-the same decoding. So each is paired with DMLR's own answer, and differs from it in one thing. (`random` alone is a loop
-of its own, decoded as it is.)
+All are one mechanism: DMLR's state for a question, changed, scored once and decoded again, with the same prompt and the
+same decoding. So each is paired with DMLR's own answer, and differs from it in one thing. (`random` alone is a loop of
+its own, decoded as it is.)
 
 A record of theirs has no iterations: `best_reward` is the run's reward of the state that was decoded, and `details` say
 what was changed (`control`), whose loop it was (`loop_of`), how far the latents lie from the start (`displacement`, RMS
@@ -16,6 +16,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,231 +25,165 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dmlr.config import Config
 from dmlr.data.boxes import checked_boxes, distance, touched
-from dmlr.loop.injection import Patches, Retrieval, choose_patches, interleave
+from dmlr.loop.injection import Patches, Retrieval, interleave
 from dmlr.loop.optimize import State, Trace, example_generator, initial_latents, optimize
 from dmlr.loop.score import Score, differentiable, scorer, with_tokens
-from dmlr.methods import latent
-from dmlr.methods.answers import Answer, Clock, Question
+from dmlr.methods.answers import Answer, Method, Question
+from dmlr.methods.latent import prefill_latent, question_noise, reasoned, with_notes
 from dmlr.methods.prompting import prompts_of
 from dmlr.model.cache import Prefix
-from dmlr.model.vlm import VLM, Encoded
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a loop made of a batch of B questions: the prompts, where it started, and the state to decode."""
-
-    questions: Sequence[Question]
-    config: Config
-    prefix: Prefix
-    encoded: list[Encoded]
-    start: torch.Tensor  # [B, L, D]
-    state: State
-    sources: Sequence[Question]  # whose loop it was
-
-    @property
-    def retrieval(self) -> Retrieval:
-        return Retrieval(self.prefix.image_mask, self.config)
-
-    def normal(self, purpose: str) -> torch.Tensor:
-        """[B, L, D], standard normal, each question's own."""
-        streams = [example_generator(self.config.seed, q.idx, purpose) for q in self.questions]
-        draws = [torch.randn(self.start.shape[1:], generator=stream) for stream in streams]
-        return torch.stack(draws).to(self.start.device)
-
-    def patches_ranked(self, ranking: torch.Tensor, allowed: torch.Tensor) -> Patches:
-        """The first of `ranking` [B, L, N] in [0, 1] among the image tokens `allowed` [B, N]: as many for each think
-        token as the loop kept, and at least as many as the loop begins with."""
-        retrieve = self.retrieval
-        wanted = torch.minimum(retrieve.first_budget[:, None], retrieve.caps)
-        wanted = torch.maximum(wanted, self.state.patches.count)
-        wanted = torch.minimum(wanted, allowed.sum(dim=1, keepdim=True))  # [B, L]
-        most = wanted.amax(dim=1)
-        return choose_patches(ranking, allowed, retrieve.nothing, most, wanted, int(most.max()))
-
-
-# changes: a loop's result -> the state to decode instead
-
-
-def displaced(result: Result) -> State:
-    """A random displacement of the start, for each think token as long as the loop's; no reward chose it."""
-    direction, size = result.normal("displaced"), (result.state.latents - result.start).norm(dim=2, keepdim=True)
-    return replace(result.state, latents=result.start + size * direction / direction.norm(dim=2, keepdim=True))
-
-
-def gaussian(result: Result) -> State:
-    """Gaussian vectors with the RMS of each optimised think token."""
-    rms = result.state.latents.pow(2).mean(dim=2, keepdim=True).sqrt()
-    return replace(result.state, latents=rms * result.normal("gaussian"))
-
-
-def permuted(result: Result) -> State:
-    """The think tokens, each with its patches, in another order: a random cycle, so that none keeps its place."""
-    length, sources = result.start.shape[1], []
-    for question in result.questions:
-        cycle = torch.randperm(length, generator=example_generator(result.config.seed, question.idx, "permuted"))
-        sources.append(torch.empty_like(cycle).scatter_(0, cycle, cycle.roll(1)))
-    source, patches = torch.stack(sources).to(result.start.device), result.state.patches  # [B, L]
-    index = patches.index.gather(1, source[..., None].expand_as(patches.index))
-    latents = result.state.latents.gather(1, source[..., None].expand_as(result.start))
-    return State(latents, Patches(index, patches.count.gather(1, source)))
-
-
-def random_patches(result: Result) -> State:
-    """Patches of random places instead of the loop's; with `max_num_steps` 0 behind the start's think tokens."""
-    ranking = random_ranking(result.questions, result.prefix, result.config, "random patches", 1)[:, 0]
-    return replace(result.state, patches=result.patches_ranked(ranking, result.prefix.image_mask))
-
-
-def true_patches(result: Result) -> State:
-    """An ORACLE: patches of the true object's boxes, the nearest to a box's centre first, instead of the loop's.
-
-    As many as "random-patches" has, at most all that a box touches; none where the dataset says that the object is not
-    in the image (no box).
-    """
-    batch, count = result.prefix.image_mask.shape
-    inside, nearness = torch.zeros(batch, count, dtype=torch.bool), torch.zeros(batch, count)
-    for row, (question, encoded) in enumerate(zip(result.questions, result.encoded, strict=True)):
-        boxes, grid = checked_boxes(question.boxes), encoded.patch_grid
-        if boxes and question.images:
-            size, tokens = question.images[0].size, math.prod(grid)
-            inside[row, :tokens] = torch.from_numpy(touched(boxes, size, grid))
-            nearness[row, :tokens] = 1 / (1 + torch.from_numpy(distance(boxes, size, grid)).float())
-    ranking = nearness[:, None].expand(-1, result.start.shape[1], -1).to(result.start.device)
-    return replace(result.state, patches=result.patches_ranked(ranking, inside.to(result.start.device)))
-
-
-# other loops: questions -> a result
-
-
-def without_iterations(vlm: VLM, questions: Sequence[Question], config: Config) -> Result:
-    """The think tokens as they are, each with its initial patches as attention ranks them.
-
-    The initial patches are decoded whether or not they raise the reward: nothing is selected here. With
-    `visual_injection_start_step` > 0 there are none, as in DMLR before that step.
-    """
-    return loop_result(vlm, questions, config.replace(max_num_steps=0, disable_best_reward=True, accept_at="updated"))
-
-
-def of_partners(vlm: VLM, questions: Sequence[Question], config: Config) -> Result:
-    """The optimised latents of another question of the dataset (`Question.partner`), with the features of the patches
-    that its loop chose in its own image."""
-    theirs = loop_result(vlm, [question.partner() for question in questions], config)
-    prefix, encoded = latent.prefill_latent(vlm, questions, config, prompts_of(config))
-    start, prefix = initial_latents(vlm, prefix, config), replace(prefix, images=theirs.prefix.images)
-    config = config.replace(cuda_graphs=False)  # their buffers are made for a prefix with its own images
-    return Result(questions, config, prefix, encoded, start, theirs.state, theirs.questions)
-
-
-def towards_the_truth(vlm: VLM, questions: Sequence[Question], config: Config) -> Result:
-    """An ORACLE, the ceiling: the exact gradient of log p(true answer | prompt, latents, patches), the mean over the
-    answer's tokens, by Adam with a step of a tenth of sigma. What no reward could reach through these latents."""
-    absolute = config.absolute(vlm.embedding_rms)
-    exact = {"use_auto_grad": True, "num_samples": 1, "lr": absolute.sigma / 10, "accept_at": "updated"}
-    exact |= {"reward_threshold": -1, "disable_conf_reward": False}
-
-    def loop(vlm: VLM, prefix: Prefix, config: Config, noise: torch.Tensor, ids: torch.Tensor) -> Trace:
-        return optimize(vlm, prefix, config, noise, score=truth_score(vlm, prefix, questions))
-
-    return replace(loop_result(vlm, questions, absolute.replace(**exact), loop), config=config)
-
-
-@dataclass(frozen=True)
-class Control:
-    """A method: what `loop` gives (DMLR's own where nothing is said), changed, scored and decoded."""
-
-    name: str
-    change: Callable[[Result], State] = lambda result: result.state
-    loop: Callable[[VLM, Sequence[Question], Config], Result] | None = None
-    needs: str = ""  # what a question must have, which a dataset need not say: ValueError without it
-    oracle: bool = False
-
-    def __call__(self, vlm: VLM, questions: Sequence[Question], config: Config) -> list[Answer]:
-        if self.needs and any(getattr(question, self.needs) in (None, "") for question in questions):
-            raise ValueError(f"{self.name}: the dataset has no {self.needs} for this question")
-        clock, result = Clock(vlm.device), (self.loop or loop_result)(vlm, questions, config)
-        config, prefix, state = result.config, result.prefix, self.change(result)
-        clock.lap("optimise")
-        score = scorer(vlm, prefix, config, latent.score_ids(vlm, prefix, prompts_of(config)))
-        start = score(result.start[:, None], result.retrieval.nothing)
-        reward = score(state.latents[:, None], state.patches, with_attention=False).reward[:, 0]
-        none = torch.zeros_like(state.patches.count[:, 0])
-        trace = Trace(start.reward[:, 0], start.attention, reward, none, state)
-        answers = latent.decoded_after(vlm, prefix, config, result.encoded, trace, clock)
-        sizes = (state.latents - result.start).pow(2).mean(dim=(1, 2)).sqrt().tolist()
-        for answer, question, source, size in zip(answers, questions, result.sources, sizes, strict=True):
-            answer.details |= {"control": self.name, "loop_of": source.idx, "displacement": float(f"{size:.4g}")}
-            answer.details |= {"oracle": True} if self.oracle else {}
-            if source is not question:  # the patches lie in another image
-                answer.details["patches"] = answer.reasoning.patches
-                answer.reasoning.patches = [[] for _ in answer.reasoning.patches]
-        return latent.with_notes(answers, questions)
-
-
-def random(vlm: VLM, questions: Sequence[Question], config: Config) -> list[Answer]:
-    """Random search by the same reward with as many evaluations: DMLR's loop without its update and its retrieval.
-
-    In an iteration of DMLR M + 1 states go through the model (`accept_at` "candidate": 2 M); here as many displacements
-    of the start, with patches drawn at random; the best is kept, with its patches, where it raises the best reward.
-    sigma, its decay, the patch budget and its growth are DMLR's; the random numbers come from (seed, idx) alone.
-    """
-
-    def loop(vlm: VLM, prefix: Prefix, config: Config, noise: torch.Tensor, ids: torch.Tensor) -> Trace:
-        shape = (config.max_num_steps, config.evaluations, config.num_thought_tokens, noise.shape[-1])
-        streams = [example_generator(config.seed, q.idx, "random") for q in questions]
-        noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
-        ranking = random_ranking(questions, prefix, config, "patches", config.max_num_steps)
-        return optimize(vlm, prefix, config, noise, ids, ranking=ranking)
-
-    answers = latent.reasoned(vlm, questions, config.replace(use_auto_grad=False), loop)
-    return latent.with_notes(answers, questions)
-
-
-CONTROLS: dict[str, Callable[[VLM, Sequence[Question], Config], list[Answer]]] = {"random": random} | {
-    control.name: control
-    for control in (
-        Control("unoptimised", loop=without_iterations),
-        Control("swapped", loop=of_partners, needs="partner"),
-        Control("displaced", displaced),
-        Control("zero", lambda result: replace(result.state, latents=torch.zeros_like(result.start))),
-        Control("gaussian", gaussian),
-        Control("permuted", permuted),
-        Control("latents-only", lambda result: replace(result.state, patches=result.retrieval.nothing)),
-        Control("patches-only", lambda result: replace(result.state, latents=result.start)),
-        Control("random-patches", random_patches),
-        Control("true-patches", true_patches, needs="boxes", oracle=True),
-        Control("oracle-latents", loop=towards_the_truth, needs="solution", oracle=True),
-    )
-}
-
-
-# the pieces
+from dmlr.model.encode import encode
+from dmlr.model.vlm import VLM
 
 KEPT = 4096  # states of a model that are kept
 _STATES: WeakKeyDictionary[VLM, OrderedDict] = WeakKeyDictionary()
 
 
-def loop_result(vlm: VLM, questions: Sequence[Question], config: Config, loop: latent.Loop | None = None) -> Result:
-    """What DMLR's loop makes of the questions; `loop`: another one, in its place.
+@dataclass
+class Batch:
+    """B prefilled questions, and what DMLR's loop makes of them where a control asks for it."""
 
-    DMLR's states are kept per model, question and configuration, so that the controls of a run share one loop.
+    vlm: VLM
+    questions: Sequence[Question]
+    prefix: Prefix
+    config: Config
+    noise: torch.Tensor  # [B, T, M, L, D]
+    score_ids: torch.Tensor
+
+    @cached_property
+    def start(self) -> torch.Tensor:
+        """[B, L, D]"""
+        return initial_latents(self.vlm, self.prefix, self.config)
+
+    @property
+    def nothing(self) -> Patches:
+        return Patches.none(*self.start.shape[:2], self.start.device)
+
+    @cached_property
+    def state(self) -> State:
+        """What DMLR decodes. Kept per model, question and configuration, so that a run's controls share one loop."""
+        device, kept = self.start.device, _STATES.setdefault(self.vlm, OrderedDict())
+        images = [[hashlib.blake2b(image.tobytes()).digest() for image in q.images] for q in self.questions]
+        keys = [(self.config, q.idx, q.text, *seen) for q, seen in zip(self.questions, images, strict=True)]
+        if rows := [row for row, key in enumerate(keys) if key not in kept]:
+            part = self.prefix if len(rows) == len(keys) else self.prefix.select(torch.tensor(rows, device=device))
+            final = optimize(self.vlm, part, self.config, self.noise[rows], self.score_ids).final
+            states = zip(final.latents.cpu(), final.patches.tolist(), strict=True)
+            kept |= zip([keys[row] for row in rows], states, strict=True)
+        latents, patches = zip(*(kept[key] for key in keys), strict=True)
+        while len(kept) > KEPT:
+            kept.popitem(last=False)
+        return State(torch.stack(latents).to(device), Patches.of(patches, device))
+
+    def drawn(self, draw: Callable[..., torch.Tensor], purpose: str, *shape: int) -> torch.Tensor:
+        """[B, *shape] by `torch.randn` or its like; a question's numbers depend on (seed, its idx) only."""
+        streams = [example_generator(self.config.seed, q.idx, purpose) for q in self.questions]
+        return torch.stack([draw(*shape, generator=stream) for stream in streams]).to(self.prefix.images.device)
+
+    def random_ranking(self, purpose: str, steps: int) -> torch.Tensor:
+        """[B, steps, L, N] in [0, 1): what ranks the patches of each step, drawn for a question's own image tokens."""
+        mask, shape = self.prefix.image_mask, (steps, self.config.num_thought_tokens)
+        ranking = torch.zeros(len(mask), *shape, mask.shape[1], device=mask.device)
+        for row, count in enumerate(mask.sum(dim=1).tolist()):
+            one = replace(self, questions=self.questions[row : row + 1])
+            ranking[row, :, :, :count] = one.drawn(torch.rand, purpose, *shape, count)[0]
+        return ranking
+
+    def patches_ranked(self, ranking: torch.Tensor, allowed: torch.Tensor) -> Patches:
+        """The first of `ranking` [B, L, N] in [0, 1] among the image tokens `allowed` [B, N]: as many for each think
+        token as the loop kept, and at least as many as the loop begins with."""
+        retrieve = Retrieval(self.prefix.image_mask, self.config)
+        wanted = torch.minimum(retrieve.first_budget[:, None], retrieve.caps)
+        wanted = torch.maximum(wanted, self.state.patches.count)
+        wanted = torch.minimum(wanted, allowed.sum(dim=1, keepdim=True))  # [B, L]
+        order = ranking.masked_fill(~allowed[:, None], -1).sort(dim=2, descending=True, stable=True).indices
+        return Patches(order[:, :, : int(wanted.max())], wanted)
+
+
+# changes: a batch -> the state to decode instead of DMLR's
+
+
+def unoptimised(batch: Batch) -> State:
+    """The think tokens as they are, each with its initial patches as attention ranks them.
+
+    The initial patches are decoded whether or not they raise the reward: nothing is selected here. With
+    `visual_injection_start_step` > 0 there are none, as in DMLR before that step.
     """
-    prompts = prompts_of(config)
-    prefix, encoded = latent.prefill_latent(vlm, questions, config, prompts)
-    start = initial_latents(vlm, prefix, config)
-    kept = OrderedDict() if loop else _STATES.setdefault(vlm, OrderedDict())
-    keys = [(config, q.idx, q.text, *(hashlib.blake2b(im.tobytes()).digest() for im in q.images)) for q in questions]
-    if rows := [row for row, key in enumerate(keys) if key not in kept]:
-        part = prefix if len(rows) == len(questions) else prefix.select(torch.tensor(rows, device=start.device))
-        noise = torch.stack([latent.question_noise(vlm, questions[row], config) for row in rows])
-        final = (loop or optimize)(vlm, part, config, noise, latent.score_ids(vlm, part, prompts)).final
-        states = zip(final.latents.cpu(), final.patches.tolist(), strict=True)
-        kept |= zip([keys[row] for row in rows], states, strict=True)
-    latents, patches = zip(*(kept[key] for key in keys), strict=True)
-    while len(kept) > KEPT:
-        kept.popitem(last=False)
-    state = State(torch.stack(latents).to(start.device), Patches.of(patches, start.device))
-    return Result(questions, config, prefix, encoded, start, state, questions)
+    config = batch.config.replace(max_num_steps=0, disable_best_reward=True, accept_at="updated")
+    state = optimize(batch.vlm, batch.prefix, config, batch.noise, batch.score_ids).final
+    return replace(state, patches=state.patches.trimmed())
+
+
+def displaced(batch: Batch) -> State:
+    """A random displacement of the start, for each think token as long as the loop's; no reward chose it."""
+    size = (batch.state.latents - batch.start).norm(dim=2, keepdim=True)
+    direction = batch.drawn(torch.randn, "displaced", *batch.start.shape[1:])
+    return replace(batch.state, latents=batch.start + size * direction / direction.norm(dim=2, keepdim=True))
+
+
+def gaussian(batch: Batch) -> State:
+    """Gaussian vectors with the RMS of each optimised think token."""
+    rms = batch.state.latents.pow(2).mean(dim=2, keepdim=True).sqrt()
+    return replace(batch.state, latents=rms * batch.drawn(torch.randn, "gaussian", *batch.start.shape[1:]))
+
+
+def permuted(batch: Batch) -> State:
+    """The think tokens, each with its patches, in another order: a random cycle, so that none keeps its place."""
+    cycle = batch.drawn(torch.randperm, "permuted", batch.start.shape[1])
+    source = torch.empty_like(cycle).scatter_(1, cycle, cycle.roll(1, dims=1))  # [B, L]
+    patches = batch.state.patches
+    index = patches.index.gather(1, source[..., None].expand_as(patches.index))
+    latents = batch.state.latents.gather(1, source[..., None].expand_as(batch.start))
+    return State(latents, Patches(index, patches.count.gather(1, source)))
+
+
+def random_patches(batch: Batch) -> State:
+    """Patches of random places instead of the loop's; with `max_num_steps` 0 behind the start's think tokens."""
+    ranking = batch.random_ranking("random patches", 1)[:, 0]
+    return replace(batch.state, patches=batch.patches_ranked(ranking, batch.prefix.image_mask))
+
+
+def true_patches(batch: Batch) -> State:
+    """An ORACLE: patches of the true object's boxes, the nearest to a box's centre first, instead of the loop's.
+
+    As many as "random-patches" has, at most all that a box touches; none where the dataset says that the object is not
+    in the image (no box).
+    """
+    inside = torch.zeros_like(batch.prefix.image_mask)  # [B, N]
+    nearness = torch.zeros_like(inside, dtype=torch.float)
+    for row, question in enumerate(batch.questions):
+        if (boxes := checked_boxes(question.boxes)) and question.images:
+            size, grid = question.images[0].size, encode(batch.vlm, "", "", question.images).patch_grid
+            inside[row, : math.prod(grid)] = torch.from_numpy(touched(boxes, size, grid))
+            nearness[row, : math.prod(grid)] = 1 / (1 + torch.from_numpy(distance(boxes, size, grid)).float())
+    ranking = nearness[:, None].expand(-1, batch.start.shape[1], -1)
+    return replace(batch.state, patches=batch.patches_ranked(ranking, inside))
+
+
+def swapped(batch: Batch) -> State:
+    """The optimised latents of another question of the dataset (`Question.partner`), with the features of the patches
+    that its loop chose in its own image, which the prefix has from here on."""
+    vlm, config, prefix = batch.vlm, batch.config, batch.prefix
+    batch.questions = [question.partner() for question in batch.questions]
+    theirs, _ = prefill_latent(vlm, batch.questions, config, prompts_of(config))
+    noise = torch.stack([question_noise(vlm, q, config) for q in batch.questions])
+    state = replace(batch, prefix=theirs, noise=noise).state
+    more = theirs.images.shape[1] - prefix.images.shape[1]  # image tokens
+    prefix.images = F.pad(theirs.images, (0, 0, 0, max(-more, 0)))
+    prefix.image_mask = F.pad(prefix.image_mask, (0, max(more, 0)))
+    prefix.image_columns = F.pad(prefix.image_columns, (0, max(more, 0)))
+    return state
+
+
+def oracle_latents(batch: Batch) -> State:
+    """An ORACLE, the ceiling: the exact gradient of log p(true answer | prompt, latents, patches), the mean over the
+    answer's tokens, by Adam with a step of a tenth of sigma. What no reward could reach through these latents."""
+    absolute = batch.config.absolute(batch.vlm.embedding_rms)
+    exact = {"use_auto_grad": True, "num_samples": 1, "lr": absolute.sigma / 10, "accept_at": "updated"}
+    exact |= {"reward_threshold": -1, "disable_conf_reward": False}
+    score = truth_score(batch.vlm, batch.prefix, batch.questions)
+    state = optimize(batch.vlm, batch.prefix, absolute.replace(**exact), batch.noise[:, :, :1], score=score).final
+    return replace(state, patches=state.patches.trimmed())
 
 
 def truth_score(vlm: VLM, prefix: Prefix, questions: Sequence[Question]) -> Score:
@@ -274,16 +209,72 @@ def truth_score(vlm: VLM, prefix: Prefix, questions: Sequence[Question]) -> Scor
     return differentiable(reward_of)
 
 
-def random_ranking(
-    questions: Sequence[Question], prefix: Prefix, config: Config, purpose: str, steps: int
-) -> torch.Tensor:
-    """[B, steps, L, N] in [0, 1): what ranks the patches of each step.
+# methods: they, and `random`
 
-    A question's numbers depend on (seed, its idx) and its own number of image tokens only.
+
+@dataclass(frozen=True)
+class Control:
+    """DMLR's state, changed, scored and decoded."""
+
+    name: str
+    change: Callable[[Batch], State]
+    needs: str = ""  # what a question must have, which a dataset need not say: ValueError without it
+
+    def __call__(self, vlm: VLM, questions: Sequence[Question], config: Config) -> list[Answer]:
+        if self.needs and any(getattr(question, self.needs) in (None, "") for question in questions):
+            raise ValueError(f"{self.name}: the dataset has no {self.needs} for this question")
+        details = []
+
+        def loop(vlm: VLM, prefix: Prefix, config: Config, noise: torch.Tensor, ids: torch.Tensor) -> Trace:
+            batch = Batch(vlm, questions, prefix, config, noise, ids)
+            start, state = batch.start, self.change(batch)
+            score, none = scorer(vlm, prefix, config, ids), batch.nothing
+            began = score(start[:, None], none)
+            reward = score(state.latents[:, None], state.patches, with_attention=False).reward[:, 0]
+            sizes = (state.latents - start).pow(2).mean(dim=(1, 2)).sqrt().tolist()
+            for source, size in zip(batch.questions, sizes, strict=True):
+                details.append({"control": self.name, "loop_of": source.idx, "displacement": float(f"{size:.4g}")})
+            return Trace(began.reward[:, 0], began.attention, reward, none.count[:, 0], state)
+
+        answers = reasoned(vlm, questions, config, loop)
+        for answer, own in zip(answers, details, strict=True):
+            answer.details |= own | ({"oracle": True} if self.needs in ("boxes", "solution") else {})
+            if self.change is swapped:  # the patches lie in another image
+                answer.details["patches"] = answer.reasoning.patches
+                answer.reasoning.patches = [[] for _ in answer.reasoning.patches]
+        return with_notes(answers, questions)
+
+
+def random(vlm: VLM, questions: Sequence[Question], config: Config) -> list[Answer]:
+    """Random search by the same reward with as many evaluations: DMLR's loop without its update and its retrieval.
+
+    In an iteration of DMLR M + 1 states go through the model (`accept_at` "candidate": 2 M); here as many displacements
+    of the start, with patches drawn at random; the best is kept, with its patches, where it raises the best reward.
+    sigma, its decay, the patch budget and its growth are DMLR's; the random numbers come from (seed, idx) alone.
     """
-    counts, widest = prefix.image_mask.sum(dim=1).tolist(), prefix.image_mask.shape[1]
-    rows = [
-        torch.rand(steps, config.num_thought_tokens, count, generator=example_generator(config.seed, q.idx, purpose))
-        for q, count in zip(questions, counts, strict=True)
-    ]
-    return torch.stack([F.pad(row, (0, widest - row.shape[2])) for row in rows]).to(prefix.images.device)
+
+    def loop(vlm: VLM, prefix: Prefix, config: Config, noise: torch.Tensor, ids: torch.Tensor) -> Trace:
+        batch = Batch(vlm, questions, prefix, config, noise, ids)
+        noise = batch.drawn(torch.randn, "random", config.max_num_steps, config.evaluations, *noise.shape[3:])
+        ranking = batch.random_ranking("patches", config.max_num_steps)
+        return optimize(vlm, prefix, config, noise, ids, ranking=ranking)
+
+    return with_notes(reasoned(vlm, questions, config.replace(use_auto_grad=False), loop), questions)
+
+
+CONTROLS: dict[str, Method] = {"random": random} | {
+    control.name: control
+    for control in (
+        Control("unoptimised", unoptimised),
+        Control("swapped", swapped, needs="partner"),
+        Control("displaced", displaced),
+        Control("zero", lambda batch: replace(batch.state, latents=torch.zeros_like(batch.start))),
+        Control("gaussian", gaussian),
+        Control("permuted", permuted),
+        Control("latents-only", lambda batch: replace(batch.state, patches=batch.nothing)),
+        Control("patches-only", lambda batch: replace(batch.state, latents=batch.start)),
+        Control("random-patches", random_patches),
+        Control("true-patches", true_patches, needs="boxes"),
+        Control("oracle-latents", oracle_latents, needs="solution"),
+    )
+}

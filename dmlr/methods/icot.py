@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from dmlr.config import Config
-from dmlr.loop.injection import Patches, choose_patches, interleave
+from dmlr.loop.injection import Patches, interleave
 from dmlr.loop.score import with_tokens
-from dmlr.methods.answers import Answer, Clock, Question
+from dmlr.methods.answers import Answer, Clock, Question, answers_of
 from dmlr.methods.latent import with_notes
 from dmlr.methods.prompting import decode, prefill_task, prompts_of
 from dmlr.model.cache import Prefix
@@ -34,18 +34,16 @@ def icot(vlm: VLM, questions: Sequence[Question], config: Config) -> list[Answer
     Details: `insertions`, each with the number of tokens said before it and the patches. A question without an image
     is answered as by vanilla.
     """
-    prompts, clock = prompts_of(config), Clock(vlm.device)
-    prefix, encoded = prefill_task(vlm, questions, config, prompts)
+    clock = Clock(vlm.device)
+    prefix, encoded = prefill_task(vlm, questions, config, prompts_of(config))
     clock.lap("prefill")
     feed = InsertAtNewlines(vlm, config, len(questions))
     decoded = decode(vlm, prefix, config, feed=feed, reserve=config.icot_insertions * (config.icot_patches + 2))
-    clock.lap("decode")
-    seconds = clock.per_example(len(questions))
-    answers = []
-    for e, d, insertions in zip(encoded, decoded, feed.insertions, strict=True):
+    answers = answers_of(encoded, decoded, clock)
+    for answer, insertions in zip(answers, feed.insertions, strict=True):
         # finished rows may stay in the batch for a while; what was inserted then is not part of the answer
-        inserted = [insertion for insertion in insertions if insertion["after_tokens"] < d.num_tokens]
-        answers.append(Answer.of(e, d, seconds, details={"insertions": inserted}))
+        said = answer.num_new_tokens
+        answer.details["insertions"] = [each for each in insertions if each["after_tokens"] < said]
     return with_notes(answers, questions)
 
 
@@ -81,12 +79,11 @@ class InsertAtNewlines:
 
     def _insert(self, prefix: Prefix, attention: torch.Tensor, due: torch.Tensor, rows: list[int]) -> Prefix:
         """attention: [B, 1, N] of the last token; due: [B], rows that get patches, the others stay as they are."""
-        vlm, most, batch = self.vlm, self.config.icot_patches, len(rows)
-        counts = prefix.image_mask.sum(dim=1)
-        none, budget = Patches.none(batch, 1, counts.device), torch.full_like(counts, most)
-        patches = choose_patches(attention, prefix.image_mask, none, budget, counts[:, None], most).tolist()
-        patches = [[sorted(row)] for (row,) in patches]  # in image order
-        chosen = Patches.of(patches, counts.device)
+        vlm, batch = self.vlm, len(rows)
+        order = attention[:, 0].masked_fill(~prefix.image_mask, -1.0).argsort(dim=1, descending=True, stable=True)
+        counts = prefix.image_mask.sum(dim=1).clamp(max=self.config.icot_patches)
+        patches = [sorted(row[:n]) for row, n in zip(order.tolist(), counts.tolist(), strict=True)]  # in image order
+        chosen = Patches.of([[row] for row in patches], vlm.device)
         start, end = (torch.tensor(ids, dtype=torch.long, device=vlm.device) for ids in vlm.family.marks)
         mark = vlm.embed(start) if len(start) else vlm.embed(end.new_zeros(1))  # [1, D]
         embeds, filled = interleave(mark.expand(batch, 1, 1, -1), prefix.images, chosen)
@@ -97,5 +94,5 @@ class InsertAtNewlines:
         prefix.logits = torch.where(due[:, None], prefix.logits, before)
         for at in due.nonzero()[:, 0].tolist():
             row = rows[at]
-            self.insertions[row].append({"after_tokens": self.said[row], "patches": patches[at][0]})
+            self.insertions[row].append({"after_tokens": self.said[row], "patches": patches[at]})
         return prefix

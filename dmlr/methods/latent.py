@@ -15,7 +15,7 @@ from dmlr.config import Config
 from dmlr.loop.injection import interleave
 from dmlr.loop.optimize import Trace, example_noise, optimize
 from dmlr.loop.score import with_tokens
-from dmlr.methods.answers import Answer, Clock, Question, Reasoning
+from dmlr.methods.answers import Answer, Clock, Question, Reasoning, answers_of
 from dmlr.methods.prompting import decode, prompts_of
 from dmlr.model.cache import Prefix
 from dmlr.model.encode import encode
@@ -57,32 +57,24 @@ def without_patches(config: Config, method: str, **more: Any) -> Config:
 
 
 def reasoned(vlm: VLM, questions: Sequence[Question], config: Config, loop: Loop) -> list[Answer]:
-    """Prefill, think with `loop`, put the latents and patches it chose behind the prompt, decode."""
+    """Prefill, think with `loop`, put the latents and patches it chose behind the prompt, decode.
+
+    A reward that is not a number costs that example only.
+    """
     prompts, clock = prompts_of(config), Clock(vlm.device)
     prefix, encoded = prefill_latent(vlm, questions, config, prompts)
     clock.lap("prefill")
     noise = torch.stack([question_noise(vlm, q, config) for q in questions])
     trace = loop(vlm, prefix, config, noise, score_ids(vlm, prefix, prompts))
     clock.lap("optimise")
-    return decoded_after(vlm, prefix, config, encoded, trace, clock)
-
-
-def decoded_after(
-    vlm: VLM, prefix: Prefix, config: Config, encoded: list[Encoded], trace: Trace, clock: Clock
-) -> list[Answer]:
-    """Answers decoded from what the loop chose, put behind the prompt. A reward that is not a number costs that example
-    only."""
     append_latents(vlm, prefix, trace.final.latents, trace.final.patches)
-    decoded = decode(vlm, prefix, config)
-    clock.lap("decode")
-    answers, seconds = [], clock.per_example(len(encoded))
-    for e, d, reasoning in zip(encoded, decoded, reasonings(trace, encoded, vlm.embedding_rms), strict=True):
+    answers = answers_of(encoded, decode(vlm, prefix, config), clock)
+    for answer, reasoning in zip(answers, reasonings(trace, encoded, vlm.embedding_rms), strict=True):
+        answer.reasoning = reasoning
         rewards = [reasoning.start_reward, *(step["reward"] + step["explored_reward"] for step in reasoning.steps)]
-        wrong = {}
         if bad := [t for t, reward in enumerate(rewards) if not math.isfinite(reward)]:
-            error = f"the reward is not a finite number at iteration {bad[0]}"
-            wrong = {"text": "", "stop_reason": "error", "num_new_tokens": 0, "error": error}
-        answers.append(Answer.of(e, d, seconds, reasoning=reasoning, **wrong))
+            answer.text, answer.stop_reason, answer.num_new_tokens = "", "error", 0
+            answer.error = f"the reward is not a finite number at iteration {bad[0]}"
     return answers
 
 
@@ -110,8 +102,7 @@ def prefill_latent(
 
 def question_noise(vlm: VLM, question: Question, config: Config) -> torch.Tensor:
     """[T, M, L, D], the same whatever batch the question is in."""
-    sizes = (config.max_num_steps, config.num_samples, config.num_thought_tokens, vlm.text_config.hidden_size)
-    return example_noise(config.seed, question.idx, *sizes)
+    return example_noise(config, question.idx, vlm.text_config.hidden_size)
 
 
 def score_ids(vlm: VLM, prefix: Prefix, prompts: Prompts) -> torch.Tensor:
@@ -129,29 +120,24 @@ def append_latents(vlm: VLM, prefix: Prefix, latents: torch.Tensor, patches) -> 
 
 def reasonings(trace: Trace, encoded: list[Encoded], rms: float) -> list[Reasoning]:
     """Each example's view of the trace, up to the iteration in which it stopped; all of it leaves the device once."""
-    attention = [trace.start_attention, *(step.attention for step in trace.steps)]
-    attention = torch.stack(attention).cpu()  # [1 + T, B, L, N]
-    steps, history = [[] for _ in encoded], [[] for _ in encoded]
+    maps = [trace.start_attention, *(step.attention for step in trace.steps)]
+    attention = torch.stack(maps).cpu()  # [1 + T, B, L, N]
+    columns = (trace.start_reward.tolist(), trace.best_reward.tolist(), trace.best_step.tolist())
+    finals = zip(*columns, trace.final.latents.cpu(), trace.final.patches.tolist(), strict=True)
+    found = [
+        Reasoning([], *final, [], attention[:, row, :, : len(e.image_columns)], e.patch_grid, rms, evaluations=1)
+        for row, (e, final) in enumerate(zip(encoded, finals, strict=True))
+    ]
     for t, step in enumerate(trace.steps, start=1):
         columns = (step.active, step.reward, step.explored, step.accepted, step.budget)
-        rows = zip(*(column.tolist() for column in columns), step.tried.patches.tolist(), strict=True)
-        for row, (active, reward, explored, accepted, budget, patches) in enumerate(rows):
+        rows = zip(found, *(column.tolist() for column in columns), step.tried.patches.tolist(), strict=True)
+        for one, active, reward, explored, accepted, budget, patches in rows:
             if active:
                 record = {"step": t, "reward": reward, "explored_reward": explored, "sigma": step.sigma}
                 record |= {"is_new_best": accepted, "patch_count": sum(map(len, patches)), "patch_budget": budget}
-                steps[row].append(record)
-                history[row].append(patches)
-    columns = (trace.start_reward.tolist(), trace.best_reward.tolist(), trace.best_step.tolist())
-    finals = zip(*columns, trace.final.latents.cpu(), trace.final.patches.tolist(), strict=True)
-    return [
-        Reasoning(
-            steps[row],
-            *final,
-            patch_history=history[row],
-            attention=attention[: 1 + len(steps[row]), row, :, : len(e.image_columns)],
-            patch_grid=e.patch_grid,
-            embedding_rms=rms,
-            evaluations=1 + sum(step.evaluations for step in trace.steps[: len(steps[row])]),
-        )
-        for row, (e, final) in enumerate(zip(encoded, finals, strict=True))
-    ]
+                one.steps.append(record)
+                one.patch_history.append(patches)
+                one.evaluations += step.evaluations
+    for one in found:
+        one.attention = one.attention[: 1 + len(one.steps)]
+    return found

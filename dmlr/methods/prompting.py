@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dmlr.config import Config, ConfigError, locate
-from dmlr.methods.answers import Answer, Clock, Question
+from dmlr.methods.answers import Answer, Clock, Question, answers_of
 from dmlr.model import decode as decoding
 from dmlr.model.cache import Prefix
 from dmlr.model.decode import Decoded, Feed, Pick, greedy
@@ -19,13 +19,10 @@ from dmlr.prompts import Prompts, load_prompts
 
 def vanilla(vlm: VLM, questions: Sequence[Question], config: Config) -> list[Answer]:
     """The model's own prompt, greedy: the baseline."""
-    prompts, clock = prompts_of(config), Clock(vlm.device)
-    prefix, encoded = prefill_task(vlm, questions, config, prompts)
+    clock = Clock(vlm.device)
+    prefix, encoded = prefill_task(vlm, questions, config, prompts_of(config))
     clock.lap("prefill")
-    decoded = decode(vlm, prefix, config)
-    clock.lap("decode")
-    seconds = clock.per_example(len(questions))
-    return [Answer.of(e, d, seconds) for e, d in zip(encoded, decoded, strict=True)]
+    return answers_of(encoded, decode(vlm, prefix, config), clock)
 
 
 def multimodal_cot(vlm: VLM, questions: Sequence[Question], config: Config) -> list[Answer]:
@@ -66,26 +63,21 @@ def _two_calls(
     """
     prompts, clock = prompts_of(config), Clock(vlm.device)
 
-    def call(system: str, tasks: list[str], budget: int) -> tuple[list[Encoded], list[Decoded]]:
+    def call(system: str, tasks: list[str], budget: int) -> list[Answer]:
         encoded = [encode(vlm, system, task, q.images) for task, q in zip(tasks, questions, strict=True)]
         prefix = vlm.prefill(encoded)
         clock.lap("prefill")
-        decoded = decode(vlm, prefix, config, budget)
-        clock.lap("decode")
-        return encoded, decoded
+        return answers_of(encoded, decode(vlm, prefix, config, budget), clock)
 
-    tasks = [prompts.filled(name, question=q.text) for q in questions]
-    asked, said = call(prompts.helper, tasks, budgets[0])
+    said = call(prompts.helper, [prompts.filled(name, question=q.text) for q in questions], budgets[0])
     tasks = [
         prompts.filled(f"{name}_answer", task=prompts.task(q.text, solver), **{name: first.text})
         for q, first in zip(questions, said, strict=True)
     ]
-    encoded, decoded = call(getattr(prompts, system), tasks, budgets[1])
-    seconds = clock.per_example(len(questions))
-    answers = []
-    for a, s, e, d in zip(asked, said, encoded, decoded, strict=True):
-        details = {name: s.text, f"{name}_prompt": a.prompt, f"{name}_stop_reason": s.stop_reason}
-        answers.append(Answer.of(e, d, seconds, num_new_tokens=s.num_tokens + d.num_tokens, details=details))
+    answers = call(getattr(prompts, system), tasks, budgets[1])
+    for first, answer in zip(said, answers, strict=True):
+        answer.num_new_tokens += first.num_new_tokens
+        answer.details |= {name: first.text, f"{name}_prompt": first.prompt, f"{name}_stop_reason": first.stop_reason}
     return answers
 
 

@@ -16,7 +16,7 @@ from dmlr.judge.extract import candidates, normalize_text, parse_options
 from dmlr.judge.quantities import parse_number
 from dmlr.loop.injection import caps_of
 from dmlr.loop.optimize import example_generator
-from dmlr.methods.answers import Answer, Clock, Question
+from dmlr.methods.answers import Answer, Clock, Question, answers_of
 from dmlr.methods.prompting import decode, prefill_task, prompts_of
 from dmlr.model.decode import Decoded, Pick
 from dmlr.model.vlm import VLM
@@ -35,8 +35,8 @@ def self_consistency(vlm: VLM, questions: Sequence[Question], config: Config) ->
     Details: `votes`, the answer of every sample (None: none found), and `samples`, their number. `num_new_tokens` is
     the sum over them.
     """
-    prompts, clock = prompts_of(config), Clock(vlm.device)
-    prefix, encoded = prefill_task(vlm, questions, config, prompts)
+    clock = Clock(vlm.device)
+    prefix, encoded = prefill_task(vlm, questions, config, prompts_of(config))
     clock.lap("prefill")
 
     def sample(jobs: list[tuple[int, int]]) -> list[Decoded]:
@@ -55,15 +55,12 @@ def self_consistency(vlm: VLM, questions: Sequence[Question], config: Config) ->
         part = jobs[start : start + len(questions)]
         for (row, _), d in zip(part, sample(part), strict=True):
             said[row].append(d)
-    clock.lap("decode")
-    seconds = clock.per_example(len(questions))
-    answers = []
-    for question, e, samples in zip(questions, encoded, said, strict=True):
-        votes = [vote(d.text, question.text) for d in samples]
-        d = samples[winner(votes)]
-        tokens = sum(each.num_tokens for each in samples)
-        details = {"votes": votes, "samples": len(samples)}
-        answers.append(Answer.of(e, d, seconds, num_new_tokens=tokens, details=details))
+    votes = [[vote(d.text, q.text) for d in samples] for q, samples in zip(questions, said, strict=True)]
+    winners = [samples[winner(each)] for samples, each in zip(said, votes, strict=True)]
+    answers = answers_of(encoded, winners, clock)
+    for answer, samples, each in zip(answers, said, votes, strict=True):
+        answer.num_new_tokens = sum(d.num_tokens for d in samples)
+        answer.details = {"votes": each, "samples": len(samples)}
     return answers
 
 

@@ -39,17 +39,10 @@ def ulr(vlm: VLM, questions: Sequence[Question], config: Config) -> list[Answer]
 
 def ulr_config(config: Config) -> Config:
     """The configuration under which stage II is DMLR's loop; it counts the iterations of both stages."""
-    return without_patches(
-        config,
-        "ulr",
-        num_samples=1,
-        reward="ulr",
-        reward_position="think",
-        accept_at="candidate",
-        use_auto_grad=False,
-        disable_conf_reward=False,
-        visual_injection_start_step=config.ulr_steps,  # never: nothing is asked about patches
-    )
+    loop = {"num_samples": 1, "reward": "ulr", "reward_position": "think", "accept_at": "candidate"}
+    loop |= {"use_auto_grad": False, "disable_conf_reward": False}
+    never = config.ulr_steps  # nothing is asked about patches
+    return without_patches(config, "ulr", visual_injection_start_step=never, **loop)
 
 
 def two_stages(vlm: VLM, prefix: Prefix, config: Config, noise: torch.Tensor, ids: torch.Tensor) -> Trace:
