@@ -11,11 +11,11 @@ from dmlr.config import Config
 from dmlr.loop.optimize import optimize
 from dmlr.loop.reference import Reference, eager
 from dmlr.loop.score import Scored
-from dmlr.model.encode import encode as encode_one
+from dmlr.methods import Question
+from dmlr.methods.latent import prefill_latent
 from dmlr.model.vlm import VLM
 from dmlr.prompts import Prompts
 
-PROMPTS = Prompts()
 GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
 QUESTIONS = [
     ("How many?", (112, 112)),
@@ -23,6 +23,7 @@ QUESTIONS = [
     ("Is there a square?\nOptions:\nA. yes\nB. no", (140, 84)),
     ("?", (56, 56)),
 ]
+LATE = {"visual_injection_start_step": 1, "visual_injection_interval": 2}
 BASE = {"num_thought_tokens": 4, "max_num_steps": 5, "lr": 0.02, "sigma": 0.05, "max_new_tokens": 6}
 VARIANTS = {
     "paper": {},
@@ -36,11 +37,7 @@ VARIANTS = {
     "stride 3, odd cap": {"visual_insert_stride": 3, "num_thought_tokens": 7, "max_total_patches": 5},
     "late start": {"visual_injection_start_step": 2},
     "interval 2": {"visual_injection_interval": 2, "patch_increment": 1},
-    "late start, interval, candidate": {
-        "visual_injection_start_step": 1,
-        "visual_injection_interval": 2,
-        "accept_at": "candidate",
-    },
+    "late start, interval, candidate": LATE | {"accept_at": "candidate"},
     "uneven cap": {"max_total_patches": 6, "initial_patch_count": 1, "patch_increment": 1},
     "no patches": {"initial_patch_count": 0, "patch_increment": 0},
     "one think token": {"num_thought_tokens": 1, "num_selected_patches": 5},
@@ -62,16 +59,8 @@ def vlm():
 
 
 def encode(vlm, config, count):
-    return [
-        encode_one(
-            vlm,
-            PROMPTS.system,
-            PROMPTS.latent_task(text, config.num_thought_tokens),
-            [noise_image(i, *size)],
-            config.num_thought_tokens,
-        )
-        for i, (text, size) in enumerate(QUESTIONS[:count])
-    ]
+    asked = [Question(i, text, [noise_image(i, *size)]) for i, (text, size) in enumerate(QUESTIONS[:count])]
+    return prefill_latent(vlm, asked, config, Prompts())[1]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -131,21 +120,12 @@ ONE = SimpleNamespace(
     embedding_rms=1.0, think_id=0, embed=lambda ids: torch.zeros(*ids.shape, 1), device=torch.device("cpu")
 )
 FOUR_TOKENS = SimpleNamespace(image_mask=torch.ones(1, 4, dtype=torch.bool), images=torch.zeros(1, 4, 1))
-BY_HAND = Config(
-    num_thought_tokens=2,
-    max_num_steps=2,
-    lr=0.5,
-    sigma=1.0,
-    sigma_decay=0.5,
-    initial_patch_count=1,
-    patch_increment=1,
-    num_selected_patches=2,
-    max_total_patches=None,
-)
+BY_HAND = {"num_thought_tokens": 2, "max_num_steps": 2, "lr": 0.5, "sigma": 1.0, "sigma_decay": 0.5}
+BY_HAND |= {"initial_patch_count": 1, "patch_increment": 1, "num_selected_patches": 2}
 XI = torch.tensor([[1.0, -1.0], [2.0, 1.0]]).view(1, 2, 1, 2, 1)  # standard normal draws of two iterations
 
 
-def by_hand(accept_at, passes):
+def by_hand(passes, **how):
     """What the loop asked for in each of the passes that return these rewards and attentions, and its trace."""
     asked, told = [], iter(passes)
 
@@ -154,14 +134,13 @@ def by_hand(accept_at, passes):
         reward, attention = next(told)
         return Scored(torch.tensor([[reward]]), torch.tensor([attention]), None)
 
-    trace = optimize(ONE, FOUR_TOKENS, BY_HAND.replace(accept_at=accept_at), XI, score=score)
+    trace = optimize(ONE, FOUR_TOKENS, Config(**BY_HAND, **how), XI, score=score)
     assert next(told, None) is None, "fewer passes than expected"
     return asked, trace
 
 
 def test_the_papers_loop_by_hand():
     asked, trace = by_hand(
-        "updated",
         [
             (0.2, [HIGH, LOW]),  # the start, no patches: V_best becomes the most attended patch of each, 3 and 0
             (0.5, [LOW, HIGH]),  # T + (1, -1); T becomes 0.5 * 0.5 * (1, -1) / 1 = (.25, -.25)
@@ -186,7 +165,6 @@ def test_the_papers_loop_by_hand():
 
 def test_the_released_loop_by_hand():
     asked, trace = by_hand(
-        "candidate",
         [
             (0.9, [LOW, LOW]),  # the start, whose reward is no threshold: that begins at 0
             (0.1, [HIGH, LOW]),  # T + (1, -1) without patches, for its attention
@@ -194,6 +172,7 @@ def test_the_released_loop_by_hand():
             (0.7, [LOW, HIGH]),  # sigma .5: T + (1, .5) with them, for its attention: next are 0 and 3
             (0.5, [LOW, LOW]),  # the same with these too; .5 is no more than .5: rejected
         ],
+        accept_at="candidate",
     )
     assert asked == [
         ([0, 0], [[], []]),
@@ -212,18 +191,13 @@ def test_the_released_loop_by_hand():
 
 @pytest.mark.parametrize("accept_at", ["updated", "candidate"])
 def test_where_nothing_is_accepted_the_start_is_decoded_without_patches(accept_at):
-    _, trace = by_hand(accept_at, [(0.2, [HIGH, LOW]), *[(-0.5, [LOW, HIGH])] * 4])
+    _, trace = by_hand([(0.2, [HIGH, LOW]), *[(-0.5, [LOW, HIGH])] * 4], accept_at=accept_at)
     assert trace.final.latents.flatten().tolist() == [0, 0] and trace.final.patches.tolist() == [[[], []]]
     assert trace.best_step.item() == 0
 
 
-def test_an_early_stop_is_for_what_an_iteration_reached():
-    config = BY_HAND.replace(reward_threshold=0.5)
-    rewards = iter([0.9, 0.1, 0.95, 0.1, 0.2])  # the start is above the threshold; the first iteration raises it
-
-    def score(latents, patches, **flags):
-        return Scored(torch.tensor([[next(rewards)]]), torch.tensor([[LOW, LOW]]), None)
-
-    assert len(optimize(ONE, FOUR_TOKENS, config, XI, score=score).steps) == 1
-    rewards = iter([0.9, 0.1, 0.7, 0.1, 0.2])
-    assert len(optimize(ONE, FOUR_TOKENS, config, XI, score=score).steps) == 2, "nothing was accepted"
+@pytest.mark.parametrize("rewards", [[0.9, 0.1, 0.95], [0.9, 0.1, 0.7, 0.1, 0.2]])
+def test_an_early_stop_is_for_what_an_iteration_reached(rewards):
+    """The start is above the threshold; the first iteration raises it, or nothing is accepted."""
+    _, trace = by_hand([(reward, [LOW, LOW]) for reward in rewards], reward_threshold=0.5)
+    assert len(trace.steps) == len(rewards) // 2

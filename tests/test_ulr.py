@@ -5,22 +5,17 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tiny import noise_image, tiny_vlm
+from test_methods import QUESTIONS
+from tiny import tiny_vlm
 
 from dmlr.config import Config, ConfigError
 from dmlr.loop.optimize import initial_latents
 from dmlr.loop.reference import Reference, adam_step, eager
-from dmlr.methods import METHODS, Question
+from dmlr.methods import METHODS
 from dmlr.methods.latent import prefill_latent, question_noise
-from dmlr.methods.ulr import CONTRASTED, alignment_loss, contrasted, question_attention, ulr_config
+from dmlr.methods.ulr import CONTRASTED, ulr_config
 from dmlr.prompts import Prompts
 
-QUESTIONS = [
-    Question(0, "How many?", [noise_image(0, 112, 112)]),
-    Question("b", "Which of the two has the larger square?", [noise_image(1, 56, 84), noise_image(2, 84, 84)]),
-    Question(2, "What is two plus two?", []),
-    Question(3, "Is there a star?\nA. yes\nB. no", [noise_image(3, 56, 56)]),  # four image tokens
-]
 SMALL = {"max_new_tokens": 3, "ulr_steps": 8, "ulr_alignment_steps": 3}
 VARIANTS = {
     "published": {"max_new_tokens": 3},
@@ -124,37 +119,6 @@ def test_ulr_equals_full_recomputation(vlm, variant):
         if question.images and variant == "steps that move":
             assert (latents - start[row]).abs().max() > 0.02, "nothing moved: this tested little"
             assert 3 < answer.reasoning.best_step <= 8 and not answer.reasoning.steps[0]["is_new_best"]
-
-
-def test_where_the_question_looks_is_what_the_prefill_saw(vlm):
-    config = ulr_config(Config())
-    prefix, encoded = prefill_latent(vlm, QUESTIONS, config, Prompts())
-    attention, oracle = question_attention(vlm, prefix), eager(vlm)
-    for row in (0, 1, 3):
-        count = len(encoded[row].image_columns)
-        literal = Literal(oracle, encoded[row], config)
-        with torch.no_grad():
-            states, seen, _ = literal.states(initial_latents(vlm, prefix, config)[row])
-        asked = seen[int(encoded[row].image_columns.max()) + 1 : len(encoded[row].input_ids)]
-        torch.testing.assert_close(attention[row, :count], asked.mean(dim=0), atol=1e-6, rtol=1e-4)
-        wanted = states[encoded[row].image_columns]
-        torch.testing.assert_close(prefix.image_states[row, :count], wanted, atol=1e-4, rtol=1e-4)
-    assert (attention[2] == 0).all()
-
-
-def test_positives_are_runs_of_the_most_attended_in_image_order():
-    attention = torch.tensor([[9, 1, 8, 2, 7, 3, 6, 4, 5, 0, 0, 0.5]]) / 100
-    positive, negative = contrasted(attention, torch.ones(1, 12, dtype=torch.bool), 2)
-    assert [row.nonzero()[:, 0].tolist() for row in positive[0]] == [[0, 2, 3, 4], [5, 6, 7, 8]]
-    assert [row.nonzero()[:, 0].tolist() for row in negative[0]] == [[1, 9, 10, 11]] * 2
-
-
-def test_the_loss_is_of_the_positives_share():
-    think, images = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0]]])
-    first, rest = torch.tensor([[[True, False, False]]]), torch.tensor([[[False, True, True]]])
-    share = math.exp(1 / 0.5) / sum(math.exp(cosine / 0.5) for cosine in (1, 0, -1))
-    assert alignment_loss(think, images, first, rest, 0.5).item() == pytest.approx(-math.log(share))
-    assert alignment_loss(think, images, ~first & first, rest, 0.5).item() == 0
 
 
 @pytest.mark.parametrize(
