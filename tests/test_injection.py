@@ -46,9 +46,3 @@ def test_interleaving_order_and_reward_slots():
     assert reward_slots(patches, "group_end").tolist() == [[2, 4]]
     assert reward_slots(patches, "think_next", 4).tolist() == [[0, 3, 6]]
     assert reward_slots(patches, "answer", 4).tolist() == [[9]]  # the last of four tokens behind six slots
-
-
-def test_where_takes_rows_of_different_width():
-    wide = Patches(torch.tensor([[[1, 2]], [[3, 4]]]), torch.tensor([[2], [2]]))
-    mixed = wide.where(torch.tensor([True, False]), Patches.none(2, 1, wide.index.device))
-    assert mixed.tolist() == [[[1, 2]], [[]]]

@@ -7,42 +7,30 @@ import torch
 
 from dmlr.loop.rewards import entropy_confidence, logprob_confidence, parse_score, progress, self_certainty
 
-
-def test_truncated_entropy_uses_the_full_softmax():
-    logits = torch.log(torch.tensor([[[0.5, 0.25, 0.125, 0.125]]]))
-    expected = 1 + 0.5 * math.log(0.5) + 0.25 * math.log(0.25)
-    assert entropy_confidence(logits, 2).item() == pytest.approx(expected, abs=1e-6)
-
-
-def test_reward_is_the_mean_over_positions():
-    logits = torch.log(torch.tensor([[[0.5, 0.5], [0.9, 0.1]]]))
-    each = [entropy_confidence(logits[:, i : i + 1], 2) for i in range(2)]
-    torch.testing.assert_close(entropy_confidence(logits, 2), (each[0] + each[1]) / 2)
-
-
-def test_logprob_grows_with_the_peak():
-    flat, peaked = torch.zeros(1, 1, 8), torch.tensor([[[9.0, 0, 0, 0, 0, 0, 0, 0]]])
-    assert logprob_confidence(flat, 4).item() == pytest.approx(math.log(8), abs=1e-5)
-    assert logprob_confidence(peaked, 4) > logprob_confidence(flat, 4)
+SKEWED = [0.5, 0.25, 0.125, 0.125]
+GROWING = [0.5, 0.9, 0.99]  # of two tokens the first one's probability, at three positions
+SURE = [-(math.log(p) + math.log(1 - p)) / 2 for p in GROWING]  # confidence at each
+CASES = {
+    "the entropy is of the full softmax": (entropy_confidence, [SKEWED], 1 - 0.5 * math.log(2) - 0.25 * math.log(4)),
+    "the entropy's mean over positions": (entropy_confidence, [[1, 0], [0.5, 0.5]], 1 - 0.5 * math.log(2)),
+    "logprob of a flat distribution": (logprob_confidence, [[0.25] * 4], math.log(4)),
+    "logprob grows with the peak": (logprob_confidence, [[1 - 1e-4, 1e-4]], -math.log((1 - 1e-4) * 1e-4) / 2),
+    "divergence from uniform, without k": (self_certainty, [SKEWED], -math.log(4) - math.log(2**-9) / 4),
+    "no divergence": (self_certainty, [[0.25] * 4] * 2, 0),
+    "growth of confidence": (progress, [[p, 1 - p] for p in GROWING], math.log(SURE[2] / SURE[0]) / 2),
+}
 
 
-def test_self_certainty_is_the_divergence_from_uniform():
-    logits = torch.log(torch.tensor([[[0.5, 0.25, 0.125, 0.125]]]))
-    expected = -math.log(4) - math.log(0.5 * 0.25 * 0.125 * 0.125) / 4
-    assert self_certainty(logits, 2).item() == pytest.approx(expected, abs=1e-6)
-    assert self_certainty(torch.zeros(1, 2, 8), 2).item() == pytest.approx(0, abs=1e-6)
+@pytest.mark.parametrize("case", CASES)
+def test_rewards(case):
+    reward, probabilities, expected = CASES[case]
+    logits = torch.tensor([probabilities], dtype=torch.float64).clamp(min=1e-30).log()
+    assert reward(logits, 2).item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_progress_is_the_mean_growth_of_confidence():
-    logits = torch.log(torch.tensor([[[0.5, 0.5], [0.9, 0.1], [0.99, 0.01]]]))
-    confidence = [-(math.log(p) + math.log(1 - p)) / 2 for p in (0.5, 0.9, 0.99)]
-    expected = (math.log(confidence[1] / confidence[0]) + math.log(confidence[2] / confidence[1])) / 2
-    assert progress(logits, 2).item() == pytest.approx(expected, abs=1e-5)
+def test_what_a_reward_cannot_do_is_an_error():
     with pytest.raises(ValueError, match="only one"):
-        progress(logits[:, :1], 2)
-
-
-def test_k_larger_than_the_vocabulary_is_an_error():
+        progress(torch.zeros(1, 1, 8), 2)
     with pytest.raises(ValueError, match="top_k = 9"):
         entropy_confidence(torch.zeros(1, 1, 8), 9)
 

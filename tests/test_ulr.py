@@ -10,7 +10,7 @@ from tiny import tiny_vlm
 
 from dmlr.config import Config, ConfigError
 from dmlr.loop.optimize import initial_latents
-from dmlr.loop.reference import Reference, adam_step, eager
+from dmlr.loop.reference import Reference, eager
 from dmlr.methods import METHODS
 from dmlr.methods.latent import prefill_latent, question_noise
 from dmlr.methods.ulr import CONTRASTED, ulr_config
@@ -58,46 +58,35 @@ class Literal(Reference):
         rest = [sorted((n for n in range(len(columns)) if n not in mine), key=lambda n: looked[n]) for mine in positive]
         return positive, [other[:CONTRASTED] for other in rest]
 
-    def loss(self, latents, positive, negative):
+    def loss(self, latents):
         hidden, _, starts = self.states(latents)
-        images, total = hidden[self.encoded.image_columns], 0.0
-        for start, mine, others in zip(starts, positive, negative, strict=True):
+        images, total = hidden[self.encoded.image_columns], 0 * latents.sum()
+        for start, mine, others in zip(starts, self.positive, self.negative, strict=True):
             if mine:
                 near = torch.cosine_similarity(hidden[start][None], images, dim=1) / self.config.ulr_temperature
                 total = total - (near[mine].exp().sum() / near[mine + others].exp().sum()).log()
         return total / len(latents)
 
     def confidence(self, latents):
-        with torch.no_grad():
-            logits, _, starts, _ = self.forward(latents, [[]] * len(latents), [])
+        logits, _, starts, _ = self.forward(latents, [[]] * len(latents), [])
         each = [-torch.log_softmax(logits[at], dim=-1).sort().values[-10:].mean().item() for at in starts]
         growth = [math.log(later / earlier) for earlier, later in pairwise(each)]
         return sum(each) / len(each) + 0.05 * sum(growth) / len(growth)
 
+    def reward(self, latents, patches):
+        """Minus the loss in stage I, confidence in stage II; nothing is asked about patches."""
+        return (-self.loss(latents) if self.config.use_auto_grad else self.confidence(latents)), []
+
     def ulr(self, start, noise):
         """Latents to decode, and the rewards of all iterations."""
-        config, latents, rewards = self.config, start, []
-        positive, negative = self.chosen(start)
-        moments, sigma = (torch.zeros_like(start), torch.zeros_like(start)), config.sigma
+        config, (self.positive, self.negative) = self.config, self.chosen(start)
         first = min(config.ulr_alignment_steps, config.ulr_steps)
-        for t in range(first):
-            given = latents.detach().requires_grad_()
-            loss, gradient = self.loss(given, positive, negative), torch.zeros_like(start)
-            if any(positive):
-                (gradient,) = torch.autograd.grad(-loss, given)
-                loss = loss.detach()
-            latents, moments = adam_step(latents, gradient, moments, t + 1, config.lr)
-            rewards.append(-float(loss))
-            sigma *= config.sigma_decay
-        best, most = latents, 0.0
-        for t in range(first, config.ulr_steps):
-            xi = sigma * noise[t, 0]
-            rewards.append(self.confidence(latents + xi))
-            latents = latents + config.lr * rewards[-1] * xi / sigma**2
-            if rewards[-1] > most:
-                best, most = latents, rewards[-1]
-            sigma *= config.sigma_decay
-        return best, rewards
+        self.config = config.replace(max_num_steps=first, use_auto_grad=True, disable_best_reward=True)
+        one = self.run(start, noise[:first])
+        sigma = config.sigma * config.sigma_decay**first
+        self.config = config.replace(max_num_steps=config.ulr_steps - first, sigma=sigma)
+        two = self.run(one.best_latents, noise[first:])
+        return two.best_latents, [step.reward for step in one.steps + two.steps]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -113,7 +102,8 @@ def test_ulr_equals_full_recomputation(vlm, variant):
         assert answer.error is None
         assert [step["reward"] for step in answer.reasoning.steps] == pytest.approx(rewards, abs=1e-4)
         assert (answer.reasoning.latents - latents).abs().max() <= 1e-4
-        assert answer.reasoning.start_reward == pytest.approx(literal.confidence(start[row]), abs=1e-4)
+        with torch.no_grad():
+            assert answer.reasoning.start_reward == pytest.approx(literal.confidence(start[row]), abs=1e-4)
         ids = literal.decode(latents, [[]] * len(latents), config.max_new_tokens)
         assert answer.text == vlm.tokenizer.decode(ids, skip_special_tokens=True)
         if question.images and variant == "steps that move":

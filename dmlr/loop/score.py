@@ -60,8 +60,7 @@ def confidence(
     """
     _, samples, length, _ = latents.shape
     tail = prefix.suffix_ids[: {"think_next": 1, "answer": None}.get(config.reward_position, 0)]
-    embeds, filled = interleave(latents, prefix.images, patches)  # [B, M, S, D], [B, S]
-    embeds, filled = with_tokens(vlm, embeds, filled, tail)
+    embeds, filled = slots_of(vlm, prefix, latents, patches, tail)
     if config.reward_position == "think":  # nothing that is read can see the patches of the last group
         used = 1 + (length - 1) * (1 + patches.index.shape[2])
         embeds, filled = embeds[:, :, :used], filled[:, :used]
@@ -85,18 +84,27 @@ def self_score(
     vlm: VLM, prefix: Prefix, latents: torch.Tensor, patches: Patches, score_ids: torch.Tensor
 ) -> torch.Tensor:
     """[B]: the model's own 0-1 score of its latents [B, L, D], decoded after a request for it; 0 without a number."""
-    embeds, filled = interleave(latents[:, None], prefix.images, patches)
-    embeds, filled = with_tokens(vlm, embeds, filled, score_ids)
     branch = prefix.branch()
-    vlm.append(branch, embeds[:, 0], filled)
+    append_latents(vlm, branch, latents, patches, score_ids)
     scores = [parse_score(reply.text) for reply in decode(vlm, branch, max_new_tokens=8)]
     return torch.tensor(scores, device=latents.device).nan_to_num(nan=0.0)
 
 
-def with_tokens(
-    vlm: VLM, embeds: torch.Tensor, filled: torch.Tensor, ids: torch.Tensor
+def append_latents(
+    vlm: VLM, prefix: Prefix, latents: torch.Tensor, patches: Patches, ids: torch.Tensor | None = None
+) -> None:
+    """Puts think tokens [B, L, D], their patches and text behind the prompt (none: the assistant prefix); decoding
+    comes next."""
+    embeds, filled = slots_of(vlm, prefix, latents[:, None], patches, prefix.suffix_ids if ids is None else ids)
+    vlm.append(prefix, embeds[:, 0], filled)
+
+
+def slots_of(
+    vlm: VLM, prefix: Prefix, latents: torch.Tensor, patches: Patches, ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slots [B, M, S, D], of which `filled` [B, S], followed by text tokens: `ids` [B, A], or [A] in every row."""
+    """Think tokens [B, M, L, D] with patches, followed by text tokens, `ids` [B, A] or [A] in every row: embeddings
+    [B, M, S, D] and the mask of filled slots [B, S]."""
+    embeds, filled = interleave(latents, prefix.images, patches)
     text = vlm.embed(ids.expand(len(embeds), -1)).to(embeds.dtype)[:, None].expand(-1, embeds.shape[1], -1, -1)
     text = F.pad(text, (0, embeds.shape[3] - text.shape[3]))
     return torch.cat([embeds, text], dim=2), F.pad(filled, (0, ids.shape[-1]), value=True)

@@ -25,9 +25,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dmlr.config import Config
 from dmlr.data.boxes import checked_boxes, distance, touched
-from dmlr.loop.injection import Patches, Retrieval, interleave
+from dmlr.loop.injection import Patches, Retrieval
 from dmlr.loop.optimize import State, Trace, example_generator, initial_latents, optimize
-from dmlr.loop.score import Score, differentiable, scorer, with_tokens
+from dmlr.loop.score import Score, differentiable, scorer, slots_of
 from dmlr.methods.answers import Answer, Method, Question
 from dmlr.methods.latent import prefill_latent, question_noise, reasoned, with_notes
 from dmlr.methods.prompting import prompts_of
@@ -197,7 +197,7 @@ def truth_score(vlm: VLM, prefix: Prefix, questions: Sequence[Question]) -> Scor
     text = torch.cat([prefix.suffix_ids.expand(len(ids), -1), ids], dim=1)
 
     def reward_of(latents: torch.Tensor, patches: Patches, with_attention: bool):
-        embeds, filled = with_tokens(vlm, *interleave(latents, prefix.images, patches), text)
+        embeds, filled = slots_of(vlm, prefix, latents, patches, text)
         filled[:, -ids.shape[1] :] = given
         slots = torch.arange(embeds.shape[2], device=embeds.device)
         read = slots[-ids.shape[1] - 1 : -1].expand_as(ids)  # the slot before each of the answer's tokens

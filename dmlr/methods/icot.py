@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from dmlr.config import Config
-from dmlr.loop.injection import Patches, interleave
-from dmlr.loop.score import with_tokens
+from dmlr.loop.injection import Patches
+from dmlr.loop.score import slots_of
 from dmlr.methods.answers import Answer, Clock, Question, answers_of
 from dmlr.methods.latent import with_notes
 from dmlr.methods.prompting import decode, prefill_task, prompts_of
@@ -86,9 +86,8 @@ class InsertAtNewlines:
         chosen = Patches.of([[row] for row in patches], vlm.device)
         start, end = (torch.tensor(ids, dtype=torch.long, device=vlm.device) for ids in vlm.family.marks)
         mark = vlm.embed(start) if len(start) else vlm.embed(end.new_zeros(1))  # [1, D]
-        embeds, filled = interleave(mark.expand(batch, 1, 1, -1), prefix.images, chosen)
+        embeds, filled = slots_of(vlm, prefix, mark.expand(batch, 1, 1, -1), chosen, end)
         filled[:, 0] &= len(start) > 0
-        embeds, filled = with_tokens(vlm, embeds, filled, end)
         before = prefix.logits
         vlm.append(prefix, embeds[:, 0], filled & due[:, None])
         prefix.logits = torch.where(due[:, None], prefix.logits, before)

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from dmlr.config import Config
-from dmlr.loop.injection import interleave
 from dmlr.loop.optimize import Trace, example_noise, optimize
-from dmlr.loop.score import with_tokens
+from dmlr.loop.score import append_latents
 from dmlr.methods.answers import Answer, Clock, Question, Reasoning, answers_of
 from dmlr.methods.prompting import decode, prompts_of
 from dmlr.model.cache import Prefix
@@ -109,13 +108,6 @@ def score_ids(vlm: VLM, prefix: Prefix, prompts: Prompts) -> torch.Tensor:
     """Tokens that ask the model to rate its latents, then hand it the turn."""
     ids = vlm.tokenizer(prompts.self_score, return_tensors="pt", add_special_tokens=False)["input_ids"][0]
     return torch.cat([ids.to(vlm.device), prefix.suffix_ids])
-
-
-def append_latents(vlm: VLM, prefix: Prefix, latents: torch.Tensor, patches) -> None:
-    """Puts think tokens, their patches and the assistant prefix behind the prompt; decoding comes next."""
-    embeds, filled = interleave(latents[:, None], prefix.images, patches)
-    embeds, filled = with_tokens(vlm, embeds, filled, prefix.suffix_ids)
-    vlm.append(prefix, embeds[:, 0], filled)
 
 
 def reasonings(trace: Trace, encoded: list[Encoded], rms: float) -> list[Reasoning]:
