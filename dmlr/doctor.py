@@ -19,11 +19,11 @@ from dmlr.data.check import check_dataset
 from dmlr.data.examples import DatasetError
 from dmlr.judge.llm_judge import JudgeError, JudgeSettings
 from dmlr.machine import environment
-from dmlr.methods.workload import PROMPT
+from dmlr.methods.workload import PROMPT, workload
 from dmlr.model.families import ModelError
 from dmlr.model.loading import load_checkpoint
-from dmlr.model.memory import USABLE
-from dmlr.planning import PAPER_MODELS, Model, columns, size
+from dmlr.model.memory import USABLE, fitting_batch
+from dmlr.planning import PAPER_MODELS, columns, described, size
 
 EMBEDDED_MODEL = "data/models/shapes-vl"
 EMBEDDED_DATA = tuple(f"data/shapes/{suite}.json" for suite in ("mathematics", "visual", "composition"))
@@ -79,17 +79,19 @@ def fits(models: Iterable[str], free: int, kind: str) -> tuple[str, list[str]]:
     rows, unknown = [["model", "parameters", "cache / 1000", *PRECISIONS, "settings from"]], []
     for name in dict.fromkeys(models):
         try:
-            model = Model.of(name)
+            shape, source = described(name)
         except ModelError as error:
             rows.append([name, "unknown"])
             unknown.append(str(error))
             continue
-        cells = [f"{model.parameters.total / 1e9:.3g} G", size(1000 * model.shape.cache(2))]
+        work, parameters = workload(Config.make("paper"), shape.context), shape.parameters
+        cells = [f"{parameters.total / 1e9:.3g} G", size(1000 * shape.cache(2))]
         for itemsize, bits in PRECISIONS.values():
-            batch = model.batch(Config.make("paper"), itemsize, free, kind, bits)
-            held = f"{size(model.parameters.bytes(itemsize, bits))}, {f'batch {batch}' if batch else 'too large'}"
+            weights = parameters.bytes(itemsize, bits)
+            batch = fitting_batch(shape, itemsize, work, free - weights, kind)
+            held = f"{size(weights)}, {f'batch {batch}' if batch else 'too large'}"
             cells.append("GPUs only" if bits and kind != "cuda" else held)  # bitsandbytes computes on GPUs
-        rows.append([name, *cells, model.source])
+        rows.append([name, *cells, source])
     return (
         f"What fits in {size(free)} of {'GPU memory' if kind == 'cuda' else 'RAM'}: weights, and the batch that goes "
         f"through together with the\npaper's parameters, prompts of {PROMPT} positions and answers of 2048 tokens, in "

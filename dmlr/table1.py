@@ -24,7 +24,7 @@ from dmlr.data.examples import DatasetError
 from dmlr.judge.llm_judge import JudgeError
 from dmlr.model.families import ModelError
 from dmlr.parameters import check_parameters, read_parameters
-from dmlr.planning import Plan, as_text, plan_of, time_of
+from dmlr.planning import Plan, plan_of, time_of
 from dmlr.run.records import ResultsError, find_runs
 from dmlr.stats.published import BENCHMARKS
 
@@ -96,8 +96,9 @@ def parameter_file(kind: str, name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     known = {path.stem: path for path in (FOLDER / "params" / kind).glob("*.yaml")}
-    check_names([Path(name).stem if name.endswith(".yaml") else name], known, f"file of {kind}")
-    return known[Path(name).stem if name.endswith(".yaml") else name]
+    stem = Path(name).stem if name.endswith(".yaml") else name
+    check_names([stem], known, f"file of {kind}")
+    return known[stem]
 
 
 def run_all(table: Sequence[Cell], dry: bool = False) -> dict[str, str]:
@@ -123,7 +124,7 @@ def run_all(table: Sequence[Cell], dry: bool = False) -> dict[str, str]:
             with attempt(cell.name, f"[{number}/{len(table)}] {cell.name}"):
                 plans.append(made := cell.plan())
                 if dry:
-                    print(as_text(made), flush=True)
+                    print(made, flush=True)
                 if made.errors:
                     raise ConfigError("; ".join(made.errors))
                 report = cell.executed.with_suffix(".html")

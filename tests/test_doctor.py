@@ -1,5 +1,6 @@
 """What the doctor says of this machine, of the embedded files, and of models that are or are not here."""
 
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -10,9 +11,7 @@ from tiny import tiny_vlm
 
 from dmlr import doctor
 from dmlr.cli import main
-from dmlr.config import Config
-from dmlr.judge.llm_judge import JudgeError
-from dmlr.planning import PAPER_MODELS, Needs, dry_run
+from dmlr.planning import PAPER_MODELS
 
 SECRET = "sk-do-not-print-me"
 GIB, PAPER = 2**30, list(PAPER_MODELS)
@@ -51,18 +50,14 @@ def test_what_is_broken_makes_the_exit_status(monkeypatch, capsys, tmp_path):
     assert "cannot be asked, OPENAI_API_KEY: " in told
 
 
-def test_a_model_of_yours_is_described_without_its_weights(tmp_path):
-    vlm = tiny_vlm()
-    vlm.model.config.save_pretrained(tmp_path / "mine")
-    table, unknown = doctor.fits([str(tmp_path / "mine")], 24 * GIB, "cuda")
-    total = sum(p.numel() for p in vlm.model.parameters())
-    assert unknown == [] and f"{total / 1e9:.3g} G" in table and "24.0 GiB of GPU memory" in table
-
-
-def test_what_fits_depends_on_memory_and_device():
-    gpu, cpu = (doctor.fits(["Qwen/Qwen2.5-VL-7B-Instruct"], 24 * GIB, kind)[0] for kind in ("cuda", "cpu"))
+def test_what_fits_depends_on_memory_and_device_and_needs_no_weights(tmp_path):
+    tiny_vlm().model.config.save_pretrained(tmp_path / "mine")
+    names = ["Qwen/Qwen2.5-VL-7B-Instruct", str(tmp_path / "mine")]
+    (gpu, none), (cpu, _) = (doctor.fits(names, 24 * GIB, kind) for kind in ("cuda", "cpu"))
+    assert "24.0 GiB of GPU memory" in gpu and none == []
     assert "30.9 GiB, too large  15.4 GiB, batch 24  8.7 GiB, batch 43  5.8 GiB, batch 52" in gpu
     assert "30.9 GiB, too large  15.4 GiB, batch 12  GPUs only  GPUs only" in cpu
+    assert re.search(r"/mine +\S+ G .* folder$", gpu, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -79,25 +74,3 @@ def test_a_model_that_cannot_be_described_is_an_error_that_says_why(tmp_path, se
         (tmp_path / "mine" / "config.json").write_text(settings)
     table, unknown = doctor.fits([str(tmp_path / "mine")], GIB, "cpu")
     assert message in unknown[0] and "unknown" in table
-
-
-def test_a_run_is_planned_with_the_memory_of_the_devices_that_it_uses(monkeypatch):
-    gpus = {None: 5, "cuda": 5, "cuda:1": 7, 0: 5, 1: 7}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (gpus[device], 9))
-    found = {name: Needs.of(Config(device=name), 1).free for name in ("auto", "cuda", "cuda:1", "cpu")}
-    assert (found["auto"], found["cuda"], found["cuda:1"]) == (5, 5, 7) and found["cpu"] > 2**20
-    assert Needs.of(Config(device_map="auto"), 1).free == 12
-
-
-def test_a_dry_run_finds_the_key_where_the_run_will_look(tmp_path, monkeypatch):
-    """In the notebook's folder, in which its kernel works."""
-    shutil.copy(Path(__file__).parents[1] / "notebooks" / "03_benchmark.ipynb", tmp_path)
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr("dmlr.judge.llm_judge.root", lambda: tmp_path / "elsewhere")
-    given = {"use_llm_verify": True, "output_dir": str(tmp_path / "run"), "end_data_idx": 2}
-    with pytest.raises(JudgeError, match="OPENAI_API_KEY"):
-        dry_run(tmp_path / "03_benchmark.ipynb", given)
-    (tmp_path / ".env").write_text(f"OPENAI_API_KEY={SECRET}\n")
-    assert dry_run(tmp_path / "03_benchmark.ipynb", given)[1] == []

@@ -19,10 +19,8 @@ from dmlr.model.decode import decode
 from dmlr.model.encode import encode
 from dmlr.model.memory import MOST, USABLE, Parameters, Shape, Work, fitting_batch, peak, seconds, stages
 from dmlr.model.vlm import VLM
-from dmlr.planning import Model
+from dmlr.planning import described
 from dmlr.random_weights import random_prompt, random_vlm
-
-# parameters
 
 
 @pytest.mark.parametrize(
@@ -36,7 +34,7 @@ from dmlr.random_weights import random_prompt, random_vlm
 )
 def test_the_papers_models_have_the_published_number_of_parameters(name, count):
     """Of the checkpoints: total_size of model.safetensors.index.json, over two bytes."""
-    assert Model.of(name).parameters.total == count
+    assert described(name)[0].parameters.total == count
 
 
 def test_fewer_bits_shrink_what_is_linear_and_nothing_else():
@@ -44,14 +42,12 @@ def test_fewer_bits_shrink_what_is_linear_and_nothing_else():
     assert [found.bytes(2), found.bytes(2, 8), found.bytes(2, 4)] == [2000, 400 + 800, 400 + 450]
 
 
-# memory
-
-
 @pytest.mark.parametrize("family", TINY)
 def test_every_family_has_the_parameters_and_the_cache_that_its_settings_say(family):
     vlm = TINY[family]()
     settings = type(vlm.model.config).from_dict(vlm.model.config.to_dict())
-    shape, found = Shape.of(settings), Parameters.of(settings)
+    shape = Shape(settings)
+    found = shape.parameters
     assert found.total == sum(p.numel() for p in vlm.model.parameters())
     layers = sum(p.numel() for p in vlm.text_model.layers.parameters())
     assert found.language == layers + vlm.text_model.norm.weight.numel() and found.vision < found.total - layers
@@ -81,11 +77,10 @@ def example(vlm, config, prompt, batch, loop=optimize):
 
 def estimated(vlm, config, prompt):
     """Bytes of one example in each stage, the prompt's lengths counted."""
-    asked = workload(config.replace(max_pixels=len(prompt.image_columns)))
-    assert asked.image_tokens == len(prompt.image_columns)
-    text = len(prompt.input_ids) - asked.image_tokens
-    work = dataclasses.replace(asked, prompt=len(prompt.input_ids), probed=asked.probed and text)
-    return stages(Shape.of(vlm.model.config), vlm.dtype.itemsize, work)
+    length, images = len(prompt.input_ids), len(prompt.image_columns)
+    asked = workload(config, images=images)
+    work = dataclasses.replace(asked, prompt=length, probed=asked.probed and length - images)
+    return stages(vlm.shape, vlm.dtype.itemsize, work)
 
 
 EVERY_PATCH = {"initial_patch_count": None, "num_selected_patches": None, "max_total_patches": None}
@@ -125,7 +120,7 @@ def test_a_gpu_takes_what_is_estimated_within_a_factor_of_one_and_a_half(batch):
 
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
 def test_the_batch_that_fits_is_the_largest_that_does(kind):
-    shape, work = Model.of("Qwen/Qwen2.5-VL-7B-Instruct").shape, workload(Config.make("paper"))
+    (shape, _), work = described("Qwen/Qwen2.5-VL-7B-Instruct"), workload(Config.make("paper"))
     for free in (10**8, 10**9, 10**10, 10**11, 10**12):
         batch = fitting_batch(shape, 2, work, free, kind)
         assert batch == 0 or peak(shape, 2, work, batch) <= USABLE[kind] * free
@@ -137,7 +132,7 @@ def test_a_models_own_batch_is_by_what_the_gpu_has_free(monkeypatch):
     embedded, work = VLM.load(Config()), Work(prompt=1000, image_tokens=36, new_tokens=10)
     assert embedded.fitting_batch(work) == MOST["cpu"]
     monkeypatch.setattr(VLM, "device", torch.device("cuda"))
-    each = peak(Shape.of(embedded.model.config), 4, work, 1)
+    each = peak(embedded.shape, 4, work, 1)
     for free, batch in ((0, 1), (3.5 * each / USABLE["cuda"], 3), (10**12, MOST["cuda"])):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**12))
         assert embedded.fitting_batch(work) == batch
@@ -157,9 +152,6 @@ def test_what_recordings_hold_is_not_counted_twice(monkeypatch):
     assert vlm.fitting_batch(work) < 3
 
 
-# what a run asks for
-
-
 def test_methods_decide_what_is_asked_for():
     asks = {methods: workload(Config.make("paper", methods=methods)) for methods in ("vanilla", "dmlr", "ltpo", "ulr")}
     assert (asks["vanilla"].slots, asks["vanilla"].passes, asks["vanilla"].reads) == (0, 0, 0)
@@ -174,18 +166,15 @@ def test_methods_decide_what_is_asked_for():
     assert small.prompt + small.new_tokens == 512
 
 
-# time
-
-
 def test_time_follows_arithmetic_or_memory():
-    model = Model.of("Qwen/Qwen2.5-VL-7B-Instruct")
-    parameters, shape = model.parameters, model.shape
+    shape, _ = described("Qwen/Qwen2.5-VL-7B-Instruct")
+    parameters = shape.parameters
     answer = Work(prompt=1, image_tokens=1, new_tokens=1000)
     slow, fast = (1e30, 1e12), (1e30, 2e12)  # decoding alone waits for weights
-    one = seconds(parameters, shape, 2, answer, 1, *slow)
+    one = seconds(shape, 2, answer, 1, *slow)
     assert one == pytest.approx(1000 * 2 * (parameters.language + parameters.head) / 1e12, rel=0.02)
-    assert seconds(parameters, shape, 2, answer, 1, *fast) == pytest.approx(one / 2)
-    assert seconds(parameters, shape, 2, answer, 32, *slow) < one / 25
+    assert seconds(shape, 2, answer, 1, *fast) == pytest.approx(one / 2)
+    assert seconds(shape, 2, answer, 32, *slow) < one / 25
     prompt = Work(prompt=1000, image_tokens=256, new_tokens=0)  # a prompt waits for arithmetic
     flops = 2 * 1000 * parameters.language + 2 * 256 * 4 * parameters.vision
-    assert seconds(parameters, shape, 2, prompt, 1, 1e14, 1e30) == pytest.approx(flops / 1e14, rel=0.05)
+    assert seconds(shape, 2, prompt, 1, 1e14, 1e30) == pytest.approx(flops / 1e14, rel=0.05)

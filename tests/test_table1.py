@@ -2,19 +2,23 @@
 
 import json
 import re
+import shutil
+import socket
 from itertools import product
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 from dmlr import table1
 from dmlr.cli import main
-from dmlr.config import Config, ConfigError
+from dmlr.config import Config, ConfigError, root
 from dmlr.json_files import write_json
+from dmlr.judge.llm_judge import JudgeError
 from dmlr.machine import environment
 from dmlr.model.loading import load_checkpoint
 from dmlr.parameters import check_parameters, config_of
-from dmlr.planning import as_text, earlier_pace, plan, time_of
+from dmlr.planning import Plan, dry_run, earlier_pace, free_memory, time_of
 from dmlr.run.evaluate import run
 from dmlr.run.records import ResultsError, read_results
 from dmlr.show.provenance import in_words
@@ -26,7 +30,6 @@ NOTEBOOK = "notebooks/03_benchmark.ipynb"
 @pytest.fixture
 def no_model(monkeypatch):
     """Any attempt to load weights, or to call somebody, is an error."""
-    import socket
 
     def refuse(*args, **kwargs):
         raise AssertionError("a plan loads no weights and calls nobody")
@@ -63,24 +66,24 @@ def test_a_plan_counts_what_a_run_left_and_takes_its_time_from_there(tmp_path, m
     run(config)
     with monkeypatch.context() as patch:
         patch.setattr("transformers.PreTrainedModel.from_pretrained", None)
-        more = plan(config.replace(resume=True, end_data_idx=10))
+        more = Plan(config.replace(resume=True, end_data_idx=10))
         assert [(job.finished, job.todo) for job in more.jobs] == [(4, 6)] * 2 and not more.complete
         for job in more.jobs:
             speed = read_results(job.job.folder)["efficiency"]["examples_per_second"]
             assert job.seconds == pytest.approx(6 / speed) and job.source == f"the run in {job.job.folder}"
         assert time_of([more, more]) == in_words(2 * sum(job.seconds for job in more.jobs))
-        assert plan(config.replace(resume=True)).complete
+        assert Plan(config.replace(resume=True)).complete
         log = tmp_path / "run" / "mathematics" / "dmlr" / "log.jsonl"
         first, whole = log.read_bytes().split(b"\n")[0], log.read_bytes()
         error = json.dumps(json.loads(first) | {"stop_reason": "error"}).encode()
         log.write_bytes(whole + error + b"\n" + first[:20])
-        assert plan(config.replace(resume=True)).jobs[1].todo == 1, "an error is tried again, a torn line is none"
+        assert Plan(config.replace(resume=True)).jobs[1].todo == 1, "an error is tried again, a torn line is none"
         log.write_bytes(whole)
-        afresh = plan(config)
+        afresh = Plan(config)
         assert [(job.finished, job.todo) for job in afresh.jobs] == [(0, 4)] * 2
-        assert "an earlier run is moved aside" in as_text(afresh)
+        assert "an earlier run is moved aside" in str(afresh)
     changed = config.replace(resume=True, sigma=0.05)
-    assert "sigma was 0.04 and is now 0.05" in plan(changed).errors[0] and not plan(changed).complete
+    assert "sigma was 0.04 and is now 0.05" in Plan(changed).errors[0] and not Plan(changed).complete
     with pytest.raises(ResultsError, match="sigma was 0.04 and is now 0.05"):
         run(changed)
 
@@ -99,13 +102,13 @@ def test_time_is_from_a_run_of_the_same_method_and_model_on_such_a_device(tmp_pa
 
 def test_where_nothing_ran_before_time_is_from_settings_or_unknown(tmp_path, monkeypatch):
     monkeypatch.setattr("dmlr.planning.earlier_pace", lambda *args: None)
-    made = plan(fast(tmp_path, methods="vanilla,dmlr,random,ltpo,self-consistency"))
+    made = Plan(fast(tmp_path, methods="vanilla,dmlr,random,ltpo,self-consistency"))
     vanilla, *loops, consistency = (job.seconds for job in made.jobs)
     assert all(0 < vanilla < loop for loop in loops)
     assert "8 tokens in every answer" in made.jobs[1].source and "as measured now" in made.jobs[1].source
     assert consistency is None, "what depends on its answers is not guessed"
-    assert re.search(r"^time +\d+ .*, unknown for self-consistency, loading the model not", as_text(made), re.MULTILINE)
-    elsewhere = plan(fast(tmp_path, device="cuda" if made.needs.device == "cpu" else "cpu"))
+    assert re.search(r"^time +\d+ .*, unknown for self-consistency, loading the model not", str(made), re.MULTILINE)
+    elsewhere = Plan(fast(tmp_path, device="cuda" if made.device == "cpu" else "cpu"))
     assert {job.seconds for job in elsewhere.jobs} == {None}
 
 
@@ -114,7 +117,6 @@ def test_where_nothing_ran_before_time_is_from_settings_or_unknown(tmp_path, mon
     [
         ({"dataset": "data/none.json"}, "dataset file data/none.json: No such file"),
         ({"methods": "dmrl"}, "unknown method 'dmrl' .did you mean 'dmlr'"),
-        ({"num_thought_tokens": "0"}, "num_thought_tokens = 0 is out of range"),
         ({"use_llm_verify": "true"}, "OPENAI_API_KEY"),
         ({"model_name_or_path": "Qwen/Qwen3-VL-8B-Instruct"}, "HF_HUB_OFFLINE keeps the hub from being asked"),
         ({"model_name_or_path": "my/models/none"}, "my/models/none: no such folder"),
@@ -130,8 +132,29 @@ def test_what_would_fail_is_said_before_it_does(tmp_path, monkeypatch, no_model,
 def test_a_notebook_that_is_no_benchmark_run_shows_its_parameters(capsys, no_model):
     assert main(["run", "notebooks/04_compare.ipynb", "--dry-run", "-p", "baseline", "ltpo"]) == 0
     assert "baseline: ltpo" in capsys.readouterr().out
-    assert main(["run", "notebooks/04_compare.ipynb", "--dry-run", "-p", "base", "ltpo"]) == 1
-    assert "unknown parameter 'base'" in capsys.readouterr().err
+
+
+def test_a_run_is_planned_with_the_memory_of_the_devices_that_it_uses(monkeypatch):
+    gpus = {None: 5, "cuda": 5, "cuda:1": 7, 0: 5, 1: 7}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (gpus[device], 9))
+    found = [free_memory(Config(device=name)) for name in ("auto", "cuda", "cuda:1")]
+    assert found == [("cuda", 5), ("cuda", 5), ("cuda", 7)]
+    assert free_memory(Config(device_map="auto")) == ("cuda", 12)
+    assert free_memory(Config(device="cpu"))[1] > 2**20
+
+
+def test_a_dry_run_finds_the_key_where_the_run_will_look(tmp_path, monkeypatch):
+    """In the notebook's folder, in which its kernel works."""
+    shutil.copy(root() / NOTEBOOK, tmp_path)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr("dmlr.judge.llm_judge.root", lambda: tmp_path / "elsewhere")
+    given = {"use_llm_verify": True, "output_dir": str(tmp_path / "run"), "end_data_idx": 2}
+    with pytest.raises(JudgeError, match="OPENAI_API_KEY"):
+        dry_run(tmp_path / "03_benchmark.ipynb", given)
+    (tmp_path / ".env").write_text("OPENAI_API_KEY=a-key\n")
+    assert dry_run(tmp_path / "03_benchmark.ipynb", given)[1] == []
 
 
 # Table 1

@@ -22,6 +22,7 @@ Knows nothing about devices, files or data.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from transformers import PretrainedConfig
@@ -31,39 +32,59 @@ MOST = {"cuda": 64, "cpu": 16}  # examples of a batch, beyond which speed gains 
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Sizes that decide memory: of the language model, and of the vision tower per patch."""
+class Parameters:
+    """How many there are (tied ones once), and where."""
 
-    layers: int
-    heads: int
-    kv_heads: int
+    total: int
+    shrinkable: int  # in linear layers but the output head: what 4 and 8 bits apply to
+    language: int  # that a position of text goes through, without the output head
     head: int
-    hidden: int
-    intermediate: int
-    vocabulary: int
-    vision_hidden: int
-    vision_intermediate: int
-    patches_per_token: int  # patches of the vision tower that are merged into one image token
+    vision: int
 
-    @classmethod
-    def of(cls, settings: PretrainedConfig) -> Shape:
-        """From a model's settings; of a vision tower that does not say its sizes, what its kind usually has."""
+    def bytes(self, itemsize: int, bits: int | None = None) -> int:
+        """Of the weights. bits: 4 or 8, of what is shrinkable; none: all have `itemsize`."""
+        if bits is None:
+            return itemsize * self.total
+        scales = 1.125 if bits == 4 else 1  # a float32 for every 64 numbers
+        return round(itemsize * (self.total - self.shrinkable) + self.shrinkable * bits / 8 * scales)
+
+
+class Shape:
+    """Sizes that decide memory and time: of the language model, and of the vision tower per patch.
+
+    From a model's settings; of a vision tower that does not say its sizes, what its kind usually has.
+    """
+
+    def __init__(self, settings: PretrainedConfig) -> None:
         text, vision = settings.get_text_config(), settings.vision_config
+        self.settings = settings
+        self.context = getattr(text, "max_position_embeddings", None)  # positions that it was made for
+        self.layers, self.hidden, self.intermediate = text.num_hidden_layers, text.hidden_size, text.intermediate_size
+        self.heads, self.vocabulary = text.num_attention_heads, text.vocab_size
+        self.kv_heads = getattr(text, "num_key_value_heads", None) or self.heads
+        self.head = getattr(text, "head_dim", None) or self.hidden // self.heads
+        self.vision_hidden = getattr(vision, "embed_dim", None) or vision.hidden_size
+        self.vision_intermediate = getattr(vision, "intermediate_size", None) or 4 * self.vision_hidden
         merge = getattr(vision, "spatial_merge_size", None) or getattr(settings, "scale_factor", None)
         merge = merge or 1 / (getattr(settings, "downsample_ratio", None) or 1)
-        width = getattr(vision, "embed_dim", None) or vision.hidden_size
-        return cls(
-            layers=text.num_hidden_layers,
-            heads=text.num_attention_heads,
-            kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-            head=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-            hidden=text.hidden_size,
-            intermediate=text.intermediate_size,
-            vocabulary=text.vocab_size,
-            vision_hidden=width,
-            vision_intermediate=getattr(vision, "intermediate_size", None) or 4 * width,
-            patches_per_token=round(merge**2),
-        )
+        self.patches_per_token = round(merge**2)  # of the vision tower, that are merged into one image token
+
+    @cached_property
+    def parameters(self) -> Parameters:
+        """Counted exactly, on torch's meta device: the model is built without any memory for its weights."""
+        from transformers import AutoModelForImageTextToText  # transformers' models: seconds
+
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(self.settings)
+        head = model.get_output_embeddings()
+        linear = {m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head}
+        text = getattr(model.model, "language_model", None) or model.model.text_model
+        tables = sum(m.weight.numel() for m in text.modules() if isinstance(m, torch.nn.Embedding))
+        total = sum(p.numel() for p in model.parameters())
+        language = sum(p.numel() for p in text.parameters()) - tables
+        untied = head.weight.numel() if head.weight is not model.get_input_embeddings().weight else 0
+        vision = total - language - tables - untied
+        return Parameters(total, sum(weight.numel() for weight in linear), language, head.weight.numel(), vision)
 
     def cache(self, itemsize: int) -> int:
         """Keys and values of one position."""
@@ -78,47 +99,6 @@ class Shape:
         three colours, float32)."""
         patch = itemsize * (3 * max(self.vision_intermediate, 2 * self.vision_hidden) + 4 * self.vision_hidden)
         return self.patches_per_token * (patch + 4 * 3 * 2 * 14**2)
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """How many there are (tied ones once), and where."""
-
-    total: int
-    shrinkable: int  # in linear layers but the output head: what 4 and 8 bits apply to
-    language: int  # that a position of text goes through, without the output head
-    head: int
-    vision: int
-
-    @classmethod
-    def of(cls, settings: PretrainedConfig) -> Parameters:
-        """Counted exactly, on torch's meta device: the model is built without any memory for its weights."""
-        from transformers import AutoModelForImageTextToText  # transformers' models: seconds
-
-        with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(settings)
-        head = model.get_output_embeddings()
-        linear = {m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head}
-        core = model.model
-        text = getattr(core, "language_model", None) or core.text_model
-        tables = sum(m.weight.numel() for m in text.modules() if isinstance(m, torch.nn.Embedding))
-        total = sum(p.numel() for p in model.parameters())
-        language = sum(p.numel() for p in text.parameters()) - tables
-        untied = head.weight.numel() if head.weight is not model.get_input_embeddings().weight else 0
-        return cls(
-            total=total,
-            shrinkable=sum(weight.numel() for weight in linear),
-            language=language,
-            head=head.weight.numel(),
-            vision=total - language - tables - untied,
-        )
-
-    def bytes(self, itemsize: int, bits: int | None = None) -> int:
-        """Of the weights. bits: 4 or 8, of what is shrinkable; none: all have `itemsize`."""
-        if bits is None:
-            return itemsize * self.total
-        scales = 1.125 if bits == 4 else 1  # a float32 for every 64 numbers
-        return round(itemsize * (self.total - self.shrinkable) + self.shrinkable * bits / 8 * scales)
 
 
 @dataclass(frozen=True)
@@ -176,9 +156,7 @@ def fitting_batch(shape: Shape, itemsize: int, work: Work, free: int, device: st
     return max(0, min(MOST[kind], int(USABLE[kind] * free / peak(shape, itemsize, work, 1))))
 
 
-def seconds(
-    parameters: Parameters, shape: Shape, itemsize: int, work: Work, batch: int, flops: float, bandwidth: float
-) -> float:
+def seconds(shape: Shape, itemsize: int, work: Work, batch: int, flops: float, bandwidth: float) -> float:
     """Per example of a batch: each stage at the rate of arithmetic or of memory, whichever takes longer.
 
     flops: floating-point operations per second; bandwidth: bytes read per second.
@@ -187,6 +165,7 @@ def seconds(
     beside that (starting kernels, small operations) is not in it, so this is less than a run takes; answers are taken
     to be `new_tokens` long, which is more than most are.
     """
+    parameters = shape.parameters
     weights = itemsize * (parameters.language + parameters.head)
     kept = shape.cache(itemsize)
 
