@@ -295,11 +295,8 @@ def declared(name: str) -> tuple[str, str, list[Any]]:
     first, *more = schema.get("anyOf", [schema])
     kind = {"integer": "int", "number": "float", "boolean": "bool", "string": "str"}[first["type"]]
     choices, low, high = first.get("enum", []), first.get("minimum"), first.get("maximum")
-    if choices:
-        within = f" [{', '.join(map(str, choices))}]"
-    elif low is None:
-        within = ""
-    else:
+    within = f" [{', '.join(map(str, choices))}]" if choices else ""
+    if low is not None:
         within = f" [>= {low}]" if high is None else f" [{low} to {high}]"
     return kind + " | None" * len(more), within, choices
 
@@ -317,12 +314,6 @@ def _config_error(error: Mapping[str, Any], values: Mapping[str, Any]) -> Config
     return ConfigError(f"{name} = {value!r}: expected {kind}{within}")
 
 
-# What presets set: the loop, the size of images, the length of an answer.
-LOOP = frozenset(
-    "num_thought_tokens max_num_steps lr sigma lr_relative sigma_relative sigma_decay num_samples reward "
-    "reward_position accept_at num_selected_patches max_total_patches initial_patch_count patch_increment "
-    "min_pixels max_pixels max_new_tokens".split()
-)
 _SMALL = {"min_pixels": None, "max_pixels": None, "max_new_tokens": 128}  # the embedded models' images and answers
 PRESETS: dict[str, dict[str, Any]] = {  # where they differ from the defaults
     # The paper, App. A.3: the defaults above.
@@ -344,3 +335,4 @@ PRESETS: dict[str, dict[str, Any]] = {  # where they differ from the defaults
     | {"initial_patch_count": 0, "patch_increment": 0}
     | _SMALL,
 }
+LOOP = frozenset({"sigma_decay"}.union(*PRESETS.values()))  # what presets set, none of them the decay so far

@@ -38,7 +38,8 @@ def demo(model: str = "") -> None:
     print("\n[3/3] 01_walkthrough: one question, seen from inside", flush=True)
     walk = run(notebooks / "01_walkthrough.ipynb", one, place / "01_walkthrough.ipynb")
     index = write_index()
-    for table in (latents_table(sweeps), result_table(benchmark.parent)):
+    runs = {path: read_results(path) for path in find_runs(benchmark.parent)}
+    for table in (latents_table(sweeps), headlines(runs)):
         print(f"\n{table.to_string(index=False)}")
     print(f"\nmade in {(time.perf_counter() - began) / 60:.1f} minutes")
     print(f"do latents matter: {battery}\nbenchmark:         {benchmark}\nwalkthrough:       {walk}\nall runs: {index}")
@@ -52,8 +53,3 @@ def latents_table(sweeps: Path) -> pd.DataFrame:
         | {made["method"]: f"{made['accuracy']:.1%}" for made in map(read_results, find_runs(folder))}
         for folder in batteries
     )
-
-
-def result_table(run_folder: Path) -> pd.DataFrame:
-    """A run's methods side by side, as the index of all runs shows them."""
-    return headlines({path: read_results(path) for path in find_runs(run_folder)})

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.metadata import version
 from typing import Any
 
 import psutil
@@ -21,8 +22,6 @@ from dmlr.config import root
 
 def environment() -> dict[str, str]:
     """Versions and the revision of this code, for the report's header."""
-    import transformers
-
     try:
         git = ["git", "-C", str(root()), "describe", "--always", "--dirty"]
         revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
@@ -32,7 +31,7 @@ def environment() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": version("transformers"),
         "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "revision": revision or "unknown",
     }

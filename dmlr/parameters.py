@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,13 @@ def check_parameters(notebook: str | Path, given: Mapping[str, Any]) -> dict[str
     notebook = Path(notebook)
     if not notebook.is_file():
         raise ConfigError(f"no notebook {str(notebook)!r}")
-    cell, own = papermill.inspect_notebook(str(notebook)), defaults(notebook)
+    cell, own = papermill.inspect_notebook(notebook), defaults(notebook)
     check_names(given, cell)
     config = Config.of_cell({**own, **given})
     checked = {}
     for name, value in given.items():
-        if name in Config.model_fields:
-            value = getattr(config, name)
-        else:
-            value = _typed(name, value, cell[name]["inferred_type_name"], own[name])
+        shared = name in Config.model_fields
+        value = getattr(config, name) if shared else _typed(name, value, cell[name]["inferred_type_name"], own[name])
         if value and name in PATHS:
             value = ",".join(resolved(part) for part in value.split(","))
         elif value and name == "output_dir":
@@ -59,16 +58,12 @@ def check_parameters(notebook: str | Path, given: Mapping[str, Any]) -> dict[str
 
 
 def defaults(notebook: str | Path) -> dict[str, Any]:
-    """The values in a notebook's `parameters` cell."""
-    return {name: literal(known["default"]) for name, known in papermill.inspect_notebook(str(notebook)).items()}
-
-
-def literal(source: str) -> Any:
-    """What a Python literal says; anything else as it is written."""
-    try:
-        return ast.literal_eval(source)
-    except (SyntaxError, ValueError):
-        return source
+    """The values in a notebook's `parameters` cell; what is no Python literal, as it is written."""
+    values = {name: known["default"] for name, known in papermill.inspect_notebook(notebook).items()}
+    for name, source in values.items():
+        with suppress(SyntaxError, ValueError):
+            values[name] = ast.literal_eval(source)
+    return values
 
 
 def _typed(name: str, value: Any, kind: str, default: Any) -> Any:

@@ -141,22 +141,18 @@ def benchmark(tmp_path_factory):
 
 
 def test_benchmark_end_to_end(benchmark):
+    """What else records hold, test_evaluate.py says, and how good the model is, test_embedded.py."""
     folder, report = benchmark
     results = {path.name: read_results(path) for path in find_runs(folder)}
     assert list(results) == ["dmlr", "vanilla"]
     truths = [row["solution"] for row in json.loads((ROOT / "data/shapes/mathematics.json").read_text())][:24]
     for result in results.values():
-        entries = result["entries"]
-        assert [(entry["data_idx"], entry["ground_truth"]) for entry in entries] == list(enumerate(truths))
-        assert {entry["stop_reason"] for entry in entries} <= {"eos_token", "length"}
-        for entry in entries:  # how good the model is, test_embedded.py says; here: judged as judge.py judges
+        assert [entry["ground_truth"] for entry in result["entries"]] == truths
+        for entry in result["entries"]:
             verdict = judge(entry["model_output"], entry["ground_truth"], question=entry["question"])
             assert entry["is_correct"] == (verdict.status == "correct")
-        assert result["accuracy"] == sum(entry["is_correct"] for entry in entries) / 24
-        assert sum("\\boxed" in entry["model_output"] for entry in entries) >= 20
-    for entry in results["dmlr"]["entries"]:
-        assert entry["best_reward"] == pytest.approx(max([entry["initial_reward"], *entry["rewards"]]))
-        assert (len(entry["rewards"]), entry["patch_grid"]) == (3, [6, 6])
+        assert sum("\\boxed" in entry["model_output"] for entry in result["entries"]) >= 20
+    assert {(len(entry["rewards"]), *entry["patch_grid"]) for entry in results["dmlr"]["entries"]} == {(3, 6, 6)}
     assert report.name == "03_benchmark_shapes-vl_mathematics_vanilla+dmlr.html"
     soup = BeautifulSoup(report.read_text(encoding="utf-8"), "html.parser")
     text = soup.get_text()
@@ -244,18 +240,10 @@ def test_an_index_without_runs_is_a_page(tmp_path):
     assert "No run yet" in report_index.write_index(tmp_path).read_text(encoding="utf-8")
 
 
-def test_the_demos_tables_are_those_of_its_results(benchmark, tmp_path):
-    folder, _ = benchmark
-    table = demo.result_table(folder)
-    assert list(table["method"]) == ["vanilla", "dmlr"]
-    saved = [read_results(folder / "mathematics" / method)["accuracy"] for method in table["method"]]
-    assert list(table["accuracy"]) == [f"{accuracy:.1%}" for accuracy in saved]
-    assert "gained" in table["difference"][1] and table["difference"][0] == ""
-    shutil.copytree(folder, tmp_path / "shapes-vl" / "battery")
-    told = demo.latents_table(tmp_path)
-    assert told.to_dict("records") == [
-        {"model": "shapes-vl", **dict(zip(table["method"], table["accuracy"], strict=True))}
-    ]
+def test_the_demos_table_has_a_row_for_each_models_battery(benchmark, tmp_path):
+    shutil.copytree(benchmark[0], tmp_path / "shapes-vl" / "battery")
+    saved = {path.name: f"{read_results(path)['accuracy']:.1%}" for path in find_runs(tmp_path)}
+    assert demo.latents_table(tmp_path).to_dict("records") == [{"model": "shapes-vl"} | saved]
 
 
 def test_a_report_does_not_say_where_the_project_lies_nor_what_another_run_found(tmp_path):

@@ -54,16 +54,13 @@ def test_a_bad_parameter_is_an_error_before_anything_runs(tmp_path, capsys, give
     assert not (tmp_path / "run").exists()
 
 
-def test_true_is_no_number():
-    with pytest.raises(ConfigError, match="max_num_steps = True: expected int"):
-        Config(max_num_steps=True)
-
-
 def test_parameters_arrive_in_their_types():
     given = {"resume": "true", "lr": "1e-4", "end_data_idx": "none", "seed": "7", "sigma": 1}
     checked = check_parameters(BENCHMARK, given)
     assert checked == {"resume": True, "lr": 1e-4, "end_data_idx": None, "seed": 7, "sigma": 1.0}
     assert [type(value) for value in checked.values()] == [bool, float, type(None), int, float]
+    with pytest.raises(ConfigError, match="seed = True: expected int"):
+        check_parameters(BENCHMARK, {"seed": True})
 
 
 def test_a_notebooks_own_parameters_are_checked_too(tmp_path):
@@ -159,7 +156,6 @@ def test_help_and_types_of_parameters_are_configs(path):
 def test_a_preset_fills_what_is_left_at_none_and_nothing_else(preset):
     values = check_parameters(BENCHMARK, {"preset": preset, "sigma": "0.3", "max_pixels": "none"})
     assert config_of(BENCHMARK, values) == Config.make(preset, sigma=0.3)
-    assert PRESETS[preset].keys() <= LOOP
     with pytest.raises(ConfigError, match="unknown preset 'papr' .did you mean 'paper'"):
         check_parameters(BENCHMARK, {"preset": "papr"})
 
