@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 RIGHT = {"answer": "Paris", "verdict": "correct"}
 
 
-def completion(content):
-    """The body of a good reply; `content` is its text, or an object that becomes JSON text."""
-    text = content if isinstance(content, str) else json.dumps(content)
-    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-    usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
-    return {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
-
-
 class JudgeServer(ThreadingHTTPServer):
-    """`behave(handler, body)` answers each request. Headers, bodies and the most open at once are recorded."""
+    """`behave(handler, body)` answers each request; `requests` has their paths, headers and bodies."""
 
     daemon_threads = True
     block_on_close = False
@@ -26,19 +19,13 @@ class JudgeServer(ThreadingHTTPServer):
     def __init__(self, behave=None):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
-        self.lock, self.closing = threading.Lock(), threading.Event()
         self.begin(behave)
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def begin(self, behave=None):
-        self.behave = behave or says(RIGHT)
-        self.requests, self.open, self.most_open = [], 0, 0
-
-    def __enter__(self):
-        return self
+        self.behave, self.requests = behave or says(RIGHT), []
 
     def __exit__(self, *exc):
-        self.closing.set()
         self.shutdown()
         self.server_close()
 
@@ -51,21 +38,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        server = self.server
-        with server.lock:
-            server.requests.append({"path": self.path, "headers": self.headers, "body": body})
-            server.open += 1
-            server.most_open = max(server.most_open, server.open)
-        try:
-            server.behave(self, body)
-        finally:
-            with server.lock:
-                server.open -= 1
+        self.server.requests.append({"path": self.path, "headers": self.headers, "body": body})
+        self.server.behave(self, body)
 
-    def reply(self, status, content, headers=(), kind="application/json", length=None):
+    def reply(self, status, content, headers=(), length=None):
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        given = {"Content-Type": "application/json", "Content-Length": str(length or len(data)), **dict(headers)}
         self.send_response(status)
-        given = {"Content-Type": kind, "Content-Length": str(len(data) if length is None else length), **dict(headers)}
         for name, value in given.items():
             self.send_header(name, value)
         self.end_headers()
@@ -76,12 +55,18 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def says(content):
-    return lambda handler, body: handler.reply(200, completion(content))
+    """A good reply; `content` is its text, or an object that becomes JSON text."""
+    text = content if isinstance(content, str) else json.dumps(content)
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+    usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
+    return sends(
+        {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
+    )
 
 
-def sends(content, **more):
+def sends(content, headers=()):
     """Any body, with status 200."""
-    return lambda handler, body: handler.reply(200, content, **more)
+    return lambda handler, body: handler.reply(200, content, headers)
 
 
 def refuses(status, headers=()):
@@ -94,20 +79,14 @@ def refuses(status, headers=()):
     return behave
 
 
-def without(*parameters, then):
-    """400 for each request with one of these parameters, as by a server that does not know them."""
-    return lambda handler, body: (refuses(400) if set(parameters) & set(body) else then)(handler, body)
+def in_turn(first, then):
+    """One behaviour for the first request, another for all that follow."""
+    return lambda handler, body: (then if len(handler.server.requests) > 1 else first)(handler, body)
 
 
-def in_turn(*behaviours):
-    """One behaviour per request, the last one for all that follow."""
-    left = list(behaviours)
-    return lambda handler, body: (left.pop(0) if len(left) > 1 else left[0])(handler, body)
-
-
-def pauses(seconds, then=lambda handler, body: hangs_up(handler, body)):
+def pauses(seconds, then):
     def behave(handler, body):
-        handler.server.closing.wait(seconds)
+        time.sleep(seconds)
         then(handler, body)
 
     return behave
@@ -119,17 +98,13 @@ def hangs_up(handler, body):
 
 def cut_short(handler, body):
     """Half of the bytes that were announced, then the end."""
-    data = json.dumps(completion(RIGHT)).encode()
-    handler.reply(200, data[: len(data) // 2], length=len(data))
-    handler.close_connection = True
+    handler.reply(200, b'{"id": "1", "choices": [', length=200)
+    hangs_up(handler, body)
 
 
 def drips(handler, body):
     """A byte now and then: never still for long, never finished."""
     handler.reply(200, b"", length=10_000)
     for _ in range(200):
-        if handler.server.closing.wait(0.1):
-            break
         handler.wfile.write(b" ")
-        handler.wfile.flush()
-    handler.close_connection = True
+        time.sleep(0.1)

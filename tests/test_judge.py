@@ -9,7 +9,6 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from string import ascii_letters
 
 import pytest
 from hypothesis import given, settings
@@ -18,14 +17,13 @@ from pebble import ProcessExpired
 
 from dmlr.cli import main
 from dmlr.judge import judge, mathcheck
-from dmlr.judge.extract import boxed_groups, candidates, last_boxed, parse_options, split_choice
-from dmlr.judge.quantities import find_numbers, parse_number
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "judge" / "cases.json"
 # Entries whose label our own reading finds false, by position: why.
 MISLABELLED = {66: "identical strings are labelled different (a pass@k fixture whose other samples decide)"}
 
 COLOURS = {"question": "Which colour?\nA. red\nB. dark red\nC. blue\nD. green"}
+TWICE = {"question": "Example:\nA. x\nB. y\n\nQuestion:\nA. 1\nB. 2\nC. 3"}
 WINGS = {"question": "Are the wings open or closed?\\n Options: (a) Open (b) Closed"}
 YES_NO = {"question": "Is there a dog?\nOptions: (a) Yes (b) No"}
 HELLO, CAT, STOP = (
@@ -57,8 +55,11 @@ CASES = [
     ("12", {}, r"\boxed{12}|There are 5 and 7 of them, so 5 + 7 = 12.", "2|112", "The answer is 5 or 12.|At (1, 12)"),
     (r"\boxed{7}", {}, "7", r"17|\boxed{17}", ""),
     ("3.14159", {"precision": 2}, "3.14", "3.15", ""),
+    ("-0.125", {"precision": 2}, "-0.12|-0.13", "-0.14|0.12", ""),
     ("1234", {}, "1,234", "1.234", ""),
     ("-5", {}, "−5|The result is – 5|x = – 5|it is minus five|– five", "5|five", ""),
+    ("52", {}, "range 10-52|so x - 52|8 cm - 52 cm|There are\n- 4\n- 52", "", ""),
+    ("3", {}, "3 apples", "3x", ""),
     ("5 centimeters", {}, "5 cm|5 centimetres", "5 m", ""),
     ("100", {}, "10²|The area is 10² of it|It is 10^2, as said", "102|The area is 10", ""),
     ("0.5", {}, r"half|\boxed{one half}|It is \frac{1}{2} of it", "-half|It is -\\frac12 of it", "half of them"),
@@ -139,6 +140,7 @@ CASES = [
     # lists
     ("[2007, 2008]", {}, "[2007, 2008]|between 2007 and 2008|2007 and 2008", "[2008, 2007]", ""),
     ("['3', '1,200']", {}, r"\boxed{3, 1200}|['3', '1,200']|3 and 1,200", r"\boxed{1200, 3}", ""),
+    ("[3, 1000, 2.5, -0.5, 1000, 4]", {}, "H2O: 3 of 1,000 cost $2.50, -½ or 1e3; x-4", "", ""),
     ("['a', 'b']", {}, '["a", "b"]|a, b', "b, a", ""),
     # options
     ("A", COLOURS, "red", "dark red", "A cat is on the mat."),
@@ -151,7 +153,8 @@ CASES = [
     ("B", COLOURS, "B\n\nExplanation: A is bad, C is bad.|B is the best of A, B, C, D", "", ""),
     ("D", {}, "The answer is surely D, it can't be A or B", "It is C or D", ""),
     ("(a) Open", WINGS, "open", "The wings are closed.", ""),
-    ("blue", {"choices": ["red", "dark red", "blue"]}, "C", "B", ""),
+    ("A", TWICE, "1", "2", "x"),
+    ("blue", {"choices": {"a": "red", "B": 7, "C": "blue"}}, "C", "B", ""),
     ("A", {"choices": ["6", "16"]}, "6", "16", ""),
     ("B", {"choices": ["3/11", "8/11"]}, r"\boxed{\frac{8}{11}}", "", ""),
     ("(a) Happy Easter", {"choices": ["Happy Easter", "Happy Easter!"]}, "Happy Easter", "Happy Easter!", ""),
@@ -172,6 +175,9 @@ CASES = [
     ("42", {}, r"\boxed{41}? No, \boxed{42}|<think>41</think><answer>42</answer>|**Answer:** 42|答案是42。", "", ""),
     ("42", {}, "", r"\boxed{42}? No, \boxed{41}|\boxed{42} and \boxed{43}", r"<think>perhaps 42|\boxed{42"),
     (r"\boxed{blue}", {}, r"\boxed{\boxed{blue}}", "", ""),
+    ("x_{1}^{2}", {}, r"\boxed{\frac{1}{2}} then \boxed{x_{1}^{2}} and \boxed{2", "", ""),
+    (r"\{1, 2\}", {}, r"\boxed{\{1, 2\}}|\boxed{1} and $\boxed{2}$", r"\boxed{1} and $\boxed{2}$, but \boxed{3}", ""),
+    ("5", {}, r"The answer is 3. Hence \boxed{4}. Final answer: 5", r"The answer is 5. Hence \boxed{4}.", ""),
     ("B", COLOURS, "A? <(begin_of_box)>B<(end_of_box)>|<(channel)>final<(message)>B<(return)>", "", ""),
 ]
 
@@ -220,64 +226,33 @@ def test_the_command_prints_one_verdict_a_line(tmp_path, capsys):
 
 # ------------------------------------------------------------------------ one answer, said in many ways
 
-SENTENCES = (
-    "the result is {}|So x = {}.|**{}**|we get {}, as we should|it's {}|结果是{}|from 7 down to {}|At 3, f(3) is {}."
-)
-
-
+SENTENCES = "the result is {}|So x = {}.|**{}**|we get {}, as we should|it's {}|结果是{}|At 3, f(3) is {}.".split("|")
 SIGNS = ("-{}", "−{}", "–{}", "-${}", "minus {}", "- {}", "– {}")
-
-
-@pytest.mark.parametrize("sentence", SENTENCES.split("|"))
-def test_a_sign_in_a_sentence_counts(sentence):
-    for signed in SIGNS[:-2] if sentence.startswith("from") else SIGNS:
-        prediction = sentence.format(signed.format(52))
-        assert (status(prediction, "-52"), status(prediction, "52")) == ("correct", "wrong"), prediction
-
-
+NUMBERS = ("{}", "\\boxed{{{}}}", "{} units", "\\${}", "USD {}", "{}.00")
 MARKS = (" ", "\\,", "\\!", ",\\!", ",\\! ", "{,}", "\\ ", "\u00a0", "\u202f", "'", "_", "~", ",")
-
-
-@pytest.mark.parametrize("mark", MARKS)
-def test_thousands_may_be_set_apart_in_many_ways(mark):
-    for form in ("{}", "\\boxed{{{}}}", "{} units", "\\${}", "USD {}", "{}.00"):
-        prediction = form.format(f"{1234567:,}".replace(",", mark))
-        assert (status(prediction, "1234567"), status(prediction, "1234")) == ("correct", "wrong"), prediction
-
-
+ENDS = ("4 + 4 = 8, then 8 * 2 = 16.", "So $x = 16$", "\\boxed{16}", "<s>The answer is 16.")
 MARKERS = "<|im_end|> <|im_start|>user <|eot_id|> </s> <eos> <end_of_turn> [/INST] <|im_start|>user\\boxed{7} \nUser:7"
-
-
-@pytest.mark.parametrize("body", ["4 + 4 = 8, then 8 * 2 = 16.", "So $x = 16$", "\\boxed{16}", "<s>The answer is 16."])
-def test_what_a_chat_goes_on_with_is_no_answer(body):
-    for marker in MARKERS.split(" "):
-        assert [status(body + marker, truth) for truth in ("16", "7", "8")] == ["correct", "wrong", "wrong"], marker
-
-
 DENIALS = """B不是 A|是B而不是A|选B不选A|B，A不对|Bであり、Aではない
 정답은 B입니다. A가 아닙니다.|B nicht A|nicht A, sondern B|C'est B, pas A|B et non A
 B y no A|no es A, es B|È B, non A|не A, а B|B, niet A|B, değil A
 الجواب هو B وليس A|B, not A|not A but B|A is wrong, B is right
 A is not correct; B is.|It can't be A, so B|B rather than A|B, since A is false
 I would rule out A. So B.|The answer is not A but B"""
+SAID = {
+    "signs": ([sentence.format(sign.format(52)) for sentence in SENTENCES for sign in SIGNS], "-52", "52"),
+    "signs after words": ([f"from 7 down to {sign.format(52)}" for sign in SIGNS[:-2]], "-52", "52"),
+    "thousands": ([n.format("1,234,567".replace(",", mark)) for n in NUMBERS for mark in MARKS], "1234567", "1234"),
+    "what a chat goes on with": ([end + marker for end in ENDS for marker in MARKERS.split(" ")], "16", "7"),
+    "an option that is denied in any language": (re.split(r"[|\n]", DENIALS), "B", "A"),
+}
 
 
-@pytest.mark.parametrize("prediction", re.split(r"[|\n]", DENIALS))
-def test_an_option_that_is_denied_in_any_language_is_not_chosen(prediction):
-    for hints in ({}, COLOURS):
-        assert (status(prediction, "B", **hints), status(prediction, "A", **hints)) == ("correct", "wrong")
-
-
-# ------------------------------------------------------------------------------------ extraction
-
-
-def test_boxes_are_balanced_nested_and_grouped():
-    assert last_boxed("\\boxed{\\frac{1}{2}} then \\boxed{x_{1}^{2}} and \\boxed{2") == "x_{1}^{2}"
-    assert last_boxed("\\boxed{\\{1, 2\\}}") == "\\{1, 2\\}"
-    groups = boxed_groups("\\boxed{1} and $\\boxed{2}$, but \\boxed{3}")
-    assert [contents for _, contents in groups] == [["1", "2"], ["3"]]
-    found = candidates("The answer is 3. Hence \\boxed{4}. Final answer: 5")
-    assert [(c.text, c.rule) for c in found][:2] == [("5", "final_answer"), ("4", "boxed")]
+@pytest.mark.parametrize(("predictions", "right", "wrong"), SAID.values(), ids=SAID)
+def test_one_answer_can_be_said_in_many_ways(predictions, right, wrong):
+    for prediction in predictions:
+        for hints in ({}, COLOURS):
+            found = status(prediction, right, **hints), status(prediction, wrong, **hints)
+            assert found == ("correct", "wrong"), prediction
 
 
 @pytest.mark.parametrize("layout", ["{}. {}", "({}) {}", "{}) {}", "{}: {}"])
@@ -285,54 +260,13 @@ def test_options_in_any_layout_are_found_and_told_apart(layout):
     options = {"A": "red wine", "B": "both (a) and (b)", "C": "a drop"}
     lines = [layout.format(*option) for option in options.items()]
     question = "Which one?\n" + "\n\n".join(lines)
-    assert parse_options(question) == options
     for line, (letter, text) in zip(lines, options.items(), strict=True):
         for prediction in (f"\\boxed{{{letter}}}", f"The answer is {letter}.", line, f"\\boxed{{{text}}}"):
             found = [status(prediction, truth, question=question, kind="choice") for truth in lines]
             assert found == ["correct" if truth == line else "wrong" for truth in lines], prediction
 
 
-def test_options_inline_and_the_last_list():
-    assert parse_options(WINGS["question"]) == {"A": "Open", "B": "Closed"}
-    assert parse_options("Example:\nA. x\nB. y\n\nQuestion:\nA. 1\nB. 2\nC. 3") == {"A": "1", "B": "2", "C": "3"}
-    assert parse_options("No options (a) here") == {}
-    assert split_choice("b: text") == ("B", "text") and split_choice("3.5") is None
-
-
-def test_numbers_in_prose():
-    for unsigned in ("10-52", "range 10-52", "x - 52", "8 cm - 52 cm", "- 4\n- 52", "90°-52"):
-        assert find_numbers(unsigned)[-1].value == 52
-    values = [float(number.value) for number in find_numbers("H2O: 3 of 1,000 cost $2.50, -½ or 1e3; x-4")]
-    assert values == [3, 1000, 2.5, -0.5, 1000, 4]
-    assert parse_number("2x") is None and parse_number("3 apples").value == 3
-
-
-# ----------------------------------------------------------------------------------- equivalence
-
-
-@given(st.integers(-(10**9), 10**9), st.integers(-(10**9), 10**9))
-@settings(max_examples=15, deadline=None)
-def test_integers_equal_themselves_in_every_spelling_and_no_other(a, b):
-    for spelling in ("{}", "{:,}", "\\boxed{{{}}}", "${}$", "{}.0", "The answer is {}.", "<answer>{}</answer>"):
-        prediction = spelling.format(a)
-        assert status(prediction, str(a)) == "correct", prediction
-        assert a == b or status(prediction, str(b)) == "wrong", prediction
-
-
-@given(st.decimals(-1000, 1000, places=4), st.integers(0, 3))
-@settings(max_examples=30, deadline=None)
-def test_precision_is_a_number_of_decimals(value, places):
-    rounded = round(value, places)
-    assert status(str(rounded), str(value), precision=places) == "correct"
-    assert status(str(rounded + 2 * 10 ** -type(value)(places)), str(value), precision=places) == "wrong"
-
-
-@given(st.lists(st.text(ascii_letters, min_size=3, max_size=10), min_size=1, max_size=4).map(" ".join))
-@settings(max_examples=20, deadline=None)
-def test_text_equals_itself_whatever_its_case_and_markup(text):
-    for spelling in (text.upper(), f"**{text}**", f" {text}. ", f'"{text}"', f"<answer>{text}</answer>"):
-        assert status(spelling, text, kind="text") == "correct", spelling
-
+# ------------------------------------------------------------------------------------ anything at all
 
 TOKENS = "\\boxed{ } { $ answer is \\frac{ ^ _ ( ) [ ] , and or A B 1 12 \\text{ <answer> <think> not % =".split()
 
