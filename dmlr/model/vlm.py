@@ -70,7 +70,7 @@ class VLM:
         self.family = FAMILIES[model.config.model_type](model, processor, min_pixels, max_pixels)
         self.text_model = self.family.text_model  # the language model without its head
         self.deep_levels = self.family.deep_levels if deep_patches else 0
-        self.text_config, self.shape = model.config.get_text_config(), Shape.of(model.config)
+        self.text_config, self.shape = model.config.get_text_config(), Shape(model.config)
         self.image_token_id: int = model.config.image_token_id
         self.key_group = self.shape.heads // self.shape.kv_heads  # query heads that share a key head
         self.recordings = Recordings()
