@@ -11,8 +11,6 @@ Knows nothing about datasets or answers.
 from __future__ import annotations
 
 import json
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +23,7 @@ from dmlr.config import Config, check_names, locate
 from dmlr.json_files import write_json
 from dmlr.loop.optimize import optimize
 from dmlr.loop.reference import Reference, eager
-from dmlr.machine import environment, peak_bytes
+from dmlr.machine import copy_bandwidth, environment, median_seconds, peak_bytes
 from dmlr.methods.answers import Question
 from dmlr.methods.latent import append_latents, question_noise
 from dmlr.model.decode import decode
@@ -38,19 +36,6 @@ BATCHES = {"cpu": (1, 8), "cuda": (1, 8, 32)}
 NEW_TOKENS = {"cpu": (64,), "cuda": (256, 2048)}  # of whole examples; with the first, "example" alone
 # Prefixes of figures' names, and the parameters that they were measured with.
 GPU_WAYS: dict[str, dict[str, bool]] = {"": {}, "replayed_": {"cuda_graphs": True}}
-
-
-def seconds(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
-    """Median time of a call, after one that warms up."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times = []
-    for _ in range(repeats + 1):
-        wait()
-        start = time.perf_counter()
-        work()
-        wait()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
 
 
 def noise_of(vlm: VLM, config: Config, batch: int) -> torch.Tensor:
@@ -135,7 +120,7 @@ def example(vlm: VLM, config: Config, encoded: Encoded, batch: int) -> Callable[
 
 def iteration(run: Callable[[int], Any], iterations: int, device: torch.device) -> float:
     """Seconds of one iteration; what a loop does before its first is left out."""
-    whole, start = (seconds(partial(run, count), device) for count in (iterations, 0))
+    whole, start = (median_seconds(partial(run, count), device) for count in (iterations, 0))
     return (whole - start) / iterations
 
 
@@ -147,13 +132,6 @@ def least_peak(vlm: VLM, work: Callable[[], Any]) -> int:
         vlm.recordings.clear()
         peaks.append(peak_bytes(vlm.device, work))
     return min(peaks)
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a copy of a large tensor reads and writes."""
-    block = torch.empty(2**28 if device.type == "cuda" else 2**26, dtype=torch.float32, device=device)
-    target = torch.empty_like(block)
-    return 2 * block.nbytes / seconds(lambda: target.copy_(block), device, 5)
 
 
 def floor(vlm: VLM) -> float:
@@ -172,7 +150,7 @@ def released(vlm: VLM, config: Config, more: bool = True) -> dict[str, float]:
 
     figures = {"iteration": of(config)}
     for tokens, name in examples(vlm, more).items():
-        ours = seconds(example(vlm, plain.replace(max_new_tokens=tokens), prompt[256], 1), vlm.device, 1)
+        ours = median_seconds(example(vlm, plain.replace(max_new_tokens=tokens), prompt[256], 1), vlm.device, 1)
         figures[name] = config.max_num_steps * figures["iteration"] + ours
     if more:
         figures["peak_bytes"] = least_peak(vlm, partial(released_loop(vlm, config, prompt[1024]), 2))
@@ -189,11 +167,11 @@ def ours(vlm: VLM, config: Config, batches: Sequence[int], more: bool = True) ->
 
     figures = {f"iteration_batch_{batch}": of(config, batch=batch) for batch in batches}
     for batch in batches:
-        figures[f"forward_batch_{batch}"] = seconds(forward(vlm, config, prompt[256], batch), vlm.device) / batch
+        figures[f"forward_batch_{batch}"] = median_seconds(forward(vlm, config, prompt[256], batch), vlm.device) / batch
     for tokens, name in examples(vlm, more).items():
         longer = config.replace(max_new_tokens=tokens)
         for batch, ending in ((largest, ""), (1, "_batch_1")):
-            figures[name + ending] = seconds(example(vlm, longer, prompt[256], batch), vlm.device, 1) / batch
+            figures[name + ending] = median_seconds(example(vlm, longer, prompt[256], batch), vlm.device, 1) / batch
     if more:
         figures["peak_bytes"] = least_peak(vlm, lambda: loop(vlm, config, prompt[1024], 1)(2))
         figures[f"peak_bytes_batch_{largest}"] = least_peak(vlm, example(vlm, config, prompt[256], largest))
@@ -236,7 +214,7 @@ def measure(shape: str, device: str, more: bool = True) -> dict:
     figures["dtype"] = str(vlm.dtype).removeprefix("torch.")
     figures["weight_bytes"] = sum(p.nbytes for p in vlm.model.parameters())
     figures["floor"] = floor(vlm)
-    figures["peer_forward"] = seconds(peer_forward(vlm, config, prompts(vlm, config)[256]), vlm.device)
+    figures["peer_forward"] = median_seconds(peer_forward(vlm, config, prompts(vlm, config)[256]), vlm.device)
     for way, parameters in (GPU_WAYS if gpu else {"": {}}).items():
         try:
             result = ours(vlm, config.replace(**parameters), BATCHES[device], more)

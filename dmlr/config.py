@@ -268,6 +268,11 @@ def resolved(path: str) -> str:
     return str(Path(path).resolve()) if path and Path(path).exists() and not (root() / path).exists() else path
 
 
+def hub_token() -> str | None:
+    """The key to private models and datasets; the hub's own variable comes first."""
+    return os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_TOKEN") or None
+
+
 def shown(text: Path | str) -> str:
     """A path, or text that names some, without where the project lies on this machine."""
     return str(text).replace(f"{root()}{os.sep}", "")

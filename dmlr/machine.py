@@ -1,4 +1,4 @@
-"""What a run runs on: versions, device, memory. Knows nothing about runs and models."""
+"""What a run runs on: versions, device, memory, speed. Knows nothing about runs and models."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import ctypes
 import gc
 import platform
 import resource
+import statistics
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
@@ -71,3 +73,23 @@ def peak_bytes(device: torch.device, work: Callable[[], Any]) -> int:
         done.set()
         thread.join()
     return max(seen) - seen[0]
+
+
+def median_seconds(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
+    """Median time of a call, after one that warms up."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times = []
+    for _ in range(repeats + 1):
+        wait()
+        start = time.perf_counter()
+        work()
+        wait()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a copy of a large tensor reads and writes."""
+    block = torch.empty(2**28 if device.type == "cuda" else 2**26, dtype=torch.float32, device=device)
+    target = torch.empty_like(block)
+    return 2 * block.nbytes / median_seconds(lambda: target.copy_(block), device, 5)

@@ -21,9 +21,8 @@ import torch
 from huggingface_hub import constants
 from transformers import AutoConfig, PretrainedConfig, Qwen2_5_VLConfig, Qwen3VLConfig
 
-from dmlr import bench
 from dmlr.config import Config, locate, root, shown
-from dmlr.machine import environment
+from dmlr.machine import copy_bandwidth, environment, median_seconds
 from dmlr.methods.latent import ltpo_config
 from dmlr.methods.ulr import ulr_config
 from dmlr.methods.workload import workload
@@ -244,8 +243,8 @@ def measured_rates(device: str, itemsize: int) -> tuple[float, float]:
     """Operations and bytes per second of this device, by a product of matrices and by a copy; about a second."""
     side = 8192 if device == "cuda" else 1024
     matrix = torch.randn(side, side, device=device).to(torch.float32 if itemsize == 4 else torch.bfloat16)
-    product = bench.seconds(lambda: matrix @ matrix, matrix.device, 5)
-    return 2 * side**3 / product, bench.copy_bandwidth(matrix.device)
+    product = median_seconds(lambda: matrix @ matrix, matrix.device, 5)
+    return 2 * side**3 / product, copy_bandwidth(matrix.device)
 
 
 def finished_examples(job: evaluate.Job, config: Config) -> int:

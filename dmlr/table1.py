@@ -96,7 +96,7 @@ def parameter_file(kind: str, name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     known = {path.stem: path for path in (FOLDER / "params" / kind).glob("*.yaml")}
-    stem = Path(name).stem if name.endswith(".yaml") else name
+    stem = name.removesuffix(".yaml")
     check_names([stem], known, f"file of {kind}")
     return known[stem]
 

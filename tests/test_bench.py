@@ -10,7 +10,7 @@ from pretend_gpu import GPU, PretendGPU, to_gpu
 from recomputed import equals_full_recomputation, noise_of
 from test_cuda_graphs import as_on_a_gpu  # noqa: F401  # a fixture
 
-from dmlr import bench, random_weights
+from dmlr import bench, machine, random_weights
 from dmlr.config import Config, locate
 from dmlr.loop.reference import eager
 from dmlr.random_weights import random_prompt, random_vlm
@@ -87,7 +87,8 @@ def brief(monkeypatch):
         return 1000
 
     clock = itertools.count(1000, -1)  # of two measured times the first is the longer one
-    monkeypatch.setattr(bench, "seconds", lambda work, device, repeats=1: (work(), float(next(clock)))[1])
+    for module in (bench, machine):
+        monkeypatch.setattr(module, "median_seconds", lambda work, *_: (work(), float(next(clock)))[1])
     monkeypatch.setattr(bench, "peak_bytes", peak_bytes)
     monkeypatch.setattr(bench, "SIDES", {64: 2, 256: 3, 1024: 4})
     monkeypatch.setattr(bench, "TEXT", 40)

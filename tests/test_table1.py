@@ -220,6 +220,8 @@ def test_a_grid_has_a_folder_for_each_model_benchmark_and_seed(tmp_path, monkeyp
     assert [cell.name for cell in table] == names
     assert [cell.given["output_dir"] for cell in table] == [str(tmp_path / name) for name in names]
     assert [cell.given["seed"] for cell in table] == ["0", "1"] * 4
+    with pytest.raises(ConfigError, match="unknown file of benchmarks 'elsewhere/mmvp'"):
+        table1.cells(["shapes-vl"], "elsewhere/mmvp.yaml", [], {})
     with pytest.raises(ConfigError, match="seed is what table1 sets itself"):
         table1.cells(["shapes-vl"], "mmvp", [], {"seed": 3}, tmp_path, "0,1")
 

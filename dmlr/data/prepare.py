@@ -27,7 +27,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from dmlr.config import check_names
+from dmlr.config import check_names, hub_token
 from dmlr.data.benchmarks import BENCHMARKS, Benchmark
 from dmlr.data.check import check_dataset, report
 from dmlr.data.images import MAX_DOWNLOAD, ImageFile, open_image, shorten
@@ -147,7 +147,7 @@ def _make(name: str, files: Folder, source: str | Path | None) -> list[str]:
     benchmark, rows, unusable = BENCHMARKS[name], [], []
     revision = files.origin.get("revision")  # none: the newest
     with _one_sentence(source or benchmark.repo):
-        revision = None if source else HfApi(token=_token()).dataset_info(benchmark.repo, revision=revision).sha
+        revision = None if source else HfApi(token=hub_token()).dataset_info(benchmark.repo, revision=revision).sha
     files.origin = files.origin or {"repo": benchmark.repo, "revision": revision}
     for number, raw in enumerate(raw_rows(benchmark, source, revision)):
         try:
@@ -210,10 +210,6 @@ def _one_sentence(where: str | Path) -> Iterator[None]:
         ) from None
 
 
-def _token() -> str | None:
-    return os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_TOKEN") or None
-
-
 def raw_rows(benchmark: Benchmark, source: str | Path | None, revision: str | None) -> Iterator[dict[str, Any]]:
     """Rows of all splits as the hub has them, with images as {bytes, path}. BenchmarkError says what cannot be read."""
     with _one_sentence(source or benchmark.repo):
@@ -225,11 +221,11 @@ def raw_rows(benchmark: Benchmark, source: str | Path | None, revision: str | No
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else every reading of a local file is reported to a server
         if not benchmark.splits:
             how = {"repo_type": "dataset", "revision": revision, "allow_patterns": ["*.jsonl", "*.zip"]}
-            yield from _archived_rows(Path(source or snapshot_download(benchmark.repo, token=_token(), **how)))
+            yield from _archived_rows(Path(source or snapshot_download(benchmark.repo, token=hub_token(), **how)))
         where = str(Path(source).resolve()) if source else benchmark.repo  # the library cannot name "."
         for split in benchmark.splits:
             # Streaming reads the files where they lie; otherwise a second copy is made in the cache.
-            how = {"split": split, "revision": revision, "token": _token(), "streaming": True}
+            how = {"split": split, "revision": revision, "token": hub_token(), "streaming": True}
             yield from datasets.load_dataset(where, benchmark.config, **how).decode(False)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from huggingface_hub import errors
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.utils import is_flash_attn_2_available
 
-from dmlr.config import Config, locate
+from dmlr.config import Config, hub_token, locate
 from dmlr.model.attention import ATTENTION
 from dmlr.model.families import ModelError, check_known
 
@@ -35,7 +34,7 @@ def load_checkpoint(config: Config) -> tuple:
     path = str(locate(config.model_name_or_path))
     shared: dict[str, Any] = {
         "trust_remote_code": config.trust_remote_code,
-        "token": os.environ.get("HUGGING_FACE_TOKEN") or os.environ.get("HF_TOKEN"),
+        "token": hub_token(),
         "revision": config.revision or "main",
     }
     placed: dict[str, Any] = {"device_map": config.device_map} if config.device_map else {}
