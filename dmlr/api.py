@@ -133,6 +133,12 @@ class Answer:
         self.prompt_tokens, self.new_tokens = whole.prompt_tokens, whole.num_new_tokens
         self.seconds = sum(whole.seconds.values())
 
+    def __repr__(self) -> str:
+        """In a line, whatever stands in the trace."""
+        said = f"error: {self.error}" if self.error else repr(self.short or self.text)
+        reward = f", reward {self.trace.start_reward:.4g} → {self.trace.best_reward:.4g}" if self.trace else ""
+        return f"<Answer of {self.method}: {said}{reward}>"
+
     @cached_property
     def short(self) -> str:
         """The part that answers, as the judge reads it: a letter, a number, the inside of a box; "" where none is."""

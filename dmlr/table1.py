@@ -95,7 +95,7 @@ def parameter_file(kind: str, name: str) -> Path:
     """A file as given, else the one of that name in notebooks/params/<kind>. ConfigError names the nearest."""
     if Path(name).is_file():
         return Path(name)
-    known = {path.stem: path for path in (FOLDER / "params" / kind).glob("*.yaml")}
+    known = {path.stem: path for path in sorted((FOLDER / "params" / kind).glob("*.yaml"))}
     stem = name.removesuffix(".yaml")
     check_names([stem], known, f"file of {kind}")
     return known[stem]

@@ -1,6 +1,7 @@
 """The package from Python: load, wrap, ask."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -33,6 +34,7 @@ def test_a_question_in_five_lines(embedded, picture, tmp_path):
     assert answer.text and answer.new_tokens <= 8 and answer.seconds > 0
     assert len(answer.trace.steps) == 2 and len(answer.trace.patches) == 3
     assert json.loads(json.dumps(answer.to_dict()))["trace"]["best_reward"] == answer.trace.best_reward
+    assert re.fullmatch(r"<Answer of dmlr: .+, reward -?[\d.]+ → -?[\d.]+>", repr(answer))
     assert answer._repr_html_().startswith("<img alt='kept patches and reward' src='data:image/png;base64,")
 
 
@@ -58,6 +60,7 @@ def test_an_answer_is_what_the_method_gives(embedded, picture):
 def test_one_bad_question_costs_its_own_answer(embedded, picture):
     answers = embedded.ask_many([("How many?", "nowhere.png"), ("How many?", picture), "", {"question": 3}])
     assert [answer.error is None for answer in answers] == [False, True, False, False]
+    assert repr(answers[0]).startswith("<Answer of dmlr: error: ImageError: nowhere.png")
     assert "nowhere.png" in answers[0].error
     with pytest.raises(ValueError, match="nowhere.png"):
         embedded.ask("How many?", "nowhere.png")
