@@ -76,8 +76,7 @@ def wilson(correct: int, total: int) -> Accuracy:
     from scipy.stats import binomtest
 
     low, high = binomtest(correct, total).proportion_ci(LEVEL, "wilson")
-    value = correct / total  # which rounding must not push out of its interval
-    return Accuracy(correct, total, value, max(0.0, min(low, value)), min(1.0, max(high, value)))
+    return Accuracy(correct, total, correct / total, float(low), float(high))
 
 
 def accuracy(records: Records) -> Accuracy:
