@@ -30,6 +30,7 @@ def random_vlm(shape: str, dtype: torch.dtype = torch.float32, device: str = "cp
     size = SHAPES[shape]
     head, width = size["hidden"] // size["heads"], size["vision"]
     sections = [head // 8, head * 3 // 16, head * 3 // 16]
+    # the published tower is the settings' own default
     small = {"depth": 8, "intermediate_size": 2 * width, "num_heads": 4, "fullatt_block_indexes": [3, 7]}
     config = Qwen2_5_VLConfig(
         text_config={
