@@ -10,7 +10,7 @@ import pytest
 import torch
 from recomputed import noise_of
 from test_oracle import BASE, GPU, VARIANTS, encode
-from tiny import tiny_vlm
+from tiny import noise_image, tiny_vlm
 from tiny_families import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,6 +19,7 @@ from dmlr.config import Config
 from dmlr.loop.injection import Patches
 from dmlr.loop.optimize import optimize
 from dmlr.loop.score import confidence
+from dmlr.methods import METHODS, Question
 from dmlr.model import cpu_linear
 from dmlr.model import graphs as cuda_graphs
 from dmlr.model.decode import decode
@@ -119,8 +120,7 @@ def test_a_replayed_loop_is_the_loop(build, variant, as_on_a_gpu):
 
 
 def test_one_recording_serves_what_has_the_same_shapes(as_on_a_gpu):
-    """Prompts and images of other lengths, another seed or answer of an endpoint's request, and every control of the
-    battery, which scores a state once."""
+    """Prompts and images of other lengths, another seed or answer of an endpoint's request."""
     vlm, config = tiny_vlm(), Config(**BASE, cuda_graphs=True)
     rows = encode(vlm, config, 4)
     lengths = {max(len(e.input_ids) for e in batch) for batch in (rows[:2], rows[2:])}
@@ -135,6 +135,19 @@ def test_one_recording_serves_what_has_the_same_shapes(as_on_a_gpu):
     assert len(as_on_a_gpu) == count
     loop(vlm, config, rows[:3])
     assert len(as_on_a_gpu) > count, "another batch size is another shape"
+
+
+@pytest.mark.parametrize("sides", [(56, 140), (140, 56)])
+def test_patches_of_a_partners_image_are_replayed(sides, as_on_a_gpu):
+    """Whether it has more image tokens than the question's own or fewer."""
+    vlm, config = tiny_vlm(), Config(**BASE, max_pixels=None)
+    mine, other = (Question(side, "How many?", [noise_image(side, side, side)]) for side in sides)
+    asked = [replace(mine, partner=lambda: other)]
+    (plain,) = METHODS["swapped"](vlm, asked, config)
+    assert plain.error is None and any(plain.details["patches"]) and not as_on_a_gpu
+    (replayed,) = METHODS["swapped"](vlm, asked, config.replace(cuda_graphs=True))
+    assert as_on_a_gpu and (replayed.text, replayed.details) == (plain.text, plain.details)
+    assert replayed.reasoning.best_reward == pytest.approx(plain.reasoning.best_reward, abs=1e-5)
 
 
 class Launches(TorchDispatchMode):
