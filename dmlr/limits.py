@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 
 def _limit(default: float, unit: str, what: str) -> Any:
-    """A field with its option as argparse takes it."""
-    option = {"type": type(default), "default": default, "metavar": unit, "help": f"{what} (default: %(default)s)"}
+    """A field with its option as argparse takes it; a number that is not positive and finite is refused."""
+    kind = type(default)
+
+    def positive(text: str) -> float:
+        if not 0 < (value := kind(text)) < math.inf:
+            raise ValueError
+        return value
+
+    positive.__name__ = f"positive {kind.__name__}"  # argparse names it
+    option = {"type": positive, "default": default, "metavar": unit, "help": f"{what} (default: %(default)s)"}
     return field(default=default, metadata=option)
 
 

@@ -31,6 +31,13 @@ def test_no_command_and_an_unknown_one_are_status_2(capsys):
     assert "invalid choice: 'dome'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("limit", ["--batch 0", "--requests -1", "--seconds nan", "--seconds inf", "--quiet x"])
+def test_a_limit_of_the_server_is_a_positive_number(limit, capsys):
+    """Before a model is loaded."""
+    assert cli.main(["serve", "no-model", *limit.split()]) == 2
+    assert f"{limit.split()[0]}: invalid positive" in capsys.readouterr().err
+
+
 def test_an_error_of_ours_is_one_line_and_a_fault_keeps_its_traceback(monkeypatch, tmp_path, capsys):
     assert cli.main(["run", str(tmp_path / "none.ipynb")]) == 1
     assert capsys.readouterr().err == f"error: no notebook {str(tmp_path / 'none.ipynb')!r}\n"
